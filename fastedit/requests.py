@@ -1,0 +1,203 @@
+"""Edit requests: what one edit must change, what it must not, and how both are asked.
+
+The classes hold text and image *sources*; nothing here opens a file. What can be known to be wrong without
+reading anything is refused on construction, so that every other module may rely on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: A path to an image file, or a PIL image that is already in memory.
+ImageSource: TypeAlias = Union[str, "os.PathLike[str]", "Image"]
+
+#: What a probe varies: "near" same question and another image, "blind" same question and no image,
+#: "same" same image and another question.
+PROBE_KINDS: tuple[str, ...] = ("near", "blind", "same")
+
+
+def _text(owner: str, name: str, value: object) -> None:
+    """Refuse a value that is not text with at least one visible character."""
+    if not isinstance(value, str):
+        raise TypeError(f"{owner}: {name} must be text (got {name}={value!r:.80})")
+    if not value.strip():
+        raise ValueError(f"{owner}: {name} must not be empty (got {name}={value!r:.80})")
+
+
+def _optional_text(owner: str, name: str, value: object) -> None:
+    """Refuse a value that is neither None nor non-empty text."""
+    if value is not None:
+        _text(owner, name, value)
+
+
+def _image(owner: str, name: str, value: object) -> None:
+    """Refuse a value that cannot be an image source. Nothing is opened."""
+    if value is None:
+        return
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if not isinstance(path, str):
+            raise TypeError(f"{owner}: {name} must be a text path, not a bytes path (got {name}={value!r:.80})")
+        if not path.strip():
+            raise ValueError(f"{owner}: {name} must not be an empty path (got {name}={value!r:.80})")
+        return
+    # PIL is not imported for this: an image is recognised by the two members that every reader uses.
+    if not (hasattr(value, "convert") and hasattr(value, "size")):
+        raise TypeError(f"{owner}: {name} must be a path or a PIL image (got type {type(value).__name__})")
+
+
+def _together(owner: str, **parts: object) -> None:
+    """Refuse when some but not all of the named parts are present."""
+    absent = [name for name, value in parts.items() if value is None]
+    if absent and len(absent) < len(parts):
+        given = [name for name in parts if name not in absent]
+        raise ValueError(f"{owner}: {' and '.join(parts)} go together (got {', '.join(given)} without {absent[0]})")
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to a model.
+
+    Args:
+        prompt: the question, not empty.
+        image: what it is asked about; None for a question in text only.
+        answer: the expected answer where one is known.
+    Raises:
+        TypeError, ValueError: "Query: rule (got name=...)".
+    """
+
+    prompt: str
+    image: ImageSource | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        _text("Query", "prompt", self.prompt)
+        _image("Query", "image", self.image)
+        _optional_text("Query", "answer", self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question at which an edit must not fire.
+
+    Args:
+        kind: "near" (same question, other image), "blind" (same question, no image) or "same" (same image,
+            other question).
+        prompt: the question, not empty.
+        image: None exactly when `kind` is "blind".
+        answer: the right answer where it is known; else the model's own answer before the edit is the reference.
+    Raises:
+        TypeError, ValueError: "Probe: rule (got name=...)".
+    """
+
+    kind: str
+    prompt: str
+    image: ImageSource | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROBE_KINDS:
+            raise ValueError(f"Probe: kind must be one of {', '.join(PROBE_KINDS)} (got kind={self.kind!r:.80})")
+        _text("Probe", "prompt", self.prompt)
+        _image("Probe", "image", self.image)
+        _optional_text("Probe", "answer", self.answer)
+        if self.kind == "blind" and self.image is not None:
+            raise ValueError("Probe: a blind probe has no image (got kind='blind' with an image)")
+        if self.kind == "near" and self.image is None:
+            raise ValueError("Probe: a near probe needs another image (got kind='near', image=None)")
+
+    @property
+    def query(self) -> Query:
+        """The same question as a `Query`."""
+        return Query(self.prompt, self.image, self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One edit: asked `prompt` about `image`, answer `target` from now on. Absent parts are None.
+
+    Args:
+        prompt: the edit question, not empty.
+        target: the new answer, not empty.
+        image: what the question is about; None for an edit of text-only knowledge.
+        rephrase: the same question in other words (text generality, asked about `image`).
+        image_rephrase: another image of the same thing (image generality, asked with `prompt`).
+        locality_prompt, locality_answer: an unrelated question without image (text locality); an answer needs
+            its prompt.
+        image_locality_image, image_locality_prompt, image_locality_answer: an unrelated question about another
+            image (image locality); image and prompt go together, an answer needs both.
+        portability: questions whose answer follows from the edit, with that answer.
+        probes: questions at which the edit must not fire.
+        prediction: the answer that a model gave before the edit, where the record has one (MMEdit "pred").
+        id: stable name of the record, for example "vqa_eval.json#17".
+        tags: free marks, for example ("hard",).
+    Raises:
+        TypeError, ValueError: "EditRequest: rule (got name=...)".
+    """
+
+    prompt: str
+    target: str
+    image: ImageSource | None = None
+    rephrase: str | None = None
+    image_rephrase: ImageSource | None = None
+    locality_prompt: str | None = None
+    locality_answer: str | None = None
+    image_locality_image: ImageSource | None = None
+    image_locality_prompt: str | None = None
+    image_locality_answer: str | None = None
+    portability: tuple[Query, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    prediction: str | None = None
+    id: str = ""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        owner = "EditRequest"
+        for name in ("prompt", "target"):
+            _text(owner, name, getattr(self, name))
+        for name in ("rephrase", "locality_prompt", "locality_answer"):
+            _optional_text(owner, name, getattr(self, name))
+        for name in ("image_locality_prompt", "image_locality_answer"):
+            _optional_text(owner, name, getattr(self, name))
+        for name in ("image", "image_rephrase", "image_locality_image"):
+            _image(owner, name, getattr(self, name))
+        # A recorded prediction may be empty: models do answer with nothing.
+        if self.prediction is not None and not isinstance(self.prediction, str):
+            raise TypeError(f"{owner}: prediction must be text (got prediction={self.prediction!r:.80})")
+        if not isinstance(self.id, str):
+            raise TypeError(f"{owner}: id must be text (got id={self.id!r:.80})")
+        object.__setattr__(self, "portability", _members(self.portability, "portability", Query))
+        object.__setattr__(self, "probes", _members(self.probes, "probes", Probe))
+        object.__setattr__(self, "tags", _members(self.tags, "tags", str))
+        if self.locality_answer is not None and self.locality_prompt is None:
+            raise ValueError(f"{owner}: locality_answer needs locality_prompt (got locality_prompt=None)")
+        _together(
+            owner,
+            image_locality_image=self.image_locality_image,
+            image_locality_prompt=self.image_locality_prompt,
+        )
+        if self.image_locality_answer is not None and self.image_locality_prompt is None:
+            raise ValueError(f"{owner}: image_locality_answer needs image_locality_prompt (got None)")
+
+    @property
+    def query(self) -> Query:
+        """The edit question with its new answer, as a `Query`."""
+        return Query(self.prompt, self.image, self.target)
+
+
+def _members(values: Iterable[object], name: str, kind: type) -> tuple[object, ...]:
+    """Return the values as a tuple, refusing members of another type (and text in the place of a list)."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"EditRequest: {name} must be a list of {kind.__name__} (got type {type(values).__name__})")
+    members = tuple(values)
+    for position, member in enumerate(members):
+        if not isinstance(member, kind):
+            got = f"{name}[{position}] of type {type(member).__name__}"
+            raise TypeError(f"EditRequest: {name} must hold {kind.__name__} (got {got})")
+    return members
