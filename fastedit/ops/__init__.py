@@ -1,0 +1,9 @@
+"""Fused ops: one public function each, over one torch.library op. Importing this module registers them."""
+
+from fastedit.ops._library import implementations
+from fastedit.ops.adam_step import adam_step_
+from fastedit.ops.low_rank import low_rank
+from fastedit.ops.mmd2 import mmd2
+from fastedit.ops.risk import Kind, risk
+
+__all__ = ["Kind", "adam_step_", "implementations", "low_rank", "mmd2", "risk"]

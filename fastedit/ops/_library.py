@@ -1,0 +1,42 @@
+"""How an op enters torch: its schema, its default kernel (the reference) and the kernels of single devices."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+# op -> device -> who serves it; filled while the op modules are imported and constant afterwards
+_SERVED: dict[str, dict[str, str]] = {}
+
+
+def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``fastedit::name``: the reference is the kernel of every device that gets no other, fake tells shapes."""
+    torch.library.define(f"fastedit::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"fastedit::{name}", "CompositeExplicitAutograd", reference)
+    torch.library.register_fake(f"fastedit::{name}", fake)
+    _SERVED[name] = {"cpu": "reference", "cuda": "reference"}
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Return who serves each op on each device, e.g. ``{"risk": {"cpu": "csrc", "cuda": "reference"}}``."""
+    return {name: dict(devices) for name, devices in sorted(_SERVED.items()) if not name.endswith("_backward")}
+
+
+def fail(op: str, rule: str, **got: object) -> NoReturn:
+    """Raise ValueError ``op: rule (got name=value, ...)``."""
+    listed = ", ".join(f"{name}={value}" for name, value in got.items())
+    raise ValueError(f"{op}: {rule} (got {listed})")
+
+
+def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Raise unless the tensor has a dtype that the ops compute with."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        fail(op, f"{name} is float32, bfloat16, float16 or float64", **{name: tensor.dtype})
+
+
+def check_index(op: str, name: str, tensor: torch.Tensor, length: int | torch.SymInt, device: torch.device) -> None:
+    """Raise unless the tensor is a vector of int64 of that length on that device."""
+    if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.shape[0] != length:
+        fail(op, f"{name} is int64 of shape ({length},)", **{name: f"{tensor.dtype} {tuple(tensor.shape)}"})
+    if tensor.device != device:
+        fail(op, f"{name} is on the device of the features", **{name: tensor.device, "features": device})

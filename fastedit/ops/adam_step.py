@@ -1,0 +1,123 @@
+"""``adam_step_``: one AdamW step of all edits' parameter rows, each clipped, masked and counted by itself."""
+
+import torch
+from torch import Tensor
+
+from fastedit.ops._library import check_floating, define, fail
+from fastedit.reference import adam_step as reference
+from fastedit.reference._precision import accumulation_dtype
+
+_OP = "adam_step_"
+
+
+def _fake(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    active: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: float | None,
+    radius: float | None,
+) -> Tensor:
+    return exp_avg.new_empty(params.shape[0])
+
+
+define(
+    "adam_step_",
+    "(Tensor(a!) params, Tensor grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor lr, "
+    "Tensor active, float beta1, float beta2, float eps, float weight_decay, float? clip, float? radius) -> Tensor",
+    reference.adam_step_,
+    _fake,
+)
+
+
+def adam_step_(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    active: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    radius: float | None = None,
+) -> Tensor:
+    """Update every active row by one AdamW step in place and return the gradient norms.
+
+    AdamW with decoupled weight decay, arXiv 1711.05101, algorithm 2, in the form of torch.optim.AdamW after
+    torch.nn.utils.clip_grad_norm_ of each row by itself: nothing is reduced across rows, so a batch of B edits equals B
+    single edits. ``radius`` keeps the values in an l_inf ball around zero (FT-L, arXiv 2012.00363, on a delta). Rows not
+    active keep every bit, their step included. Gradients are read only.
+
+    Args:
+        params: (B, P), float32 | bfloat16 | float16 | float64. One edit's parameters a row, unit stride along P.
+        grads: (B, P), dtype of params, or float32.
+        exp_avg, exp_avg_sq: (B, P), float32 (float64 for float64 params). First and second moment, zeros at
+            the start.
+        step: (B,), int64. Steps done; incremented where active.
+        lr: learning rate, or one per row (B,).
+        active: (B,), bool. Rows to update.
+        betas, eps, weight_decay: as in torch.optim.AdamW.
+        clip: largest gradient norm of a row; None does not clip.
+        radius: largest absolute value after the step; None does not clamp.
+    Returns:
+        norms (B,), dtype of exp_avg: gradient norm of every row before clipping, 0 where not active.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a setting is out of its range.
+    """
+    _check(params, grads, exp_avg, exp_avg_sq, step, active)
+    _check_settings(betas, eps=eps, weight_decay=weight_decay, clip=clip, radius=radius)
+    rows = params.shape[0]
+    if isinstance(lr, Tensor):
+        if lr.shape != (rows,) or lr.device != params.device:
+            fail(_OP, f"lr is a number or of shape ({rows},) beside params", lr=f"{tuple(lr.shape)} {lr.device}")
+        rates = lr.detach().to(torch.float64)
+    else:
+        rates = torch.full((rows,), float(lr), dtype=torch.float64, device=params.device)
+    with torch.no_grad():
+        norm: Tensor = torch.ops.fastedit.adam_step_.default(
+            params, grads, exp_avg, exp_avg_sq, step, rates, active, *betas, eps, weight_decay, clip, radius
+        )
+    return norm
+
+
+def _check(params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, active: Tensor) -> None:
+    check_floating(_OP, "params", params)
+    if params.dim() != 2:
+        fail(_OP, "params is (B, P)", params=tuple(params.shape))
+    state_dtype = accumulation_dtype(params.dtype)
+    matrices = {"params": params, "grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in matrices.items():
+        allowed = {"params": (params.dtype,), "grads": (params.dtype, state_dtype)}.get(name, (state_dtype,))
+        if tensor.shape != params.shape:
+            fail(_OP, f"{name} has the shape of params", **{name: tuple(tensor.shape), "params": tuple(params.shape)})
+        if tensor.dtype not in allowed:
+            fail(
+                _OP, f"{name} is {' or '.join(str(dtype) for dtype in dict.fromkeys(allowed))}", **{name: tensor.dtype}
+            )
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            fail(_OP, f"{name} has unit stride along P", **{name: tensor.stride()})
+        if tensor.device != params.device:
+            fail(_OP, f"{name} is on the device of params", **{name: tensor.device, "params": params.device})
+    for name, tensor, dtype in (("step", step, torch.int64), ("active", active, torch.bool)):
+        if tensor.shape != (params.shape[0],) or tensor.dtype != dtype or tensor.device != params.device:
+            got = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
+            fail(_OP, f"{name} is {dtype} of shape ({params.shape[0]},) beside params", **{name: got})
+
+
+def _check_settings(betas: tuple[float, float], **numbers: float | None) -> None:
+    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
+        fail(_OP, "betas lie in [0, 1)", betas=betas)
+    for name, number in numbers.items():
+        if number is not None and not number >= 0.0:
+            fail(_OP, f"{name} is not negative", **{name: number})

@@ -1,0 +1,105 @@
+"""``risk``: token risks and their derivative by a dummy scale on the logits, averaged per segment."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastedit.ops._library import check_floating, check_index, define, fail
+from fastedit.reference import risk as reference
+from fastedit.reference._precision import accumulation_dtype
+
+Kind = Literal["ce", "forward_kl", "reverse_kl"]
+KINDS: tuple[Kind, ...] = ("ce", "forward_kl", "reverse_kl")
+
+
+def _fake(
+    logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    value = logits.new_empty(n_segments, dtype=dtype)
+    stats = logits.new_empty((logits.shape[0], reference.STATS), dtype=dtype)
+    return value, torch.empty_like(value), stats
+
+
+def _fake_backward(
+    grad_value: Tensor, grad_env: Tensor, logits: Tensor, target: Tensor, segments: Tensor, stats: Tensor, kind: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, target, segments, _, ctx.kind = inputs
+    ctx.save_for_backward(logits, target, segments, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_value: Tensor, grad_env: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    logits, target, segments, stats = ctx.saved_tensors
+    grad = torch.ops.fastedit.risk_backward.default(grad_value, grad_env, logits, target, segments, stats, ctx.kind)
+    return grad, None, None, None, None
+
+
+define(
+    "risk",
+    "(Tensor logits, Tensor target, Tensor segments, SymInt n_segments, str kind) -> (Tensor, Tensor, Tensor)",
+    reference.risk,
+    _fake,
+)
+define(
+    "risk_backward",
+    "(Tensor grad_value, Tensor grad_env, Tensor logits, Tensor target, Tensor segments, Tensor stats, str kind) "
+    "-> Tensor",
+    reference.risk_backward,
+    _fake_backward,
+)
+torch.library.register_autograd("fastedit::risk", _backward, setup_context=_save)
+
+
+def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: Kind = "ce") -> tuple[Tensor, Tensor]:
+    """Return the mean risk of every segment and its derivative by a scale w on the logits at w = 1.
+
+    ODEdit, equations (2), (3) and (9), arXiv 2601.19700. The paper differentiates twice; here both outputs are
+    differentiable in the logits through closed forms, so a penalty on ``env_grad`` costs no second backward:
+
+    * ``ce``: lse(z) - z_y; derivative E_p[z] - z_y.
+    * ``forward_kl``: KL(reference || edited); derivative E_p[z] - E_q[z].
+    * ``reverse_kl``: KL(edited || reference), the paper's locality risk; derivative Cov_p(z, z - r).
+
+    The reference logits are constants: w does not multiply them and they get no gradient. The backward is not
+    differentiable again. Logits of -inf have probability zero.
+
+    Args:
+        logits: (T, V), float32 | bfloat16 | float16 | float64. Sums are kept in float32 (float64 for float64).
+        target: (T,) int64 labels for ``ce``, read only where ``segments >= 0``; (T, V) reference logits of the dtype of
+            ``logits`` otherwise.
+        segments: (T,), int64 below ``n_segments``. Tokens of a negative segment are ignored and get a zero gradient.
+        n_segments: number S of segments, e.g. edits times environments.
+        kind: ``ce``, ``forward_kl`` or ``reverse_kl``.
+    Returns:
+        value (S,), env_grad (S,), float32 (float64 for float64). A segment without tokens has 0 in both.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a label or a segment is out of range.
+    """
+    if kind not in KINDS:
+        fail("risk", f"kind is one of {', '.join(KINDS)}", kind=kind)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        fail("risk", "logits are (T, V) with V > 0", logits=tuple(logits.shape))
+    check_floating("risk", "logits", logits)
+    if n_segments < 0:
+        fail("risk", "n_segments is not negative", n_segments=n_segments)
+    check_index("risk", "segments", segments, logits.shape[0], logits.device)
+    if kind == "ce":
+        check_index("risk", "target", target, logits.shape[0], logits.device)
+    else:
+        if target.shape != logits.shape or target.dtype != logits.dtype:
+            shapes = {
+                "target": f"{target.dtype} {tuple(target.shape)}",
+                "logits": f"{logits.dtype} {tuple(logits.shape)}",
+            }
+            fail("risk", f"target of {kind} has the shape and dtype of logits", **shapes)
+        if target.device != logits.device:
+            fail("risk", "target is on the device of logits", target=target.device, logits=logits.device)
+        target = target.detach()
+    value, env_grad, _ = torch.ops.fastedit.risk.default(logits, target, segments, n_segments, kind)
+    return value, env_grad

@@ -1,0 +1,116 @@
+"""Definition of ``risk``: segment means of a token risk and of its derivative by a dummy scale on the logits."""
+
+import torch
+from torch import Tensor
+
+from fastedit.reference._precision import accumulation_dtype, widen
+
+# Columns of ``stats``, what backward needs of a token: log-sum-exp and mean (under their softmax) of the logits, and
+#   forward_kl  log-sum-exp of the reference logits, unused
+#   reverse_kl  mean and covariance: v_mean = E_p[z - r] and h = Cov_p(z, z - r)
+STATS = 4
+
+# exp(60) is still finite in float32 with room for a sum; beyond it the two log-sum-exps are as accurate.
+_MAX_EXPONENT = 60.0
+
+
+def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return value (S,), env_grad (S,) and stats (T, 4), all in the accumulation dtype."""
+    n_tokens, n_vocabulary = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    if n_tokens and not bool((segments < n_segments).all()):
+        raise ValueError(
+            f"risk: segments are below n_segments (got max={int(segments.max())}, n_segments={n_segments})"
+        )
+    keep = segments >= 0
+    z = _finite(logits[keep])
+    # (T', V), (T', 1): probabilities and logits centred so that E_p[a] = 0
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    p = torch.exp(z - lse)
+    mean = (p * z).sum(-1, keepdim=True)
+    extra = torch.zeros_like(mean).expand(-1, 2)
+
+    if kind == "ce":
+        labels = target[keep]
+        if labels.numel() and not bool(((labels >= 0) & (labels < n_vocabulary)).all()):
+            low, high = int(labels.min()), int(labels.max())
+            raise ValueError(
+                f"risk: labels lie in [0, V) where segments >= 0 (got min={low}, max={high}, V={n_vocabulary})"
+            )
+        picked = z.gather(-1, labels[:, None])
+        value, env_grad = lse - picked, mean - picked
+    elif kind == "forward_kl":
+        r = _finite(target[keep])
+        lse_r = torch.logsumexp(r, -1, keepdim=True)
+        q = torch.exp(r - lse_r)
+        value = _divergence(q, r - z, lse_r, lse)
+        env_grad = (p - q).mul(z - mean).sum(-1, keepdim=True)
+        extra = torch.cat([lse_r, torch.zeros_like(lse_r)], -1)
+    else:
+        r = _finite(target[keep])
+        v = z - r
+        v_mean = (p * v).sum(-1, keepdim=True)
+        value = _divergence(p, v, lse, torch.logsumexp(r, -1, keepdim=True))
+        env_grad = (p * (z - mean) * (v - v_mean)).sum(-1, keepdim=True)
+        extra = torch.cat([v_mean, env_grad], -1)
+
+    stats = logits.new_zeros((n_tokens, STATS), dtype=dtype)
+    stats[keep] = torch.cat([lse, mean, extra], -1)
+    chosen = segments[keep]
+    count = _count(chosen, n_segments, dtype)
+    value_sum = count.new_zeros(n_segments).index_add(0, chosen, value[:, 0])
+    env_sum = count.new_zeros(n_segments).index_add(0, chosen, env_grad[:, 0])
+    return value_sum / count, env_sum / count, stats
+
+
+def risk_backward(
+    grad_value: Tensor, grad_env: Tensor, logits: Tensor, target: Tensor, segments: Tensor, stats: Tensor, kind: str
+) -> Tensor:
+    """Return the gradient by logits (T, V) of ``<grad_value, value> + <grad_env, env_grad>``."""
+    keep = segments >= 0
+    chosen = segments[keep]
+    z = _finite(logits[keep])
+    lse, mean, third, fourth = stats[keep].split(1, dim=-1)  # type: ignore[no-untyped-call]
+    p = torch.exp(z - lse)
+    a = z - mean
+    # (T', 1): what one token's risk and its scale derivative weigh in the result
+    count = _count(chosen, grad_value.shape[0], stats.dtype)
+    on_value = (grad_value / count)[chosen, None]
+    on_env = (grad_env / count)[chosen, None]
+
+    if kind == "ce":
+        grad = p * (on_value + on_env * (1 + a))
+        grad.scatter_add_(-1, target[keep][:, None], -(on_value + on_env))
+    elif kind == "forward_kl":
+        q = torch.exp(_finite(target[keep]) - third)
+        grad = on_value * (p - q) + on_env * ((p - q) + p * a)
+    else:
+        b = z - _finite(target[keep]) - third
+        grad = p * (on_value * b + on_env * (a * b - fourth + a + b))
+
+    out = logits.new_zeros(logits.shape)
+    out[keep] = grad.to(logits.dtype)
+    return out
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Widen logits and lift -inf to a value of probability zero whose products with itself do not overflow."""
+    wide = widen(logits)
+    return wide.clamp(min=-1e100 if wide.dtype == torch.float64 else -1e18)
+
+
+def _divergence(weight: Tensor, drift: Tensor, lse: Tensor, lse_other: Tensor) -> Tensor:
+    """Return KL(w || w') (T, 1) from drift u - u' of the two logits, where w = softmax(u) and lse belongs to u.
+
+    E_w[drift] - lse + lse' cancels when the two are close; log E_w[exp(E_w[drift] - drift)], the same number, does not.
+    """
+    mean = (weight * drift).sum(-1, keepdim=True)
+    exponent = mean - drift
+    close = torch.log1p((weight * torch.expm1(exponent.clamp(max=_MAX_EXPONENT))).sum(-1, keepdim=True))
+    far = mean - lse + lse_other
+    return torch.where(exponent.amax(-1, keepdim=True) > _MAX_EXPONENT, far, close)
+
+
+def _count(segments: Tensor, n_segments: int, dtype: torch.dtype) -> Tensor:
+    """Return tokens per segment (S,), at least 1 so that empty segments give zero means."""
+    return torch.bincount(segments, minlength=n_segments).clamp(min=1).to(dtype)
