@@ -14,7 +14,13 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     torch.library.define(f"fastedit::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"fastedit::{name}", "CompositeExplicitAutograd", reference)
     torch.library.register_fake(f"fastedit::{name}", fake)
+    if name.endswith("_backward"):
+        torch.library.register_autograd(f"fastedit::{name}", _refuse_second_backward)
     _SERVED[name] = {"cpu": "reference", "cuda": "reference"}
+
+
+def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+    raise RuntimeError("the gradients of fastedit's ops are closed forms that are not differentiable again")
 
 
 def implementations() -> dict[str, dict[str, str]]:

@@ -56,8 +56,8 @@ def adam_step_(
 
     AdamW with decoupled weight decay, arXiv 1711.05101, algorithm 2, in the form of torch.optim.AdamW after
     torch.nn.utils.clip_grad_norm_ of each row by itself: nothing is reduced across rows, so a batch of B edits equals B
-    single edits. ``radius`` keeps the values in an l_inf ball around zero (FT-L, arXiv 2012.00363, on a delta). Rows not
-    active keep every bit, their step included. Gradients are read only.
+    single edits. ``radius`` keeps the values in an l_inf ball around zero (FT-L, arXiv 2012.00363, on a delta). Rows
+    not active keep every bit, their step included. Gradients are read only.
 
     Args:
         params: (B, P), float32 | bfloat16 | float16 | float64. One edit's parameters a row, unit stride along P.

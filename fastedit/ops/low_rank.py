@@ -36,7 +36,7 @@ define(
     "low_rank_backward",
     "(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor offsets, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     reference.low_rank_backward,
-    _fake,
+    _fake_backward,
 )
 torch.library.register_autograd("fastedit::low_rank", _backward, setup_context=_save)
 

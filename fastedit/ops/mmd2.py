@@ -63,8 +63,8 @@ def mmd2(
     """Return the squared MMD of every group's x and y and its derivative by a scale w on the features at w = 1.
 
     ODEdit, equation (6), arXiv 2601.19700: M = E k(z, z') + E k(r, r') - 2 E k(z, r) with k(a, b) = sum_q
-    exp(-||a - b||^2 / (2 sigma_q^2)). The paper prints expectations; ``unbiased=False`` takes all ordered pairs, those of
-    a row with itself included, ``unbiased=True`` leaves these out. An unbiased sample of one row has no pairs: its
+    exp(-||a - b||^2 / (2 sigma_q^2)). The paper prints expectations; ``unbiased=False`` takes all ordered pairs, those
+    of a row with itself included, ``unbiased=True`` leaves these out. An unbiased sample of one row has no pairs: its
     within-term is dropped (the biased one would be the constant Q, so the gradients are those of the biased form). Both
     outputs are differentiable in x and y through closed forms; the backward is not differentiable again.
 

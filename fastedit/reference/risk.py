@@ -26,7 +26,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     z = _finite(logits[keep])
     # (T', V), (T', 1): probabilities and logits centred so that E_p[a] = 0
     lse = torch.logsumexp(z, -1, keepdim=True)
-    p = torch.exp(z - lse)
+    p = torch.softmax(z, -1)
     mean = (p * z).sum(-1, keepdim=True)
     extra = torch.zeros_like(mean).expand(-1, 2)
 
@@ -42,7 +42,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     elif kind == "forward_kl":
         r = _finite(target[keep])
         lse_r = torch.logsumexp(r, -1, keepdim=True)
-        q = torch.exp(r - lse_r)
+        q = torch.softmax(r, -1)
         value = _divergence(q, r - z, lse_r, lse)
         env_grad = (p - q).mul(z - mean).sum(-1, keepdim=True)
         extra = torch.cat([lse_r, torch.zeros_like(lse_r)], -1)
@@ -102,13 +102,15 @@ def _finite(logits: Tensor) -> Tensor:
 def _divergence(weight: Tensor, drift: Tensor, lse: Tensor, lse_other: Tensor) -> Tensor:
     """Return KL(w || w') (T, 1) from drift u - u' of the two logits, where w = softmax(u) and lse belongs to u.
 
-    E_w[drift] - lse + lse' cancels when the two are close; log E_w[exp(E_w[drift] - drift)], the same number, does not.
+    E_w[drift] - lse + lse' cancels when the two are close. For any c near the mean of drift, and u = drift - c, the sum
+    E_w[u] + log E_w[exp(-u)] is the same number and does not; c need not be the mean to the last bit.
     """
-    mean = (weight * drift).sum(-1, keepdim=True)
-    exponent = mean - drift
-    close = torch.log1p((weight * torch.expm1(exponent.clamp(max=_MAX_EXPONENT))).sum(-1, keepdim=True))
-    far = mean - lse + lse_other
-    return torch.where(exponent.amax(-1, keepdim=True) > _MAX_EXPONENT, far, close)
+    centre = (weight * drift).sum(-1, keepdim=True)
+    drift = drift - centre
+    ratio = (weight * torch.expm1((-drift).clamp(max=_MAX_EXPONENT))).sum(-1, keepdim=True)
+    close = (weight * drift).sum(-1, keepdim=True) + torch.log1p(ratio)
+    far = centre - lse + lse_other
+    return torch.where(drift.amin(-1, keepdim=True) < -_MAX_EXPONENT, far, close)
 
 
 def _count(segments: Tensor, n_segments: int, dtype: torch.dtype) -> Tensor:

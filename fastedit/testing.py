@@ -1,0 +1,202 @@
+"""Inputs, tolerances and implementations of the ops, shared by the tests and the benchmarks."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.ops import implementations
+
+# The one constant of all tolerances: c * eps(dtype) * sqrt(reduction length), relative to the largest expected value.
+TOLERANCE = 4.0
+
+
+def tolerance(dtype: torch.dtype, length: int) -> float:
+    """Return c * eps(dtype) * sqrt(length), the relative error that a sum of that many terms may show."""
+    return float(TOLERANCE * torch.finfo(dtype).eps * max(length, 1) ** 0.5)
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, length: int, scale: float = 0.0, name: str = "result") -> None:
+    """Compare a result with its float64 expectation under the tolerance of its own dtype.
+
+    Args:
+        actual: any shape, any floating dtype.
+        expected: the same shape, float64.
+        length: number of terms behind one entry.
+        scale: size of the terms summed, where cancellation makes it larger than that of the result.
+        name: how the result is called in the message.
+    Raises:
+        AssertionError: shapes differ, a value is not finite where expected is, or the error exceeds the tolerance.
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    if actual.numel() == 0:
+        return
+    wide = actual.detach().cpu().double()
+    goal = expected.detach().cpu().double()
+    if not torch.equal(torch.isfinite(wide), torch.isfinite(goal)):
+        raise AssertionError(f"{name}: {int((~torch.isfinite(wide)).sum())} values are not finite")
+    bound = tolerance(actual.dtype, length) * max(scale, float(goal.abs().max()))
+    error = float((wide - goal).abs().max())
+    if not error <= bound:
+        raise AssertionError(f"{name}: error {error:.3e} exceeds {bound:.3e} ({actual.dtype}, {length} terms)")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one op: its id, the device of its tensors and where its functions are found."""
+
+    op: str
+    id: str
+    device: str
+    # why it cannot run here; empty when it can
+    missing: str = ""
+
+    def __str__(self) -> str:
+        return self.id
+
+    def function(self, name: str = "") -> Callable[..., Any]:
+        """Return the function ``name`` (the op itself by default) with the arguments of the schema."""
+        name = name or self.op
+        source = self.id.split(":")[1]
+        if self.id.startswith("triton"):
+            found = getattr(importlib.import_module(f"fastedit.kernels.{self.op.rstrip('_')}"), name)
+        elif source == "reference":
+            found = getattr(importlib.import_module(f"fastedit.reference.{self.op.rstrip('_')}"), name)
+        else:
+            found = getattr(torch.ops.fastedit, name).default
+        return found  # type: ignore[no-any-return]
+
+
+def providers(op: str) -> list[Provider]:
+    """Return every implementation the project has of an op, those that cannot run here with the reason."""
+    served = implementations()[op]
+    stem = op.rstrip("_")
+    found = [Provider(op, "cpu:reference", "cpu")]
+    compiled = "" if served["cpu"] == "csrc" else "the compiled library does not serve this op"
+    found.append(Provider(op, "cpu:csrc", "cpu", compiled))
+    if importlib.util.find_spec(f"fastedit.kernels.{stem}") is not None:
+        installed = "" if importlib.util.find_spec("triton") else "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        found.append(
+            Provider(op, "triton:interpreted", "cpu", installed or ("" if interpreted else "TRITON_INTERPRET is not 1"))
+        )
+        gpu = "" if torch.cuda.is_available() and not interpreted else "no CUDA device, or Triton is interpreted"
+        found.append(Provider(op, "triton:cuda", "cuda", installed or gpu))
+    if served["cuda"] == "csrc":
+        found.append(Provider(op, "cuda:csrc", "cuda", "" if torch.cuda.is_available() else "no CUDA device"))
+    return found
+
+
+def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
+    """Return the int64 offsets (G + 1,) of groups of these lengths."""
+    return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+
+
+def risk_inputs(
+    tokens: int,
+    vocabulary: int,
+    segments: int,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    spread: float = 2.0,
+    drift: float = 0.3,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, int, str]:
+    """Return the arguments of ``risk``: logits of standard deviation ``spread``, about a fifth of the tokens ignored.
+
+    The reference logits of the KL kinds differ from the logits by ``drift``; ignored labels are -100, and the last of
+    several segments has no tokens.
+    """
+    make = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(tokens, vocabulary, generator=make) * spread).to(dtype)
+    used = max(segments - 1, 1)
+    own = torch.randint(0, used, (tokens,), generator=make)
+    own[torch.rand(tokens, generator=make) < 0.2] = -1
+    if kind == "ce":
+        target = torch.randint(0, vocabulary, (tokens,), generator=make)
+        target[own < 0] = -100
+    else:
+        target = (logits.float() + drift * torch.randn(tokens, vocabulary, generator=make)).to(dtype)
+    return logits.to(device), target.to(device), own.to(device), segments, kind
+
+
+def mmd2_inputs(
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    features: int,
+    dtype: torch.dtype,
+    *,
+    scales: int = 5,
+    per_group: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return x, y, offsets and bandwidths of ``mmd2``: features of mean 1 and 1.3, bandwidths around their distance."""
+    make = torch.Generator().manual_seed(seed)
+    x = 1.0 + torch.randn(sum(x_lengths), features, generator=make)
+    y = 1.3 + torch.randn(sum(y_lengths), features, generator=make)
+    # variances in ratio 2 around the mean squared distance 2 d
+    powers = torch.arange(scales, dtype=torch.float32) - scales // 2
+    bandwidths = (2.0 * features * 2.0**powers).sqrt()
+    if per_group:
+        bandwidths = bandwidths * (1.0 + 0.1 * torch.arange(len(x_lengths))[:, None])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        x.to(device, dtype),
+        y.to(device, dtype),
+        offsets(x_lengths, device),
+        offsets(y_lengths, device),
+        bandwidths.to(device, wide),
+    )
+
+
+def low_rank_inputs(
+    lengths: Sequence[int],
+    d: int,
+    rank: int,
+    d_out: int,
+    dtype: torch.dtype,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x, down, up and offsets of ``low_rank`` for edits with these token counts."""
+    make = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(lengths), d, generator=make)
+    down = torch.randn(len(lengths), d, rank, generator=make) / max(d, 1) ** 0.5
+    up = torch.randn(len(lengths), rank, d_out, generator=make) / max(rank, 1) ** 0.5
+    own = weight_dtype or dtype
+    return x.to(device, dtype), down.to(device, own), up.to(device, own), offsets(lengths, device)
+
+
+def adam_step_inputs(
+    rows: int, size: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return params, grads, both moments, step, lr and active of ``adam_step_``; every third row is done."""
+    make = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    params = torch.randn(rows, size, generator=make)
+    grads = torch.randn(rows, size, generator=make) * 0.1
+    first = torch.randn(rows, size, generator=make) * 0.1
+    second = torch.rand(rows, size, generator=make) * 0.1
+    step = torch.arange(rows) * 3
+    lr = 0.01 * (1.0 + torch.arange(rows, dtype=torch.float64))
+    active = torch.arange(rows) % 3 != 2
+    return (
+        params.to(device, dtype),
+        grads.to(device, dtype),
+        first.to(device, wide),
+        second.to(device, wide),
+        step.to(device),
+        lr.to(device),
+        active.to(device),
+    )

@@ -1,0 +1,37 @@
+"""What every test shares: fresh tensors hold NaN, and an implementation that is missing says so."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton decides when a kernel is imported whether to interpret it: without a GPU that is the only way to run one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fastedit.testing import Provider
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN, so that reading or returning unwritten memory shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def available() -> Iterator[object]:
+    """Return a function that skips with the reason, or fails where FASTEDIT_EXPECT names the implementation."""
+
+    def check(provider: Provider) -> Provider:
+        if provider.missing:
+            expected = os.environ.get("FASTEDIT_EXPECT", "").split(",")
+            if provider.id in expected:
+                pytest.fail(f"{provider.op}: {provider.id} is expected here but {provider.missing}")
+            pytest.skip(f"{provider.op}: {provider.id}: {provider.missing}")
+        return provider
+
+    return check

@@ -1,0 +1,198 @@
+"""The op mmd2: its definition against double backward, every implementation against its definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastedit import ops
+from fastedit.reference import mmd2 as reference
+from fastedit.testing import assert_close, mmd2_inputs, offsets, providers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# odd, empty and size-one groups: rows of x, rows of y, features
+SHAPES = (
+    ((4, 7, 1), (3, 1, 5), 17),
+    ((1,), (1,), 1),
+    ((0, 3), (2, 0), 8),
+    ((), (), 4),
+    ((33, 2), (19, 40), 130),
+)
+
+
+def _written_out(x: Tensor, y: Tensor, sigma: Tensor, unbiased: bool, scale: Tensor) -> Tensor:
+    """The squared MMD of one group as a textbook writes it, w on the features."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        square = (scale * a[:, None] - scale * b[None, :]).square().sum(-1)
+        return torch.exp(-square[..., None] / (2 * sigma**2)).sum(-1)
+
+    def within(a: Tensor) -> Tensor:
+        if not unbiased:
+            return kernel(a, a).mean()
+        off = ~torch.eye(len(a), dtype=torch.bool)
+        return kernel(a, a)[off].sum() / max(len(a) * (len(a) - 1), 1)
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (4, 7, 16), (32, 24, 256)])
+def test_definition_equals_double_backward(unbiased, n, m, d):
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((n,), (m,), d, torch.float64)
+    x.requires_grad_()
+    y.requires_grad_()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = _written_out(x, y, sigma, unbiased, scale)
+    (env,) = torch.autograd.grad(value, scale, create_graph=True)
+    goal = torch.autograd.grad(value + 2.3 * env**2, (x, y))
+
+    got_value, got_env = ops.mmd2(x, y, x_offsets, y_offsets, sigma, unbiased)
+    got = torch.autograd.grad((got_value + 2.3 * got_env**2).sum(), (x, y))
+    assert abs(got_value - value) < 1e-14
+    assert abs(got_env - env) < 1e-14
+    for one, other in zip(got, goal, strict=True):
+        assert (one - other).abs().max() < 1e-14 * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("provider", providers("mmd2"), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_equals_reference(provider, dtype, unbiased, per_group, available):
+    available(provider)
+    for seed, (x_lengths, y_lengths, d) in enumerate(SHAPES):
+        made = mmd2_inputs(x_lengths, y_lengths, d, dtype, seed=seed, per_group=per_group, device=provider.device)
+        for permuted in (False, True):
+            inputs = [
+                t.t().contiguous().t() if permuted and t.is_floating_point() and t.dim() == 2 else t for t in made
+            ]
+            wide = [t.double() if t.is_floating_point() else t for t in inputs]
+            value, env = provider.function()(*inputs, unbiased)
+            goal_value, goal_env = reference.mmd2(*wide, unbiased)
+            # distances about 2 d, each a sum of d squares, then a mean over pairs of Q terms
+            assert_close(value, goal_value, length=d, scale=5.0, name="value")
+            assert_close(env, goal_env, length=d, scale=5.0, name="env_grad")
+            on = [
+                torch.linspace(a, b, len(x_lengths), device=provider.device).to(value) for a, b in ((1, 2), (-1, 0.5))
+            ]
+            grads = provider.function("mmd2_backward")(*on, *inputs, unbiased)
+            goals = reference.mmd2_backward(on[0].double(), on[1].double(), *wide, unbiased)
+            for grad, goal in zip(grads, goals, strict=True):
+                assert grad.dtype == dtype
+                assert grad.is_contiguous()
+                assert_close(grad, goal, length=d, name="gradient")
+
+
+@pytest.mark.parametrize("provider", providers("mmd2"), ids=str)
+def test_common_mean_costs_no_digits(provider, available):
+    """Features of mean 50 with near-duplicates: without centring the distances drown in rounding."""
+    available(provider)
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((8,), (8,), 256, torch.float32, device=provider.device)
+    y = x + 0.02 * (y - x)
+    x, y, sigma = x + 50.0, y + 50.0, sigma * 0.05
+    value, env = provider.function()(x, y, x_offsets, y_offsets, sigma, False)
+    goal, goal_env = reference.mmd2(x.double(), y.double(), x_offsets, y_offsets, sigma.double(), False)
+    assert (value - goal).abs().max() < 2e-5
+    assert (env - goal_env).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_gradcheck(unbiased):
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((2, 0, 1), (3, 2, 1), 3, torch.float64)
+    x.requires_grad_()
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: ops.mmd2(a, b, x_offsets, y_offsets, sigma, unbiased), (x, y))
+
+
+@pytest.mark.parametrize("case", ["plain", "with grad", "permuted"])
+def test_opcheck(case):
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((3, 2), (1, 4), 5, torch.float32)
+    if case == "permuted":
+        x = x.t().contiguous().t()
+    x.requires_grad_(case == "with grad")
+    y.requires_grad_(case == "with grad")
+    torch.library.opcheck(torch.ops.fastedit.mmd2.default, (x, y, x_offsets, y_offsets, sigma, True))
+    arguments = (torch.ones(2), torch.ones(2), x.detach(), y.detach(), x_offsets, y_offsets, sigma, True)
+    torch.library.opcheck(torch.ops.fastedit.mmd2_backward.default, arguments)
+
+
+def test_compiles_without_breaks():
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def objective(x, y, x_offsets, y_offsets, sigma):
+        value, env = ops.mmd2(x * 1.5, y, x_offsets, y_offsets, sigma, True)
+        return (value + env.square()).sum()
+
+    for lengths in ((3, 2), (5, 1, 4)):
+        x, y, x_offsets, y_offsets, sigma = mmd2_inputs(lengths, lengths, 6, torch.float32)
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(objective(x, y, x_offsets, y_offsets, sigma), x)
+        value, env = ops.mmd2(x * 1.5, y, x_offsets, y_offsets, sigma, True)
+        (goal,) = torch.autograd.grad((value + env.square()).sum(), x)
+        assert torch.allclose(grad, goal)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    x_lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    extra=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    d=st.integers(1, 20),
+    unbiased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_properties(x_lengths, extra, d, unbiased, seed):
+    y_lengths = extra[: len(x_lengths)]
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs(x_lengths, y_lengths, d, torch.float64, seed=seed)
+    x.requires_grad_()
+    y.requires_grad_()
+    value, env = ops.mmd2(x, y, x_offsets, y_offsets, sigma, unbiased)
+    by_x, by_y = torch.autograd.grad(value.sum(), (x, y))
+    # Euler: the derivative by the common scale is the inner product of features and gradients
+    assert abs((x * by_x).sum() + (y * by_y).sum() - env.sum()) < 1e-11
+    # a shift of all features changes nothing, x and y have the same part
+    shifted = ops.mmd2(x + 3.0, y + 3.0, x_offsets, y_offsets, sigma, unbiased)
+    swapped = ops.mmd2(y, x, y_offsets, x_offsets, sigma, unbiased)
+    for other in (shifted, swapped):
+        assert torch.allclose(other[0], value, atol=1e-11)
+        assert torch.allclose(other[1], env, atol=1e-11)
+    if not unbiased:
+        assert (value > -1e-12).all()
+    # a batch equals its groups one by one
+    for g, (n, m) in enumerate(zip(x_lengths, y_lengths, strict=True)):
+        rows_x, rows_y = (
+            slice(int(x_offsets[g]), int(x_offsets[g + 1])),
+            slice(int(y_offsets[g]), int(y_offsets[g + 1])),
+        )
+        alone, alone_env = ops.mmd2(x[rows_x], y[rows_y], offsets([n]), offsets([m]), sigma, unbiased)
+        assert torch.allclose(alone[0], value[g], atol=1e-13)
+        assert torch.allclose(alone_env[0], env[g], atol=1e-13)
+
+
+def test_same_samples_have_no_discrepancy():
+    x, _, x_offsets, _, sigma = mmd2_inputs((6, 3), (6, 3), 12, torch.float64)
+    value, env = ops.mmd2(x, x.clone(), x_offsets, x_offsets, sigma)
+    assert value.abs().max() < 1e-14
+    assert env.abs().max() < 1e-14
+
+
+def test_errors():
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((2, 1), (1, 1), 3, torch.float32)
+    with pytest.raises(ValueError, match=r"mmd2: x is \(N, d\) and y is \(M, d\) \(got x=\(3, 3\), y=\(2, 2\)\)"):
+        ops.mmd2(x, y[:, :2], x_offsets, y_offsets, sigma)
+    with pytest.raises(
+        ValueError, match=r"mmd2: x and y have the same dtype and device \(got x=torch.float32 cpu, y=torch.f"
+    ):
+        ops.mmd2(x, y.double(), x_offsets, y_offsets, sigma)
+    with pytest.raises(
+        ValueError, match=r"mmd2: y_offsets is int64 of shape \(3,\) \(got y_offsets=torch.int64 \(2,\)\)"
+    ):
+        ops.mmd2(x, y, x_offsets, y_offsets[:2], sigma)
+    with pytest.raises(ValueError, match=r"mmd2: bandwidths is \(Q,\) or \(G, Q\) \(got bandwidths=\(3, 5\), G=2\)"):
+        ops.mmd2(x, y, x_offsets, y_offsets, sigma.expand(3, -1))
+    with pytest.raises(ValueError, match=r"mmd2: bandwidths are constants: detach them"):
+        ops.mmd2(x, y, x_offsets, y_offsets, sigma.clone().requires_grad_())
+    with pytest.raises(
+        ValueError, match=r"mmd2: x_offsets rise from 0 to the rows of x \(got x_offsets=\[0, 2, 2\], rows=3\)"
+    ):
+        ops.mmd2(x, y, torch.tensor([0, 2, 2]), y_offsets, sigma)
