@@ -1,0 +1,22 @@
+"""Backbones: Hugging Face multimodal models behind one interface, split into prefix and tail at any layer."""
+
+from .adapters import FAMILIES, Adapter
+from .fingerprint import weights_hash
+from .loading import load
+from .model import EditableModel
+from .random_shapes import SHAPES
+from .states import Encoded, ImageFeatures, ImageInputs, PrefixState, Site
+
+__all__ = [
+    "FAMILIES",
+    "SHAPES",
+    "Adapter",
+    "EditableModel",
+    "Encoded",
+    "ImageFeatures",
+    "ImageInputs",
+    "PrefixState",
+    "Site",
+    "load",
+    "weights_hash",
+]

@@ -1,0 +1,112 @@
+"""What a model family must provide, and which family serves which configuration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from .states import ImageFeatures, ImageInputs
+from .text import TextStack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Adapter(Protocol):
+    """One model family. An adapter is made from the Hugging Face model and its processor.
+
+    Args:
+        family: the name shown to people.
+        text: the decoder.
+        head: maps final hidden states to logits.
+        image_token_id: the token that image features replace.
+        image_text: what stands for an image in a raw prompt; "" where image tokens do not stand in the text.
+        token_types: whether the stock forward takes `mm_token_type_ids`.
+    """
+
+    family: str
+    text: TextStack
+    head: nn.Module
+    image_token_id: int
+    image_text: str
+    token_types: bool
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        """Return the tensors of one image and how many image tokens it takes."""
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Run the vision side once over these images."""
+
+    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
+        """Return prompt tokens with the image's tokens in place, and which of them are image tokens."""
+
+    def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
+        """Return positions (R, A, N) of right-padded rows."""
+
+
+#: Family module and class by the model type in a configuration.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "llava": ("llava", "LlavaAdapter"),
+    "llava_next": ("llava", "LlavaTiledAdapter"),
+    "llava_onevision": ("llava", "LlavaTiledAdapter"),
+    "blip-2": ("blip2", "Blip2Adapter"),
+    "qwen2_vl": ("qwenvl", "QwenVLAdapter"),
+    "qwen2_5_vl": ("qwenvl", "QwenVLAdapter"),
+    "qwen3_vl": ("qwenvl", "QwenVLAdapter"),
+}
+
+#: Parts that stay unquantized, by model type: the head, the vision side and what joins it to the decoder.
+UNQUANTIZED: dict[str, tuple[str, ...]] = {
+    "llava": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
+    "llava_next": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
+    "llava_onevision": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
+    "blip-2": ("language_model.lm_head", "vision_model", "qformer", "language_projection"),
+    "qwen2_vl": ("lm_head", "model.visual"),
+    "qwen2_5_vl": ("lm_head", "model.visual"),
+    "qwen3_vl": ("lm_head", "model.visual"),
+}
+
+
+def check_family(name: str, model_type: str) -> None:
+    """Refuse a model type without adapter.
+
+    Raises:
+        ValueError: names the model type and the known ones.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"load: model_type must be one of {known} (got model_type={model_type!r} of {name!r})")
+
+
+def make_adapter(hf: Any, processor: Any) -> Adapter:
+    """Return the adapter of a loaded model."""
+    module_name, class_name = FAMILIES[hf.config.model_type]
+    module = importlib.import_module(f"{__package__}.{module_name}")
+    adapter: Adapter = getattr(module, class_name)(hf, processor)
+    return adapter
+
+
+def sequential_positions(image_mask: Tensor) -> Tensor:
+    """Return positions 0, 1, 2, ... for rows (R, N): (R, 1, N), int64."""
+    import torch
+
+    rows, length = image_mask.shape
+    return torch.arange(length, device=image_mask.device).expand(rows, 1, length)
+
+
+def image_token_id(hf: Any, processor: Any, fallback: str) -> int:
+    """Return the token that stands for image features: the configuration's, else the processor's."""
+    for name in ("image_token_id", "image_token_index"):
+        found = getattr(hf.config, name, None)
+        if found is not None:
+            return int(found)
+    return int(processor.tokenizer.convert_tokens_to_ids(fallback))
+
+
+def token_text(processor: Any, token_id: int) -> str:
+    """Return the text of a token."""
+    text: str = processor.tokenizer.convert_ids_to_tokens(token_id)
+    return text

@@ -1,0 +1,59 @@
+"""BLIP-2 (arXiv 2301.12597) with a decoder-only language model: query tokens before the text, opening token included.
+
+With a LLaMA text model this is also the shape of MiniGPT-4 (arXiv 2304.10592).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapters import image_token_id, sequential_positions
+from .states import ImageFeatures, ImageInputs, join_padded
+from .text import text_stack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Blip2Adapter:
+    """Every image is a fixed number of query outputs ahead of the prompt's first token."""
+
+    family = "BLIP-2"
+    image_text = ""
+    token_types = False
+
+    def __init__(self, hf: Any, processor: Any) -> None:
+        if not hf.config.use_decoder_only_language_model:
+            kind = hf.config.text_config.model_type
+            raise ValueError(f"load: BLIP-2 needs a decoder-only text model (got model_type={kind!r})")
+        self.hf = hf
+        self.processor = processor
+        language_model = hf.language_model
+        self.text = text_stack(getattr(language_model.model, "decoder", language_model.model))
+        self.head = language_model.lm_head
+        self.image_token_id = image_token_id(hf, processor, "<image>")
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        """Return the tensors of one image and how many image tokens it takes."""
+        batch = self.processor.image_processor(images=[image], return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"]}, int(self.hf.config.num_query_tokens)
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Run tower, Q-Former and projection once over these images."""
+        parameter = next(self.hf.vision_model.parameters())
+        pixels = join_padded([image.tensors["pixel_values"] for image in images])
+        output = self.hf.get_image_features(pixels.to(parameter.device, parameter.dtype), return_dict=True)
+        return [ImageFeatures(tokens=part) for part in output.pooler_output]
+
+    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
+        """Put the image's tokens before everything else."""
+        return [self.image_token_id] * tokens + list(ids), [True] * tokens + [False] * len(ids)
+
+    def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
+        """Return positions in sequence (R, 1, N), -1 at padding as the stock model has it for learned positions."""
+        places = sequential_positions(image_mask)
+        return torch.where(places < lengths[:, None, None], places, torch.zeros_like(places))

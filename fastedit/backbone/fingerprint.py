@@ -1,0 +1,50 @@
+"""What a model is, in 64 hexadecimal digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Configuration entries that say where or how a model was loaded, not what it computes.
+_VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of a state dict. Equal means bit-identical."""
+    digest = hashlib.sha256()
+    state = module.state_dict()
+    for name in sorted(state):
+        value = state[name]
+        digest.update(name.encode())
+        if not isinstance(value, Tensor):
+            digest.update(repr(value).encode())
+            continue
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def model_fingerprint(hf: Any) -> str:
+    """Return the SHA-256 over configuration and weights of a Hugging Face model."""
+    digest = hashlib.sha256(json.dumps(_stable(hf.config.to_dict()), sort_keys=True, default=str).encode())
+    digest.update(weights_hash(hf).encode())
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    """The raw bytes of a tensor of any dtype."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _stable(config: Any) -> Any:
+    """Drop volatile entries at every level."""
+    if isinstance(config, dict):
+        return {str(key): _stable(value) for key, value in config.items() if key not in _VOLATILE}
+    if isinstance(config, (list, tuple)):
+        return [_stable(value) for value in config]
+    return config

@@ -1,0 +1,157 @@
+"""Images: opening, content hashes, and caches of pixels and features under a memory budget."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from torch import Tensor
+
+from .states import ImageFeatures, ImageInputs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastedit.requests import ImageSource
+
+Value = TypeVar("Value")
+
+
+class BoundedCache(Generic[Value]):
+    """Values by key; the least recently used are dropped once the sizes add up to more than the budget.
+
+    Args:
+        budget_bytes: largest sum of sizes; 0 keeps nothing.
+        size: bytes of one value.
+    """
+
+    def __init__(self, budget_bytes: int, size: Callable[[Value], int]) -> None:
+        self.budget_bytes = budget_bytes
+        self.held_bytes = 0
+        self._size = size
+        self._values: OrderedDict[str, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str) -> Value | None:
+        """Return the value and mark it as used, or None."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: str, value: Value) -> None:
+        """Keep a value, dropping others if there is no room; a value over the whole budget is not kept."""
+        if key in self._values:
+            self.held_bytes -= self._size(self._values.pop(key))
+        size = self._size(value)
+        if size > self.budget_bytes:
+            return
+        self._values[key] = value
+        self.held_bytes += size
+        while self.held_bytes > self.budget_bytes:
+            _, dropped = self._values.popitem(last=False)
+            self.held_bytes -= self._size(dropped)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._values.clear()
+        self.held_bytes = 0
+
+
+def feature_cache(budget_bytes: int) -> BoundedCache[ImageFeatures]:
+    """Return a cache of what the decoder receives of images."""
+    return BoundedCache(budget_bytes, lambda features: features.n_bytes)
+
+
+class ImageReader:
+    """Opens images and runs the processor on each distinct one once.
+
+    Args:
+        preprocess: from an RGB image to its tensors and number of image tokens.
+        budget_bytes: memory for preprocessed images.
+    """
+
+    def __init__(self, preprocess: Callable[[Image], tuple[dict[str, Tensor], int]], budget_bytes: int) -> None:
+        self._preprocess = preprocess
+        self._inputs: BoundedCache[ImageInputs] = BoundedCache(budget_bytes, _inputs_bytes)
+        # Content hash by (path, size, time of change), so that a known file is not decoded again.
+        self._known_files: dict[tuple[str, int, int], str] = {}
+
+    def read(self, source: ImageSource) -> ImageInputs:
+        """Return the preprocessed image.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not an image.
+        """
+        stamp = _file_stamp(source)
+        if stamp is not None and stamp in self._known_files:
+            known = self._inputs.get(self._known_files[stamp])
+            if known is not None:
+                return known
+        image = open_image(source)
+        key = content_hash(image)
+        if stamp is not None:
+            self._known_files[stamp] = key
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            tensors, tokens = self._preprocess(image)
+            inputs = ImageInputs(key=key, tensors=tensors, tokens=tokens)
+            self._inputs.put(key, inputs)
+        return inputs
+
+    def clear(self) -> None:
+        """Drop all preprocessed images."""
+        self._inputs.clear()
+        self._known_files.clear()
+
+
+def open_image(source: ImageSource) -> Image:
+    """Return an image source as an RGB image.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: the file is not an image that Pillow reads.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"image file does not exist (got image={str(path)!r})")
+        try:
+            with Image.open(path) as opened:
+                return opened.convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            raise ValueError(f"image file must be readable by Pillow (got image={str(path)!r}: {error})") from error
+    return source.convert("RGB")
+
+
+def content_hash(image: Image) -> str:
+    """Return the SHA-256 of size and RGB pixels."""
+    digest = hashlib.sha256(f"{image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _file_stamp(source: ImageSource) -> tuple[str, int, int] | None:
+    """Identify the state of a file without reading it; None for images in memory and missing files."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = Path(source)
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def _inputs_bytes(inputs: ImageInputs) -> int:
+    return sum(part.numel() * part.element_size() for part in inputs.tensors.values())

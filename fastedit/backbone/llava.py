@@ -1,0 +1,85 @@
+"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision: image features at placeholders, positions in sequence.
+
+arXiv 2310.03744 (1.5), 2408.03326 (OneVision). LLaVA-NeXT and OneVision cut an image into tiles, so its number of
+tokens depends on its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapters import image_token_id, sequential_positions, token_text
+from .prompts import expand_image_token
+from .states import ImageFeatures, ImageInputs, join_padded
+from .text import text_stack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class LlavaAdapter:
+    """LLaVA 1.5: every image has the same number of tokens."""
+
+    family = "LLaVA"
+    token_types = False
+
+    def __init__(self, hf: Any, processor: Any) -> None:
+        self.hf = hf
+        self.processor = processor
+        self.text = text_stack(hf.model.language_model)
+        self.head = hf.lm_head
+        self.image_token_id = image_token_id(hf, processor, "<image>")
+        self.image_text = token_text(processor, self.image_token_id)
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        """Return the tensors of one image and how many image tokens it takes."""
+        batch = self.processor(images=[image], text=[self.image_text], return_tensors="pt")
+        tokens = int((batch["input_ids"] == self.image_token_id).sum())
+        return {"pixel_values": batch["pixel_values"]}, tokens
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Run tower and projector once over these images."""
+        parameter = next(self.hf.model.multi_modal_projector.parameters())
+        pixels = join_padded([image.tensors["pixel_values"] for image in images])
+        arguments: dict[str, Any] = {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
+        if "image_sizes" in images[0].tensors:
+            arguments["image_sizes"] = join_padded([image.tensors["image_sizes"] for image in images])
+        output = self.hf.model.get_image_features(**arguments, return_dict=True)
+        return [ImageFeatures(tokens=part) for part in output.pooler_output]
+
+    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
+        """Expand the placeholder."""
+        return expand_image_token(ids, self.image_token_id, tokens)
+
+    def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
+        """Return positions in sequence (R, 1, N)."""
+        return sequential_positions(image_mask)
+
+
+class LlavaTiledAdapter(LlavaAdapter):
+    """LLaVA-NeXT and OneVision: an image is cut into tiles, their number and padding depend on its shape."""
+
+    family = "LLaVA-NeXT/OneVision"
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        """Return tiles (1, P, 3, H, W) and size (1, 2) of one image and how many image tokens it takes."""
+        batch = self.processor.image_processor(images=[image], return_tensors="pt")
+        tensors = {"pixel_values": batch["pixel_values"], "image_sizes": batch["image_sizes"]}
+        return tensors, self._count(tensors)
+
+    def _count(self, tensors: dict[str, Tensor]) -> int:
+        """Pack features of width one as the model packs real ones, and count them."""
+        config = self.hf.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        blank = torch.zeros(tensors["pixel_values"].shape[1], side * side, 1)
+        options: dict[str, Any] = {"image_newline": torch.zeros(1)}
+        if hasattr(config, "vision_aspect_ratio"):
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        else:
+            options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        packed, _ = self.hf.model.pack_image_features([blank], tensors["image_sizes"], **options)
+        return int(packed[0].shape[0])

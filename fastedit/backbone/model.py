@@ -1,0 +1,284 @@
+"""An editable model: a frozen multimodal language model with a seam at any decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter
+from .encoding import encode_queries
+from .fingerprint import model_fingerprint
+from .generation import greedy
+from .images import ImageReader, feature_cache
+from .prompts import PromptBuilder
+from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_positions
+from .text import Context, causal_masks
+
+if TYPE_CHECKING:
+    from fastedit.requests import ImageSource, Query
+
+#: Images per call of the vision side.
+VISION_BATCH = 32
+
+
+class EditableModel:
+    """A Hugging Face multimodal model in eval mode, all parameters frozen, split at will into prefix and tail.
+
+    Made by `fastedit.backbone.load`. Forward hooks on any submodule stay active in `prefix`, `tail`, `head` and
+    `generate`, which call the real submodules and keep rows in order.
+
+    Args:
+        hf: the model. processor: its processor. adapter: its family. name: what it was loaded as.
+        quantize: "none", "nf4" or "int8". dtype: of the unquantized floating-point parameters.
+        template: prompt template, or None for the processor's own.
+        end_token_ids: tokens that end an answer; the first is the one that encoded answers end with.
+        image_cache_mib: memory for image features on the model's device, and as much for pixels.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        processor: Any,
+        adapter: Adapter,
+        *,
+        name: str,
+        quantize: str,
+        dtype: torch.dtype,
+        template: str | None,
+        end_token_ids: Sequence[int],
+        image_cache_mib: int,
+    ) -> None:
+        self.hf = hf.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer: Any = processor.tokenizer
+        self.adapter = adapter
+        self.name = name
+        self.quantize = quantize
+        self.dtype = dtype
+        self.template = template
+        self.end_token_ids = tuple(end_token_ids)
+        self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])
+        self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20)
+        self.image_features = feature_cache(image_cache_mib << 20)
+        self._paths = {id(module): path for path, module in self.hf.named_modules()}
+        self._fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return next(self.adapter.text.layers[0].parameters()).device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.adapter.text.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.adapter.text.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return int(self.adapter.head.out_features)  # type: ignore[arg-type]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration and weights, computed at the first use."""
+        if self._fingerprint is None:
+            self._fingerprint = model_fingerprint(self.hf)
+        return self._fingerprint
+
+    def encode(self, queries: Sequence[Query], *, answers: bool) -> Encoded:
+        """Return right-padded rows on the model's device.
+
+        Args:
+            queries: R questions; with `answers=True` each with an answer.
+            answers: append the answers and mark their positions. Else no position carries a label.
+        Raises:
+            ValueError, FileNotFoundError: no queries, an empty answer, a row over the model's positions, an image
+                placeholder typed into a prompt, a missing image. Names the row.
+        """
+        return encode_queries(self, queries, answers=answers)
+
+    @torch.no_grad()
+    def features(self, encoded: Encoded) -> dict[str, ImageFeatures]:
+        """Return the features of every distinct image of the rows by content hash, running the tower on new ones."""
+        wanted = {image.key: image for image in encoded.images if image is not None}
+        found: dict[str, ImageFeatures] = {}
+        missing = []
+        for key, image in wanted.items():
+            cached = self.image_features.get(key)
+            if cached is None:
+                missing.append(image)
+            else:
+                found[key] = cached
+        for start in range(0, len(missing), VISION_BATCH):
+            chunk = missing[start : start + VISION_BATCH]
+            for image, features in zip(chunk, self.adapter.image_features(chunk), strict=True):
+                if features.tokens.shape[0] != image.tokens:
+                    got = f"features={features.tokens.shape[0]}, tokens={image.tokens}"
+                    raise ValueError(f"{self.name}: an image has as many features as tokens (got {got})")
+                # A copy: the tower's output may be a view of a whole batch, which would then stay in memory.
+                own = ImageFeatures(features.tokens.clone(), tuple(part.clone() for part in features.deep))
+                found[image.key] = own
+                self.image_features.put(image.key, own)
+        return found
+
+    @torch.no_grad()
+    def start(self, encoded: Encoded) -> PrefixState:
+        """Return the state entering layer 0: word embeddings with image features in place."""
+        text = self.adapter.text
+        features = self.features(encoded)
+        # Image tokens are replaced below; their id may lie outside of the embedding table.
+        embeddings = text.embed(encoded.input_ids.masked_fill(encoded.image_mask, 0))
+        position_ids = self.adapter.position_ids(encoded.lengths, encoded.image_mask, encoded.images)
+        deep: dict[int, Tensor] = {}
+        for row, image in enumerate(encoded.images):
+            if image is None:
+                continue
+            marks = encoded.image_mask[row]
+            embeddings[row, marks] = features[image.key].tokens.to(embeddings)
+            for layer, part in enumerate(features[image.key].deep):
+                if layer not in deep:
+                    deep[layer] = torch.zeros_like(embeddings)
+                deep[layer][row, marks] = part.to(embeddings)
+        hidden = text.enter(embeddings, position_ids)
+        return PrefixState(hidden, position_ids, encoded.lengths, 0, "attention", deep)
+
+    @torch.no_grad()
+    def prefix(self, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
+        """Return the state entering a decoder layer, or entering its feed-forward block.
+
+        Args:
+            encoded: R rows.
+            layer: 0 <= layer < n_layers.
+            stage: "attention" (entering the layer) or "ffn" (the residual stream after its attention block).
+        Raises:
+            ValueError: no such layer or stage.
+        """
+        self._check_layer(layer)
+        if stage not in STAGES:
+            raise ValueError(f"prefix: stage must be one of {', '.join(STAGES)} (got stage={stage!r})")
+        text = self.adapter.text
+        state = self.start(encoded)
+        context = self.context(state)
+        hidden = state.hidden
+        for index in range(layer):
+            hidden = self._add_deep(text.layer(index, hidden, context), state, index)
+        if stage == "ffn":
+            hidden = text.attend(layer, hidden, context)
+        deep = {index: part for index, part in state.deep.items() if index >= layer}
+        return PrefixState(hidden, state.position_ids, state.lengths, layer, stage, deep)
+
+    def tail(self, state: PrefixState, *, positions: Tensor | None = None) -> Tensor:
+        """Return final hidden states after the final norm, differentiable in whatever is hooked onto submodules.
+
+        Args:
+            state: from `prefix`, R rows of N positions.
+            positions: (R, M), int64; -1 is padding. The last layer then computes queries, feed-forward and final norm
+                at these positions only.
+        Returns:
+            (R, N, d), or (R, M, d) at the positions. Padding yields unspecified finite values.
+        """
+        text = self.adapter.text
+        last = self.n_layers - 1
+        hidden, first = state.hidden, state.layer
+        context = None if state.gathered else self.context(state)
+        if state.stage == "ffn":
+            if first == last and positions is not None:
+                state, hidden = self._gathered(state, positions), gather_positions(hidden, positions)
+                positions = None
+            hidden = self._add_deep(text.feed_forward(first, hidden), state, first)
+            first += 1
+        elif state.gathered:
+            raise ValueError("tail: a gathered state must be at stage 'ffn' (got stage='attention')")
+        for index in range(first, last if positions is not None else last + 1):
+            assert context is not None
+            hidden = self._add_deep(text.layer(index, hidden, context), state, index)
+        if positions is not None:
+            assert context is not None
+            hidden = text.feed_forward(last, text.attend_at(last, hidden, positions, context))
+            if last in state.deep:
+                hidden = hidden + gather_positions(state.deep[last], positions)
+        return text.finish(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) of final hidden states (..., d)."""
+        logits: Tensor = self.adapter.head(hidden)
+        return logits
+
+    def context(self, state: PrefixState) -> Context:
+        """Return masks and position tables of a state, made once and kept with it."""
+        known = state.cache.get("context")
+        if isinstance(known, Context):
+            return known
+        text = self.adapter.text
+        with torch.no_grad():
+            context = Context(
+                position_ids=state.position_ids,
+                rotary=text.rotary(state.hidden, state.position_ids),
+                masks=causal_masks(text.config, set(text.kinds), state.hidden),
+            )
+        state.cache["context"] = context
+        return context
+
+    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
+        """Return greedy answers without surrounding white space. Rows of a batch stay in order until all have ended.
+
+        Plain argmax: sampling settings and penalties of the model's generation configuration are not applied.
+        """
+        if max_new_tokens < 1 or batch_size < 1:
+            got = f"max_new_tokens={max_new_tokens}, batch_size={batch_size}"
+            raise ValueError(f"generate: max_new_tokens and batch_size must be at least 1 (got {got})")
+        answers: list[str] = []
+        for start in range(0, len(queries), batch_size):
+            encoded = self.encode(queries[start : start + batch_size], answers=False)
+            for ids in greedy(self, encoded, max_new_tokens):
+                answers.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return answers
+
+    def answer(self, image: ImageSource | None, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """Return the greedy answer to one question about an image, or about none."""
+        from fastedit.requests import Query
+
+        return self.generate([Query(prompt, image)], max_new_tokens=max_new_tokens)[0]
+
+    def sites(self, layers: Sequence[int], names: Sequence[str]) -> list[Site]:
+        """Return the linear maps of these layers by name ("up", "gate", "down", "q", "k", "v", "o"), layer by layer.
+
+        Raises:
+            ValueError: no such layer, or a name that the model's layers do not have.
+        """
+        paths = self.adapter.text.site_paths
+        found = []
+        for layer in layers:
+            self._check_layer(layer)
+            for name in names:
+                if name not in paths:
+                    raise ValueError(f"sites: names must be among {', '.join(paths)} (got name={name!r})")
+                module: Any = self.adapter.text.layers[layer].get_submodule(paths[name])
+                path = self._paths[id(self.adapter.text.layers[layer])] + "." + paths[name]
+                found.append(Site(layer, name, path, int(module.in_features), int(module.out_features)))
+        return found
+
+    def module(self, site: Site) -> nn.Module:
+        """Return the module of a site."""
+        module: nn.Module = self.hf.get_submodule(site.module_path)
+        return module
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"{self.name}: layer must be in 0..{self.n_layers - 1} (got layer={layer})")
+
+    @staticmethod
+    def _gathered(state: PrefixState, positions: Tensor) -> PrefixState:
+        return state if state.gathered else state.at(positions)
+
+    @staticmethod
+    def _add_deep(hidden: Tensor, state: PrefixState, layer: int) -> Tensor:
+        return hidden + state.deep[layer] if layer in state.deep else hidden

@@ -1,0 +1,80 @@
+"""Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and Qwen3-VL: positions with time, height and width.
+
+Qwen3-VL also adds visual features to the output of its first decoder layers (DeepStack, arXiv 2406.04334).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapters import image_token_id, sequential_positions
+from .prompts import expand_image_token
+from .states import ImageFeatures, ImageInputs
+from .text import text_stack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class QwenVLAdapter:
+    """The number of image tokens follows from the image's patch grid."""
+
+    family = "Qwen-VL"
+    token_types = True
+
+    def __init__(self, hf: Any, processor: Any) -> None:
+        self.hf = hf
+        self.processor = processor
+        self.text = text_stack(hf.model.language_model)
+        self.head = hf.lm_head
+        self.image_token_id = image_token_id(hf, processor, "<|image_pad|>")
+        self.merge_size = int(hf.config.vision_config.spatial_merge_size)
+        tokens = (getattr(hf.config, "vision_start_token_id", None), getattr(hf.config, "vision_end_token_id", None))
+        names = [processor.tokenizer.convert_ids_to_tokens(token) for token in tokens if token is not None]
+        opening, closing = names if len(names) == 2 else ("<|vision_start|>", "<|vision_end|>")
+        self.image_text = opening + processor.tokenizer.convert_ids_to_tokens(self.image_token_id) + closing
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        """Return patches (P, values) and grid (1, 3) of one image and how many image tokens it takes."""
+        batch = self.processor.image_processor(images=[image], return_tensors="pt")
+        grid = batch["image_grid_thw"]
+        tensors = {"pixel_values": batch["pixel_values"], "image_grid_thw": grid}
+        return tensors, int(grid[0].prod()) // self.merge_size**2
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Run the tower once over these images."""
+        parameter = next(self.hf.model.visual.parameters())
+        pixels = torch.cat([image.tensors["pixel_values"] for image in images]).to(parameter.device, parameter.dtype)
+        grid = torch.cat([image.tensors["image_grid_thw"] for image in images]).to(parameter.device)
+        output = self.hf.model.get_image_features(pixels, grid, return_dict=True)
+        deep = getattr(output, "deepstack_features", None) or []
+        # Either one tensor per layer and image, or one per layer for all images.
+        sizes = [image.tokens for image in images]
+        layers = [torch.split(part, sizes) if isinstance(part, Tensor) else part for part in deep]
+        return [
+            ImageFeatures(tokens=tokens, deep=tuple(layer[number] for layer in layers))
+            for number, tokens in enumerate(output.pooler_output)
+        ]
+
+    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
+        """Expand the placeholder."""
+        return expand_image_token(ids, self.image_token_id, tokens)
+
+    def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
+        """Return positions (R, 3, N): text counts on; an image spans a grid, and text resumes after its longer side."""
+        places = sequential_positions(image_mask).repeat(1, 3, 1)
+        for row, image in enumerate(images):
+            if image is None:
+                continue
+            _, height, width = (image.tensors["image_grid_thw"][0] // self.merge_size).tolist()
+            frames = int(image.tensors["image_grid_thw"][0, 0])
+            start = int(image_mask[row].int().argmax())
+            stop = start + image.tokens
+            grid = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
+            places[row, :, start:stop] = start + grid.view(-1, 3).T.to(places.device)
+            places[row, :, stop:] -= image.tokens - max(height, width)
+        return places

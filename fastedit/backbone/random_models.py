@@ -1,0 +1,105 @@
+"""Models with random weights, drawn where and in the type they will be used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .made_up import made_up_processor
+from .random_shapes import SHAPES, Shape
+
+#: Replaces a linear module that has just been drawn, or returns it as it is: (path, module) -> module.
+Convert = Callable[[str, nn.Module], nn.Module]
+
+
+def empty_weights() -> AbstractContextManager[None]:
+    """Return a context in which modules are made without memory for parameters; buffers are real.
+
+    Raises:
+        ImportError: accelerate is absent.
+    """
+    try:
+        accelerate: Any = importlib.import_module("accelerate")
+    except ImportError as error:
+        raise ImportError("load: random and quantized models need accelerate: pip install accelerate") from error
+    context: AbstractContextManager[None] = accelerate.init_empty_weights(include_buffers=False)
+    return context
+
+
+def make_random(
+    shape_name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    seed: int,
+    convert: Convert | None = None,
+) -> tuple[Any, Any]:
+    """Return (model, processor) of a shape. The whole model is never held in another type or place than asked for."""
+    from transformers import AutoModelForImageTextToText
+
+    shape = SHAPES[shape_name]
+    processor = made_up_processor(shape)
+    config = make_config(shape, processor)
+    options = {} if attention is None else {"attn_implementation": attention}
+    with empty_weights():
+        hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for path, module in list(hf.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            drawn = _draw(path, name, parameter, shape.std, dtype, device, generator)
+            module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
+        if convert is not None and type(module) is nn.Linear:
+            converted = convert(path, module)
+            if converted is not module:
+                hf.set_submodule(path, converted)
+    hf.tie_weights()
+    for module in hf.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    return hf.eval(), processor
+
+
+def _draw(
+    path: str, name: str, like: Tensor, std: float, dtype: torch.dtype, device: torch.device, source: torch.Generator
+) -> Tensor:
+    """Draw one parameter: normal around zero, norm weights around one."""
+    drawn = torch.empty(like.shape, dtype=dtype, device=device).normal_(0.0, std, generator=source)
+    is_norm = name == "weight" and like.dim() == 1
+    return drawn.add_(1.0) if is_norm else drawn
+
+
+def make_config(shape: Shape, processor: Any) -> Any:
+    """Return the transformers configuration of a shape, special tokens as the processor has them."""
+    from transformers import AutoConfig
+
+    tokenizer = processor.tokenizer
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    marked = shape.model_type.startswith("qwen")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>" if marked else "<image>")
+    entries: dict[str, Any] = dict(shape.top)
+    if marked:
+        entries |= {"image_token_id": image, "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>")}
+        entries |= {
+            "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+            "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        }
+    else:
+        entries["image_token_index"] = image
+    if shape.qformer is not None:
+        entries["qformer_config"] = shape.qformer | {"encoder_hidden_size": shape.vision["hidden_size"]}
+    return AutoConfig.for_model(
+        shape.model_type,
+        text_config=shape.text | tokens | {"initializer_range": shape.std},
+        vision_config=dict(shape.vision),
+        **entries,
+    )

@@ -1,0 +1,280 @@
+"""What passes between the parts of a backbone: encoded rows, the state between prefix and tail, edit sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+STAGES: tuple[str, ...] = ("attention", "ffn")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One linear map of one decoder layer that a delta can be added to.
+
+    Args:
+        layer: index of the decoder layer.
+        name: "up", "gate", "down", "q", "k", "v" or "o".
+        module_path: dotted path of the module inside the Hugging Face model.
+        d_in, d_out: the module maps (..., d_in) to (..., d_out); its weight is (d_out, d_in).
+    """
+
+    layer: int
+    name: str
+    module_path: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInputs:
+    """One preprocessed image.
+
+    Args:
+        key: content hash; equal keys mean equal pixels.
+        tensors: what the model's vision side takes, leading dimension as the processor returns it for one image.
+        tokens: how many image tokens the decoder sees.
+    """
+
+    key: str
+    tensors: dict[str, Tensor]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFeatures:
+    """What the decoder receives of one image.
+
+    Args:
+        tokens: (T, d). Embeddings at the image tokens.
+        deep: one (T, d) per early decoder layer that adds visual features to its output; empty for most families.
+    """
+
+    tokens: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(part.numel() * part.element_size() for part in (self.tokens, *self.deep))
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Right-padded rows of prompt and, where asked for, answer. Positions are those that the decoder sees.
+
+    The end token is a label and never an input: nothing is predicted after it.
+
+    Args:
+        input_ids: (R, N), int64. Image tokens are expanded.
+        attention_mask: (R, N), bool. True at tokens, False at padding.
+        label_mask: (R, N), bool. True where the next token is an answer token, the end token included.
+        labels: (R, N), int64. That next token; undefined where `label_mask` is False.
+        last_prompt: (R,), int64. Index of the last prompt token.
+        image_mask: (R, N), bool. True at image tokens.
+        images: the image of each row, None for a question in text only.
+        token_types: whether the stock model wants `mm_token_type_ids`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    label_mask: Tensor
+    labels: Tensor
+    last_prompt: Tensor
+    image_mask: Tensor
+    images: tuple[ImageInputs | None, ...]
+    token_types: bool = False
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,), int64: tokens of each row."""
+        return self.attention_mask.sum(dim=1)
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Everything that the stock model's forward takes for these rows, as keyword arguments."""
+        inputs: dict[str, Tensor] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
+        if self.token_types:
+            inputs["mm_token_type_ids"] = self.image_mask.int()
+        present = [image for image in self.images if image is not None]
+        for name in present[0].tensors if present else ():
+            inputs[name] = join_padded([image.tensors[name] for image in present]).to(self.input_ids.device)
+        return inputs
+
+    def select(self, rows: Sequence[int] | Tensor) -> Encoded:
+        """Return these rows, in this order, trimmed to the longest of them."""
+        index = _row_index(rows, self.input_ids.device)
+        kept = max(int(self.lengths[index].max()), 1) if index.numel() else 0
+        parts = {
+            name: getattr(self, name)[index, :kept]
+            for name in ("input_ids", "attention_mask", "label_mask", "labels", "image_mask")
+        }
+        images = tuple(self.images[row] for row in index.tolist())
+        return replace(self, **parts, last_prompt=self.last_prompt[index], images=images)
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """Return the rows with their token tensors on a device. Pixels stay where they are."""
+        names = ("input_ids", "attention_mask", "label_mask", "labels", "last_prompt", "image_mask")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def label_positions(self) -> Tensor:
+        """(R, M), int64: positions that carry a label, each row in order, -1 after its last one."""
+        counts = self.label_mask.sum(dim=1)
+        width = int(counts.max()) if len(self) else 0
+        order = torch.argsort((~self.label_mask).long(), dim=1, stable=True)[:, :width]
+        inside = torch.arange(width, device=order.device)[None, :] < counts[:, None]
+        return torch.where(inside, order, torch.full_like(order, -1))
+
+
+@dataclass(slots=True)
+class PrefixState:
+    """Everything that the decoder needs from one point on: rows, right-padded.
+
+    Args:
+        hidden: (R, N, d). The residual stream entering layer `layer` (stage "attention") or entering the
+            feed-forward block of that layer (stage "ffn").
+        position_ids: (R, A, N), int64. A = 1, or 3 where positions have a time, a height and a width.
+        lengths: (R,), int64. Tokens of each row.
+        layer, stage: where the decoder continues.
+        deep: visual features (R, N, d), zero at other tokens, by the layer whose output they are added to;
+            only layers from `layer` on.
+        gathered: True when `hidden` holds chosen positions instead of whole rows (see `at`).
+    """
+
+    hidden: Tensor
+    position_ids: Tensor
+    lengths: Tensor
+    layer: int
+    stage: str
+    deep: dict[int, Tensor] = field(default_factory=dict)
+    gathered: bool = False
+    # Masks and rotary tables: made by the model at the first use, dropped by select, cat and to.
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(R, N), bool: True at tokens."""
+        return torch.arange(self.hidden.shape[1], device=self.lengths.device)[None, :] < self.lengths[:, None]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the kept tensors in bytes."""
+        parts = (self.hidden, self.position_ids, self.lengths, *self.deep.values())
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def select(self, rows: Sequence[int] | Tensor) -> PrefixState:
+        """Return these rows, in this order, trimmed to the longest of them."""
+        index = _row_index(rows, self.hidden.device)
+        kept = self.hidden.shape[1]
+        if not self.gathered:
+            kept = max(int(self.lengths[index].max()), 1) if index.numel() else 0
+        return replace(
+            self,
+            hidden=self.hidden[index, :kept],
+            position_ids=self.position_ids[index, :, :kept],
+            lengths=self.lengths[index],
+            deep={layer: part[index, :kept] for layer, part in self.deep.items()},
+            cache={},
+        )
+
+    def to(self, device: torch.device | str) -> PrefixState:
+        """Return the state on a device."""
+        return replace(
+            self,
+            hidden=self.hidden.to(device),
+            position_ids=self.position_ids.to(device),
+            lengths=self.lengths.to(device),
+            deep={layer: part.to(device) for layer, part in self.deep.items()},
+            cache={},
+        )
+
+    def at(self, positions: Tensor) -> PrefixState:
+        """Return the state at chosen positions only, for a stage after which no position sees another.
+
+        Args:
+            positions: (R, M), int64; -1 is padding and yields zeros.
+        Raises:
+            ValueError: the stage is "attention", where other positions are still needed.
+        """
+        if self.stage != "ffn":
+            raise ValueError(f"PrefixState.at: only the stage 'ffn' can drop positions (got stage={self.stage!r})")
+        return replace(
+            self,
+            hidden=gather_positions(self.hidden, positions),
+            position_ids=self.position_ids.gather(
+                2, positions.clamp(min=0)[:, None, :].expand(-1, self.position_ids.shape[1], -1)
+            ),
+            deep={layer: gather_positions(part, positions) for layer, part in self.deep.items()},
+            gathered=True,
+            cache={},
+        )
+
+    @staticmethod
+    def cat(states: Sequence[PrefixState]) -> PrefixState:
+        """Return the rows of several states as one, padded to the longest.
+
+        Raises:
+            ValueError: no states, or states of different layers, stages or kinds.
+        """
+        if not states:
+            raise ValueError("PrefixState.cat: at least one state is needed (got 0)")
+        places = {(state.layer, state.stage, state.gathered) for state in states}
+        if len(places) > 1:
+            raise ValueError(f"PrefixState.cat: states must agree on (layer, stage, gathered) (got {sorted(places)})")
+        width = max(state.hidden.shape[1] for state in states)
+        deep: dict[int, Tensor] = {}
+        for layer in sorted({layer for state in states for layer in state.deep}):
+            # A state without images has no visual features to add: zeros.
+            parts = [state.deep.get(layer, torch.zeros_like(state.hidden)) for state in states]
+            deep[layer] = torch.cat([_pad_dim(part, 1, width) for part in parts])
+        return PrefixState(
+            hidden=torch.cat([_pad_dim(state.hidden, 1, width) for state in states]),
+            position_ids=torch.cat([_pad_dim(state.position_ids, 2, width) for state in states]),
+            lengths=torch.cat([state.lengths for state in states]),
+            layer=states[0].layer,
+            stage=states[0].stage,
+            deep=deep,
+            gathered=states[0].gathered,
+        )
+
+
+def gather_positions(values: Tensor, positions: Tensor) -> Tensor:
+    """Return values (R, N, d) at positions (R, M), zeros where a position is -1: (R, M, d)."""
+    index = positions.clamp(min=0)[:, :, None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, index) * (positions >= 0)[:, :, None].to(values.dtype)
+
+
+def join_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, zero-padding the others to the largest of each."""
+    joined = list(parts)
+    for dim in range(1, joined[0].dim()):
+        width = max(part.shape[dim] for part in joined)
+        joined = [_pad_dim(part, dim, width) for part in joined]
+    return torch.cat(joined)
+
+
+def _pad_dim(part: Tensor, dim: int, width: int) -> Tensor:
+    """Zero-pad one dimension at its end."""
+    missing = width - part.shape[dim]
+    if missing == 0:
+        return part
+    return functional.pad(part, [0, 0] * (part.dim() - 1 - dim) + [0, missing])
+
+
+def _row_index(rows: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Row numbers, or a mask over rows, as an index."""
+    index = torch.as_tensor(rows, device=device)
+    if index.dtype == torch.bool:
+        return index.nonzero().flatten()
+    return index.long()
