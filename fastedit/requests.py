@@ -68,6 +68,7 @@ class Query:
         prompt: the question, not empty.
         image: what it is asked about; None for a question in text only.
         answer: the expected answer where one is known.
+        kind: free mark by which scores may be grouped, for example "2-hop".
     Raises:
         TypeError, ValueError: "Query: rule (got name=...)".
     """
@@ -75,11 +76,14 @@ class Query:
     prompt: str
     image: ImageSource | None = None
     answer: str | None = None
+    kind: str = ""
 
     def __post_init__(self) -> None:
         _text("Query", "prompt", self.prompt)
         _image("Query", "image", self.image)
         _optional_text("Query", "answer", self.answer)
+        if not isinstance(self.kind, str):
+            raise TypeError(f"Query: kind must be text (got kind={self.kind!r:.80})")
 
 
 @dataclass(frozen=True, slots=True)
