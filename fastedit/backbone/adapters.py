@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from .stacks import TextStack
 from .states import ImageFeatures, ImageInputs
-from .text import TextStack
 
 if TYPE_CHECKING:
     from PIL.Image import Image

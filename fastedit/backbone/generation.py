@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .stacks import Context
 from .states import Encoded, gather_positions
-from .text import Context
 
 if TYPE_CHECKING:
     from .model import EditableModel
@@ -19,7 +19,7 @@ def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[
     """Return the generated tokens of each row, the end token excluded.
 
     New tokens go behind the padding of the prompts; explicit positions and a mask over the padding make that equal
-    to decoding each row alone.
+    to decoding each row alone. Decoding ends early where the model has no positions left.
     """
     from transformers import DynamicCache
 
@@ -39,13 +39,15 @@ def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[
     ends = torch.tensor(model.end_token_ids, device=hidden.device)
     visible = encoded.attention_mask
     done = torch.zeros(len(encoded), dtype=torch.bool, device=hidden.device)
+    limit = getattr(text.config, "max_position_embeddings", None)
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - int(places.max()) + 1)
     chosen: list[Tensor] = []
-    for step in range(max_new_tokens):
+    for step in range(room):
         token = model.head(text.finish(last))[:, -1].argmax(dim=-1)
         token = torch.where(done, ends[0], token)
         done = done | torch.isin(token, ends)
         chosen.append(torch.where(done, -1, token))
-        if step == max_new_tokens - 1 or bool(done.all()):
+        if step == room - 1 or bool(done.all()):
             break
         visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
         last = _step(model, token, places, visible, state.position_ids.shape[1], context.past)

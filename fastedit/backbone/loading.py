@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,30 @@ def _load_checkpoint(
         options["attn_implementation"] = attention
     if quantizer.active and stored is None:
         options["quantization_config"] = quantizer.config(config)
-    hf = AutoModelForImageTextToText.from_pretrained(
-        source,
-        local_files_only=local,
-        trust_remote_code=False,
-        use_safetensors=True,
-        device_map={"": place},
-        **options,
-    )
+    with _quiet() if local else nullcontext():
+        hf = AutoModelForImageTextToText.from_pretrained(
+            source,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map={"": place},
+            **options,
+        )
     return hf, load_processor(source, local_only=local), quantizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bar over weights: only a download takes long enough for one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _resolve(name: str) -> str:

@@ -14,8 +14,8 @@ from .fingerprint import model_fingerprint
 from .generation import greedy
 from .images import ImageReader, feature_cache
 from .prompts import PromptBuilder
+from .stacks import Context, causal_masks
 from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_positions
-from .text import Context, causal_masks
 
 if TYPE_CHECKING:
     from fastedit.requests import ImageSource, Query

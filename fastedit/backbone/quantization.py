@@ -18,6 +18,8 @@ QUANTIZATIONS: tuple[str, ...] = ("none", "nf4", "int8")
 
 def _bitsandbytes() -> Any:
     """Import bitsandbytes, or say what to install."""
+    # On import it warns about a kernel package that it would fetch from the network and does not need.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -1,0 +1,113 @@
+"""Decoders of the LLaMA shape, which several text models share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .stacks import Context, allowed_keys, attention_output, layer_kinds, split_heads
+from .states import gather_positions
+
+
+def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply rotary positions to (R, heads, N, d_head) with tables (R, N, d_head); RoFormer, arXiv 2104.09864."""
+    first, second = values.chunk(2, dim=-1)
+    return values * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+
+
+class RotaryStack:
+    """Decoders of the LLaMA shape: rotary positions, root-mean-square norms before each block, gated feed-forward."""
+
+    site_paths: ClassVar[dict[str, str]] = {
+        "up": "mlp.up_proj",
+        "gate": "mlp.gate_proj",
+        "down": "mlp.down_proj",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+    }
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.config = root.config
+        self.layers = root.layers
+        self.kinds = layer_kinds(self.config, len(self.layers))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return word embeddings."""
+        embeddings: Tensor = self.root.embed_tokens(input_ids)
+        return embeddings
+
+    def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the embeddings: positions enter in the attention."""
+        return embeddings
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return cosine and sine tables (R, N, d_head)."""
+        axes = position_ids.shape[1]
+        places = position_ids[:, 0] if axes == 1 else position_ids.transpose(0, 1)
+        tables: tuple[Tensor, Tensor] = self.root.rotary_emb(hidden, places)
+        return tables
+
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Return the output of the stock layer."""
+        return attention_output(
+            self.layers[index](
+                hidden,
+                attention_mask=context.masks[self.kinds[index]],
+                position_embeddings=context.rotary,
+                past_key_values=context.past,
+                use_cache=context.past is not None,
+            )
+        )
+
+    def attend(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Return the residual stream after the stock attention module."""
+        layer: Any = self.layers[index]
+        result = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden),
+            attention_mask=context.masks[self.kinds[index]],
+            position_embeddings=context.rotary,
+            past_key_values=context.past,
+        )
+        return hidden + attention_output(result)
+
+    def attend_at(self, index: int, hidden: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Return the residual stream after attention at chosen positions."""
+        layer: Any = self.layers[index]
+        attention = layer.self_attn
+        assert context.rotary is not None
+        cosine, sine = context.rotary
+        normed = layer.input_layernorm(hidden)
+        head_dim = attention.head_dim
+        query = split_heads(attention.q_proj(gather_positions(normed, positions)), head_dim)
+        key = split_heads(attention.k_proj(normed), head_dim)
+        value = split_heads(attention.v_proj(normed), head_dim)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query = _rotate(query.transpose(1, 2), gather_positions(cosine, positions), gather_positions(sine, positions))
+        key, value = _rotate(key.transpose(1, 2), cosine, sine), value.transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(attention.num_key_value_groups, dim=1),
+            value.repeat_interleave(attention.num_key_value_groups, dim=1),
+            attn_mask=allowed_keys(self.config, self.kinds[index], positions, hidden.shape[1]),
+            scale=attention.scaling,
+        )
+        output = attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        return gather_positions(hidden, positions) + cast(Tensor, output)
+
+    def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
+        """Return the residual stream after the stock feed-forward module."""
+        layer: Any = self.layers[index]
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Return the normed hidden states."""
+        output: Tensor = self.root.norm(hidden)
+        return output
