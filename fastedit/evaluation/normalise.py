@@ -12,33 +12,26 @@ import unicodedata
 from collections import Counter
 
 _ARTICLES = frozenset(("a", "an", "the"))
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}  # fmt: skip
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 #: A period that does not begin the decimals of a number.
 _PERIOD = re.compile(r"\.(?!\d)")
 _THOUSANDS = re.compile(r"\d,\d")
 
 
-def _contractions() -> dict[str, str]:
-    """Return the spelling without apostrophe -> with it, leaving out what is a word of its own (its, were, well)."""
-    whole = (
-        [f"{verb}n't" for verb in "ai are ca could did does do had has have is might must need ought sha should "
-         "was were wo would".split()]
-        + [f"{word}'ve" for word in "could i might must should they we would you".split()]
-        + [f"{word}'d" for word in "he how it that there they what where who why you".split()]
-        + [f"{word}'ll" for word in "how it that there they what who why you".split()]
-        + [f"{word}'re" for word in "there they what who you".split()]
-        + [f"{word}'s" for word in "he here how let she somebody someone something that there what when where who "
-           "why".split()]
-        + ["i'm", "y'all", "ma'am", "o'clock"]
-    )  # fmt: skip
-    return {word.replace("'", ""): word for word in whole}
-
-
-_CONTRACTIONS = _contractions()
+#: Contractions by ending. What is a word of its own without the apostrophe (its, were, well, id) is left out.
+_ENDINGS = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "'ve": "could i might must should they we would you",
+    "'d": "he how it that there they what where who why you",
+    "'ll": "how it that there they what who why you",
+    "'re": "there they what you",
+    "'s": "he here how let she somebody someone something that there what when where who why",
+    "'m": "i",
+}
+_WHOLE = [word + ending for ending, words in _ENDINGS.items() for word in words.split()] + ["y'all", "ma'am", "o'clock"]
+_CONTRACTIONS = {word.replace("'", ""): word for word in _WHOLE}
 
 
 def normalise(text: str) -> str:
