@@ -7,25 +7,28 @@ from typing import Any
 from .processors import PartsProcessor
 from .random_shapes import Shape
 
-# Common words of questions, captions and short answers. Each becomes one token; other words are spelled in pieces.
+# Common words of questions, captions and short answers, the most needed first. Each becomes one token; other words are
+# spelled letter by letter.
 _WORDS = """
-    a about above across after all an and animal any are area around at baby back background ball bat beach bear
-    bed behind below beside between big bike bird black blue board boat book bottle bottom bowl box boy brown
-    building bus by cake can car cat center chair child city clear clock close cloudy colour color computer
-    country cow cup dark day desk did dog doing door down drink driving eating eight elephant empty field fire
-    five floor flower food for four from fruit full game giraffe girl glass grass gray green grey ground group
-    hair hand hanging has hat have head her his holding horse house how image in indoors inside is it its jacket
-    kind kitchen large laptop laying left light line little living long looking made making man many meal men
-    metal middle mirror mountain mouse near next night nine no not number object of off old on one open or orange
-    other out outdoors outside over paper park parked people person phone photo picture pink pizza plane plant
-    plate playing police position purple racket rain red riding right river road room round running sand sandwich
-    sea seven shape she sheep ship shirt shoes show side sign sitting six sky sleeping small smiling snow sofa
-    some sport square standing station stop street striped sun surfing table taken talking tall ten tennis that
-    the their them there these thing this three through time to toilet top towards tower town traffic train tree
-    truck two type umbrella under up used using vase vehicle walking wall water wave wearing weather what where
-    which white who why window wine with woman women wood wooden yellow yes young zebra zero answer question short
-    describe caption name assistant user you see does do capital only kinds material happening season brand says
-    say word written read
+what is the a it of in on color colour shape which where how many are there red blue green yellow black white gray
+brown orange pink purple one two three four five yes no left right top bottom small large question answer short
+image photo picture object caption describe user assistant and with at to for do you see this that about above
+across after all an animal any area around baby back background ball bat beach bear bed behind below beside between
+big bike bird board boat book bottle bowl box boy building bus by cake can car cat center chair child city clear
+clock close cloudy computer country cow cup dark day desk did dog doing door down drink driving eating eight
+elephant empty field fire floor flower food from fruit full game giraffe girl glass grass grey ground group hair
+hand hanging has hat have head her his holding horse house indoors inside its jacket kind kitchen laptop laying
+light line little living long looking made making man meal men metal middle mirror mountain mouse near next night
+nine not number off old open or other out outdoors outside over paper park parked people person phone pizza plane
+plant plate playing police position racket rain riding river road room round running sand sandwich sea seven she
+sheep ship shirt shoes show side sign sitting six sky sleeping smiling snow sofa some sport square standing station
+stop street striped sun surfing table taken talking tall ten tennis their them these thing through time toilet
+towards tower town traffic train tree truck type umbrella under up used using vase vehicle walking wall water wave
+wearing weather who why window wine woman women wood wooden young zebra zero name does capital only kinds material
+happening season brand says say word written read cyan magenta circle triangle star heart cross ring diamond
+pentagon hexagon rectangle arrow moon dotted plain texture size flag colours colors objects scene things fact
+continent symbol opposite sound named called current president bananas cell suitcase luggage skateboard snowboard
+surfboard frisbee kite pillow blanket lamp refrigerator oven sink
 """
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
@@ -47,7 +50,7 @@ def made_up_tokenizer(vocab_size: int, *, end: str, opens: bool) -> Any:
     """Return a byte-level BPE tokenizer that spells any text, its vocabulary filled up to `vocab_size` entries.
 
     Args:
-        vocab_size: at least 560.
+        vocab_size: at least 274, the special tokens and the bytes.
         end: the special token that ends texts. opens: whether every text opens with "<s>".
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -55,22 +58,13 @@ def made_up_tokenizer(vocab_size: int, *, end: str, opens: bool) -> Any:
 
     special = (*_SPECIAL, *_SPECIAL_CHAT)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate((*special, *letters))}
-    merges: list[tuple[str, str]] = []
-    for word in _WORDS.split():
-        # One left-to-right chain of merges per word, with the space before it.
-        token = "Ġ"
-        for letter in word:
-            grown = token + letter
-            if grown not in vocabulary:
-                if len(vocabulary) >= vocab_size:
-                    break
-                vocabulary[grown] = len(vocabulary)
-                merges.append((token, letter))
-            token = grown
-    for number in range(vocab_size - len(vocabulary)):
-        vocabulary[f"<unused{number}>"] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    words = _WORDS.split()
+    cased = [*words, *(word.capitalize() for word in words), "USER", "ASSISTANT"]
+    entries = [*special, *letters, *(f"Ġ{word}" for word in words), *cased, *(f"Ġ{word}" for word in cased)]
+    entries = list(dict.fromkeys(entries))[:vocab_size]
+    entries += [f"<unused{number}>" for number in range(vocab_size - len(entries))]
+    vocabulary = {token: number for number, token in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

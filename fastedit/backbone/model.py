@@ -187,21 +187,22 @@ class EditableModel:
         """
         text = self.adapter.text
         last = self.n_layers - 1
+        if state.gathered:
+            if state.layer != last or positions is not None:
+                got = f"layer={state.layer} of 0..{last}, positions {'given' if positions is not None else 'not given'}"
+                raise ValueError(f"tail: a gathered state must be of the last layer, without positions (got {got})")
+            return text.finish(self._add_deep(text.feed_forward(last, state.hidden), state, last))
+        if state.stage == "ffn" and state.layer == last and positions is not None:
+            # Nothing mixes positions any more.
+            return self.tail(state.at(positions))
         hidden, first = state.hidden, state.layer
-        context = None if state.gathered else self.context(state)
         if state.stage == "ffn":
-            if first == last and positions is not None:
-                state, hidden = self._gathered(state, positions), gather_positions(hidden, positions)
-                positions = None
             hidden = self._add_deep(text.feed_forward(first, hidden), state, first)
             first += 1
-        elif state.gathered:
-            raise ValueError("tail: a gathered state must be at stage 'ffn' (got stage='attention')")
+        context = self.context(state)
         for index in range(first, last if positions is not None else last + 1):
-            assert context is not None
             hidden = self._add_deep(text.layer(index, hidden, context), state, index)
         if positions is not None:
-            assert context is not None
             hidden = text.feed_forward(last, text.attend_at(last, hidden, positions, context))
             if last in state.deep:
                 hidden = hidden + gather_positions(state.deep[last], positions)
@@ -274,10 +275,6 @@ class EditableModel:
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"{self.name}: layer must be in 0..{self.n_layers - 1} (got layer={layer})")
-
-    @staticmethod
-    def _gathered(state: PrefixState, positions: Tensor) -> PrefixState:
-        return state if state.gathered else state.at(positions)
 
     @staticmethod
     def _add_deep(hidden: Tensor, state: PrefixState, layer: int) -> Tensor:
