@@ -1,0 +1,62 @@
+"""fastedit: edit knowledge in multimodal LLMs, many edits at once, on a frozen model.
+
+Importing the package registers its ops and does nothing else; models, data and methods are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastedit import ops
+from fastedit.ops import implementations
+from fastedit.requests import EditRequest, Probe, Query
+
+if TYPE_CHECKING:
+    from fastedit.backbone import EditableModel, load
+    from fastedit.data import read_edits
+    from fastedit.deltas import EditDelta
+    from fastedit.engine import Run, applied, edit
+    from fastedit.methods import method_names
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EditDelta",
+    "EditRequest",
+    "EditableModel",
+    "Probe",
+    "Query",
+    "Run",
+    "__version__",
+    "applied",
+    "edit",
+    "implementations",
+    "load",
+    "method_names",
+    "ops",
+    "read_edits",
+]
+
+_LAZY = {
+    "EditDelta": "fastedit.deltas",
+    "EditableModel": "fastedit.backbone",
+    "Run": "fastedit.engine",
+    "applied": "fastedit.engine",
+    "edit": "fastedit.engine",
+    "load": "fastedit.backbone",
+    "method_names": "fastedit.methods",
+    "read_edits": "fastedit.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastedit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

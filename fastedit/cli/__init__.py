@@ -1,0 +1,5 @@
+"""The command line: ``fastedit edit``, ``compare``, ``check``, ``info``, ``export``."""
+
+from fastedit.cli.main import main
+
+__all__ = ["main"]

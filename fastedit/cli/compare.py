@@ -1,0 +1,57 @@
+"""``fastedit compare``: several methods on the same edits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import fastedit
+from fastedit.cli.figure import draw_comparison
+from fastedit.cli.tables import score_table, speed_table
+from fastedit.engine import Run
+from fastedit.engine.run import plain
+from fastedit.methods import resolve
+from fastedit.requests import EditRequest
+
+
+def compare_methods(
+    model: Any,
+    edits: Sequence[EditRequest],
+    pool: Sequence[EditRequest] | None,
+    methods: Sequence[str],
+    *,
+    data: str,
+    out: Path,
+    batch_size: int,
+    mode: str,
+    console: Console,
+) -> dict[str, Run]:
+    """Run every method, print score and speed tables, write ``comparison.json``, ``comparison.png`` and the runs."""
+    for name in methods:
+        resolve(name, {})
+    runs: dict[str, Run] = {}
+    for name in methods:
+        start = time.perf_counter()
+        runs[name] = fastedit.edit(model, edits, name, batch_size=batch_size, mode=mode, pool=pool)
+        runs[name].save(out / name.replace("+", "-"))
+        console.print(f"{name}: {len(edits)} edits in {time.perf_counter() - start:.1f} s", markup=False)
+    for protocol in ("legacy", "strict"):
+        console.print(score_table(runs, protocol))
+    console.print(speed_table(runs))
+    record = {
+        "model": model.name,
+        "data": data,
+        "n_edits": len(edits),
+        "mode": mode,
+        "runs": {name: {k: v for k, v in run.record().items() if k != "edits"} for name, run in runs.items()},
+    }
+    path = out / "comparison.json"
+    path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    picture = draw_comparison(record, out / "comparison.png")
+    console.print(f"table: {path}\npicture: {picture}\nruns: {out}", soft_wrap=True, markup=False)
+    return runs

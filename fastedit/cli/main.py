@@ -1,0 +1,198 @@
+"""Commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Edit knowledge in multimodal LLMs.")
+console = Console()
+
+Model = Annotated[str, typer.Option(help="an embedded model, a Hugging Face id or a folder")]
+Data = Annotated[str, typer.Option(help="an embedded set (pocket-vqa, pocket-caption) or a file of records")]
+Format = Annotated[str | None, typer.Option("--format", help="mmedit, vlkeb or jsonl; found out by content if absent")]
+Images = Annotated[Optional[Path], typer.Option(help="the folder below which image paths lie")]  # noqa: UP045
+Limit = Annotated[Optional[int], typer.Option(help="only the first so many records", min=1)]  # noqa: UP045
+Out = Annotated[Path, typer.Option(help="folder for results")]
+BatchSize = Annotated[int, typer.Option(help="edits fitted together", min=1)]
+Mode = Annotated[str, typer.Option(help="single or sequential")]
+Settings = Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the method's config; repeatable")]  # noqa: UP045
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="leave out records whose images are missing")]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 ...")]  # noqa: UP045
+Quantize = Annotated[str, typer.Option(help="none, nf4 or int8")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...")]  # noqa: UP045
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads; all cores if absent", min=1)]  # noqa: UP045
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``field=value`` pairs; a value is read as JSON where it is JSON, else as text; lists become tuples.
+
+    Raises:
+        ValueError: a pair without "=".
+    """
+    parsed: dict[str, Any] = {}
+    for pair in settings or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set: field=value (got {pair!r})")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        parsed[name] = tuple(value) if isinstance(value, list) else value
+    return parsed
+
+
+def load_inputs(
+    model: str,
+    data: str,
+    *,
+    format: str | None,
+    images: Path | None,
+    limit: int | None,
+    skip_missing: bool,
+    loading: dict[str, Any],
+) -> tuple[Any, Any, Any]:
+    """Records first (they are cheap and may be wrong), then a pool of training records if any, then the model."""
+    import fastedit
+    from fastedit.data import EMBEDDED
+
+    edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
+    pool = fastedit.read_edits(data, split="train") if data in EMBEDDED else None
+    return fastedit.load(model, **{k: v for k, v in loading.items() if v is not None}), edits, pool
+
+
+@app.command()
+def edit(
+    model: Model = "pocket-llava",
+    data: Data = "pocket-vqa",
+    method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
+    out: Out = Path("runs/edit"),
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    mode: Mode = "single",
+    format: Format = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
+    dtype: Dtype = None,
+    quantize: Quantize = "none",
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+) -> None:
+    """Edit a model, score the edits, save deltas and scores."""
+    import fastedit
+    from fastedit.cli.tables import score_table, speed_table
+
+    use_threads(threads)
+    overrides = parse_settings(settings)
+    loading = {"dtype": dtype, "quantize": quantize, "device": device}
+    loaded, edits, pool = load_inputs(
+        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading
+    )
+    run = fastedit.edit(loaded, edits, method, batch_size=batch_size, mode=mode, pool=pool, **overrides)
+    folder = run.save(out)
+    for protocol in run.scores:
+        console.print(score_table({method: run}, protocol))
+    console.print(speed_table({method: run}))
+    console.print(f"scores: {folder / 'scores.json'}\ndeltas: {folder / 'deltas.safetensors'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Model = "pocket-llava",
+    data: Data = "pocket-vqa",
+    methods: Annotated[str, typer.Option(help="names, separated by commas")] = "ft,kl+ft,odedit+ft,lora,odedit+lora",
+    out: Out = Path("runs/compare"),
+    limit: Limit = 200,
+    batch_size: BatchSize = 16,
+    mode: Mode = "single",
+    format: Format = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
+    dtype: Dtype = None,
+    quantize: Quantize = "none",
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Run several methods on the same edits; a table, a JSON file and a picture."""
+    from fastedit.cli.compare import compare_methods
+
+    use_threads(threads)
+    loading = {"dtype": dtype, "quantize": quantize, "device": device}
+    loaded, edits, pool = load_inputs(
+        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading
+    )
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    compare_methods(loaded, edits, pool, names, data=data, out=out, batch_size=batch_size, mode=mode, console=console)
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="a file of records")],
+    format: Format = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
+) -> None:
+    """Read records and report everything that is wrong or odd in them, without a model."""
+    from fastedit.data import detect, read_edits, report
+
+    if Path(data).exists():
+        console.print(str(detect(data)), soft_wrap=True, markup=False)
+    edits = read_edits(data, format=format, images=images, skip_missing=skip_missing)
+    console.print(f"{len(edits)} records read", markup=False)
+    console.print(str(report(edits)), soft_wrap=True, markup=False)
+
+
+@app.command()
+def info(
+    model: Annotated[Optional[str], typer.Argument(help="an embedded model")] = None,  # noqa: UP045
+) -> None:
+    """The embedded models' cards, or the installed kernels when no model is named."""
+    import fastedit
+    from fastedit import pocket
+
+    if model is None:
+        console.print(f"fastedit {fastedit.__version__}; embedded models: {', '.join(pocket.MODELS)}", markup=False)
+        console.print(f"methods: {', '.join(fastedit.method_names())}", soft_wrap=True, markup=False)
+        for op, devices in fastedit.implementations().items():
+            console.print(f"  {op}: {devices}", markup=False)
+        return
+    if model not in pocket.MODELS:
+        raise ValueError(f"info: model is one of {sorted(pocket.MODELS)} (got model={model!r})")
+    console.print_json(json.dumps(pocket.model_card(model)))
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="an embedded set")],
+    folder: Annotated[Path, typer.Argument(help="where to write records and images")],
+    split: Annotated[str, typer.Option(help="eval or train")] = "eval",
+) -> None:
+    """Write an embedded edit set as an MMEdit JSON file with its images."""
+    from fastedit import pocket
+
+    pocket.export(name, split, folder)
+    console.print(f"written to {folder}", markup=False)
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of CPU threads when one is asked for."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Entry point: a refused input is one message on standard error and exit status 2, not a stack of frames."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        Console(stderr=True).print(f"fastedit: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)

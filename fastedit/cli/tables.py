@@ -1,0 +1,69 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from fastedit.engine import Run
+from fastedit.evaluation import MUST_CHANGE, MUST_STAY, Score
+
+HEADINGS = {
+    "reliability": "Rel",
+    "text_generality": "T-Gen",
+    "image_generality": "M-Gen",
+    "portability": "Port",
+    "text_locality": "T-Loc",
+    "image_locality": "M-Loc",
+    "text_locality_top10": "T-Loc@10",
+    "image_locality_top10": "M-Loc@10",
+}
+
+
+def percent(score: Score | None, *, interval: bool = False) -> str:
+    """A score as per cent, with half the width of its interval where asked for."""
+    if score is None or not math.isfinite(score.mean):
+        return "-"
+    text = f"{100 * score.mean:.1f}"
+    if interval:
+        text += f" ±{50 * (score.high - score.low):.1f}"
+    return text
+
+
+def score_table(runs: Mapping[str, Run], protocol: str) -> Table:
+    """One row per run, one column per score of a protocol that any of them has."""
+    extra = ("text_locality_top10", "image_locality_top10") if protocol == "legacy" else ("blindness",)
+    found = {name for run in runs.values() for name in run.scores.get(protocol, {})}
+    names = [name for name in (*MUST_CHANGE, *MUST_STAY, *extra) if name in found]
+    edits = max((len(run.deltas) for run in runs.values()), default=0)
+    table = Table(
+        title=f"{protocol} scores, % (± half a 95 % bootstrap interval over {edits} edits)", title_justify="left"
+    )
+    table.add_column("method", no_wrap=True)
+    for name in names:
+        table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
+    for label, run in runs.items():
+        table.add_row(label, *(percent(run.scores[protocol].get(name), interval=True) for name in names))
+    return table
+
+
+def speed_table(runs: Mapping[str, Run]) -> Table:
+    """Speed, convergence and where the time went, one row per run."""
+    table = Table(title="speed (this machine)", title_justify="left")
+    for heading in ("method", "edits/s", "steps/edit", "converged", "edit s", "evaluation s", "peak MiB"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for label, run in runs.items():
+        count = max(1, len(run.outcomes))
+        evaluation = run.timing.seconds.get("evaluation", 0.0)
+        table.add_row(
+            label,
+            f"{run.timing.edits_per_s:.1f}",
+            f"{run.timing.steps / count:.1f}",
+            f"{sum(o.status == 'converged' for o in run.outcomes)}/{count}",
+            f"{sum(run.timing.seconds.values()) - evaluation:.1f}",
+            f"{evaluation:.1f}",
+            f"{run.timing.peak_memory_mib:.0f}",
+        )
+    return table

@@ -1,0 +1,21 @@
+"""Small changes beside a frozen model, stacked over many edits."""
+
+from fastedit.deltas.base import DeltaSpec, EditDelta, Rows, StackedDelta, accumulate, stack
+from fastedit.deltas.full import FullDelta
+from fastedit.deltas.install import installed
+from fastedit.deltas.low_rank import LowRankDelta
+from fastedit.deltas.storage import load_deltas, save_deltas
+
+__all__ = [
+    "DeltaSpec",
+    "EditDelta",
+    "FullDelta",
+    "LowRankDelta",
+    "Rows",
+    "StackedDelta",
+    "accumulate",
+    "installed",
+    "load_deltas",
+    "save_deltas",
+    "stack",
+]

@@ -1,0 +1,64 @@
+"""A low-rank change of chosen linear modules (LoRA)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack, Rows
+from fastedit.ops import low_rank
+
+
+class LowRankDelta(FlatStack):
+    """Two thin matrices per edit and site: ``y += scale · (x @ down) @ up``.
+
+    LoRA (arXiv 2106.09685): ``down`` starts random, ``up`` at zero, so a fresh delta changes nothing. Every edit starts
+    from the same ``down`` (drawn from ``seed``), so that an edit's result does not depend on its place in a batch.
+
+    Options of the spec: ``rank``, ``scale`` (alpha / rank), ``seed``.
+    Parts: ``"{layer}.{name}:down"`` (B, d_in, r) and ``"{layer}.{name}:up"`` (B, r, d_out).
+    """
+
+    def __init__(
+        self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
+    ) -> None:
+        rank = int(spec.options["rank"])
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in spec.sites:
+            shapes[f"{site.layer}.{site.name}:down"] = (site.d_in, rank)
+            shapes[f"{site.layer}.{site.name}:up"] = (rank, site.d_out)
+        super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
+        self.scale = float(spec.options.get("scale", 1.0))
+        generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
+        names = self.part_names()
+        self._pairs = list(zip(names[0::2], names[1::2], strict=True))
+        for name, _ in self._pairs:
+            d_in = self.shapes[name][0]
+            # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
+            draw = torch.rand(d_in, rank, generator=generator, dtype=torch.float64) * 2 - 1
+            self.parts[name].copy_(draw / math.sqrt(d_in))
+
+    def delta(self, site: int, x: Tensor, rows: Rows) -> Tensor:
+        """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
+        down, up = (self.differentiable(name) for name in self._pairs[site])
+        offsets = torch.tensor(rows.token_offsets(x.shape[0], self.size), device=x.device)
+        return low_rank(x.to(self.flat.dtype), down, up, offsets) * self.scale
+
+
+def accumulate_low_rank(deltas: Sequence[EditDelta]) -> EditDelta:
+    """Low-rank deltas laid side by side: the rank is the sum of theirs, the scale is folded into ``up``."""
+    tensors: dict[str, Tensor] = {}
+    for name in deltas[0].tensors:
+        if name.endswith(":down"):
+            tensors[name] = torch.cat([d.tensors[name] for d in deltas], dim=1)
+        else:
+            scaled = [d.tensors[name] * float(d.spec.options.get("scale", 1.0)) for d in deltas]
+            tensors[name] = torch.cat(scaled, dim=0)
+    rank = sum(int(d.spec.options["rank"]) for d in deltas)
+    options = {**deltas[0].spec.options, "rank": rank, "scale": 1.0}
+    spec = replace(deltas[0].spec, options=options)
+    return replace(deltas[0], spec=spec, tensors=tensors, request_id="+".join(d.request_id for d in deltas))

@@ -1,0 +1,221 @@
+"""``edit``: many edits on a frozen model, in batches, each edit by itself."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastedit.backbone import EditableModel
+from fastedit.data import fingerprint
+from fastedit.deltas import EditDelta, Rows, accumulate, installed, stack
+from fastedit.deltas.base import DeltaSpec, new_stack
+from fastedit.engine import provenance
+from fastedit.engine.batch import BatchProblem, prepare
+from fastedit.engine.evaluate import Evaluator
+from fastedit.engine.progress import progress
+from fastedit.engine.run import Run, Timing
+from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.views import TrainingView, ViewSource
+from fastedit.evaluation import PROTOCOLS, EditScores, summarise
+from fastedit.methods import EditPlan, resolve
+from fastedit.requests import EditRequest
+from fastedit.solver import FitOutcome, SolverConfig, fit
+
+MODES = ("single", "sequential")
+
+
+@dataclass
+class _Work:
+    """What every batch of a run shares."""
+
+    model: EditableModel
+    edits: Sequence[EditRequest]
+    plan: EditPlan
+    spec: DeltaSpec
+    solver: SolverConfig
+    views: ViewSource
+    timer: PhaseTimer
+    delta_dtype: torch.dtype
+
+
+def edit(
+    model: EditableModel,
+    edits: Sequence[EditRequest],
+    method: str = "ft",
+    *,
+    batch_size: int = 16,
+    mode: str = "single",
+    pool: Sequence[EditRequest] | None = None,
+    views: str = "heldout",
+    near: bool = True,
+    evaluate: bool = True,
+    seed: int = 0,
+    show_progress: bool | None = None,
+    **overrides: Any,
+) -> Run:
+    """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
+
+    Args:
+        model: from ``fastedit.load``.
+        edits: what to change.
+        method: "ft", "lora", or one of them under another objective: "kl+ft", "odedit+lora" ...
+        batch_size: edits fitted together; results do not depend on it.
+        mode: "single" fits and scores every edit alone on the base model; "sequential" lets edits accumulate in order
+            (each is fitted on top of the earlier ones) and scores all of them after the last.
+        pool: records to draw locality views and paraphrases from, for objectives that use them (a train split).
+        views: "heldout" never fits on a record's own rephrase and locality questions; "record" fits on exactly those.
+        near: draw locality views near the edit (its own question about other images) where the pool has them.
+        evaluate: score every edit under both protocols.
+        seed: of the views and of score intervals.
+        show_progress: None shows a progress line with the time left on a terminal.
+        overrides: fields of the method's and the objective's config.
+    Returns:
+        Run.
+    Raises:
+        ValueError: a setting, method or field that does not exist or cannot work here; before any work starts.
+    """
+    if not edits:
+        raise ValueError("edit: at least one edit (got edits=[])")
+    if batch_size < 1:
+        raise ValueError(f"edit: batch_size is at least 1 (got batch_size={batch_size!r})")
+    if mode not in MODES:
+        raise ValueError(f"edit: mode is one of {list(MODES)} (got mode={mode!r})")
+    plan = resolve(method, overrides)
+    spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
+    source = ViewSource(edits, pool, source=views, near=near, seed=seed)
+    source.check(plan.objective.build(plan.objective_config, solver.steps).roles)
+    delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype)
+
+    run_mode = _single if mode == "single" else _sequential
+    deltas, outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
+    notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
+    scores = summarise(scored, seed=seed) if evaluate else {}
+    return Run(deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
+
+
+def _single(
+    work: _Work, batch_size: int, evaluate: bool, show: bool | None
+) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
+    deltas: list[EditDelta] = []
+    outcomes: list[FitOutcome] = []
+    scored: list[EditScores] = []
+    evaluator = Evaluator(work.model, work.spec, work.timer)
+    with progress("editing", len(work.edits), show) as line:
+        for start in range(0, len(work.edits), batch_size):
+            chosen = range(start, min(start + batch_size, len(work.edits)))
+            fitted, ended = _fit(work, chosen, committed=None)
+            deltas += fitted
+            outcomes += ended
+            if evaluate:
+                stacked = stack(fitted, device=work.model.device)
+                scored += evaluator.scores([work.edits[i] for i in chosen], stacked)
+            line.advance(len(chosen))
+    return deltas, outcomes, scored
+
+
+def _sequential(
+    work: _Work, batch_size: int, evaluate: bool, show: bool | None
+) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
+    deltas: list[EditDelta] = []
+    outcomes: list[FitOutcome] = []
+    scored: list[EditScores] = []
+    committed: EditDelta | None = None
+    evaluator = Evaluator(work.model, work.spec, work.timer)
+    with progress("editing in sequence", len(work.edits), show) as line:
+        for index in range(len(work.edits)):
+            fitted, ended = _fit(work, range(index, index + 1), committed)
+            deltas += fitted
+            outcomes += ended
+            committed = accumulate([committed, *fitted] if committed else fitted)
+            line.advance()
+    if evaluate and committed is not None:
+        final = stack([committed], device=work.model.device)
+        with progress("scoring after the last edit", len(work.edits), show) as line:
+            for start in range(0, len(work.edits), batch_size):
+                chosen = list(work.edits[start : start + batch_size])
+                scored += evaluator.scores(chosen, final, shared=True)
+                line.advance(len(chosen))
+    return deltas, outcomes, scored
+
+
+def _fit(work: _Work, chosen: range, committed: EditDelta | None) -> tuple[list[EditDelta], list[FitOutcome]]:
+    """Fit the deltas of some edits together, on top of the committed one."""
+    objective = work.plan.objective.build(work.plan.objective_config, work.solver.steps)
+    views: list[list[TrainingView]] = []
+    with work.timer.phase("encode"):
+        views = [work.views.views(index, objective.roles) for index in chosen]
+    prepared = prepare(work.model, work.spec, views, work.timer)
+    stacked = new_stack(work.spec, len(views), dtype=work.delta_dtype, device=work.model.device)
+    earlier = stack([committed] if committed else [], device=work.model.device) if committed else None
+    with installed(work.model, stacked, Rows()) as holder:
+        problem = BatchProblem(work.model, stacked, holder, objective, views, work.timer, prepared)
+        if earlier is None:
+            outcomes = fit(problem, stacked, work.solver)
+        else:
+            with installed(work.model, earlier, Rows()):
+                outcomes = fit(problem, stacked, work.solver)
+    with work.timer.phase("store"):
+        name = work.model.fingerprint
+        deltas = [
+            stacked.unstack(b, model_fingerprint=name, request_id=work.edits[index].id)
+            for b, index in enumerate(chosen)
+        ]
+    return deltas, outcomes
+
+
+def _timing(work: _Work, outcomes: Sequence[FitOutcome]) -> Timing:
+    spent = work.timer.total(without=("evaluation",))
+    return Timing(
+        edits_per_s=len(outcomes) / spent if spent else float("nan"),
+        seconds=dict(work.timer.seconds),
+        steps=sum(outcome.steps for outcome in outcomes),
+        peak_memory_mib=_peak_memory_mib(work.model.device),
+    )
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    # ru_maxrss is in KiB on Linux and in bytes on macOS
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _provenance(
+    work: _Work, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
+) -> dict[str, Any]:
+    model = work.model
+    return {
+        "method": method,
+        "config": work.plan.settings(),
+        "solver": {**vars(work.solver)},
+        "sites": [f"{site.layer}.{site.name}" for site in work.spec.sites],
+        "run": settings,
+        "seed": seed,
+        "protocols": PROTOCOLS,
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantize": model.quantize,
+            "device": str(model.device),
+            "template": model.prompts._template,
+        },
+        "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
+        "pool": None if pool is None else {"records": len(pool), "fingerprint": fingerprint(pool)},
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "commit": provenance.commit(),
+        "time": provenance.utc_now(),
+    }
+
+
+def with_id(request: EditRequest, number: int) -> EditRequest:
+    """The request with an id made from its number when it has none."""
+    return request if request.id else replace(request, id=f"edit-{number}")

@@ -1,0 +1,187 @@
+"""Ask the model every question of the evaluation, before and with the edits, many edits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.backbone import EditableModel
+from fastedit.data.images import image_key
+from fastedit.deltas import DeltaSpec, Rows, StackedDelta, installed
+from fastedit.engine.batch import split_point
+from fastedit.engine.timing import PhaseTimer
+from fastedit.evaluation import (
+    EditScores,
+    EvaluationView,
+    evaluation_views,
+    exact_match,
+    kl_divergence,
+    mean_by_name,
+    ranked_agreement,
+    token_accuracy,
+    token_f1,
+    top_ids,
+)
+from fastedit.requests import EditRequest, Query
+
+TOP_K = 10
+
+
+@dataclass
+class _Row:
+    """One question of one edit, with what was found."""
+
+    edit: int
+    view: EvaluationView
+    before: str
+    after: str = ""
+    legacy: dict[str, float] | None = None
+    kl: float | None = None
+
+
+class Evaluator:
+    """Scores edits under both protocols; the unedited model's answers are asked once and remembered.
+
+    Args:
+        model: frozen, with no delta installed.
+        spec: of the deltas that will be scored (says what part of the model they cannot reach).
+        timer: everything here is phase "evaluation".
+        max_new_tokens: longest generated answer.
+        row_limit: most rows in one forward.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        spec: DeltaSpec,
+        timer: PhaseTimer,
+        *,
+        max_new_tokens: int = 48,
+        row_limit: int = 256,
+    ) -> None:
+        self.model, self.spec, self.timer = model, spec, timer
+        self.max_new_tokens, self.row_limit = max_new_tokens, row_limit
+        self._answers: dict[tuple[str, str], str] = {}
+
+    def scores(
+        self, requests: Sequence[EditRequest], stacked: StackedDelta, *, shared: bool = False
+    ) -> list[EditScores]:
+        """Scores of the given edits.
+
+        Args:
+            requests: n edits.
+            stacked: n deltas, one per edit; or, when ``shared``, one delta that acts on every row.
+        Returns:
+            n EditScores.
+        """
+        with self.timer.phase("evaluation"), torch.no_grad():
+            views = [evaluation_views(request) for request in requests]
+            self._ask_before([view.query for each in views for view in each])
+            rows = [
+                _Row(edit, view, self._answers[_key(view.query)]) for edit, each in enumerate(views) for view in each
+            ]
+            for part in self._parts(rows):
+                where = Rows() if shared else _rows_of(part, stacked.size)
+                self._teacher_forced(part, stacked, where, shared)
+                with installed(self.model, stacked, where):
+                    generated = self._generate([row.view.query for row in part])
+                for row, text in zip(part, generated, strict=True):
+                    row.after = text
+            return [_edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
+
+    def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        for start in range(0, len(rows), self.row_limit):
+            yield rows[start : start + self.row_limit]
+
+    def _generate(self, queries: list[Query]) -> list[str]:
+        return self.model.generate(queries, max_new_tokens=self.max_new_tokens, batch_size=max(1, len(queries)))
+
+    def _ask_before(self, queries: Sequence[Query]) -> None:
+        """Remember the unedited model's answers to the queries not asked yet."""
+        fresh = {_key(query): query for query in queries if _key(query) not in self._answers}
+        keys, asked = list(fresh), list(fresh.values())
+        for start in range(0, len(asked), self.row_limit):
+            part = asked[start : start + self.row_limit]
+            for key, text in zip(keys[start : start + self.row_limit], self._generate(part), strict=True):
+                self._answers[key] = text
+
+    def _teacher_forced(self, part: list[_Row], stacked: StackedDelta, where: Rows, shared: bool) -> None:
+        """Fill ``legacy`` and ``kl`` of rows that have an answer to be fed."""
+        forced = [(row, answer) for row in part if (answer := row.view.query.answer or row.before).strip()]
+        if not forced:
+            return
+        rows = [row for row, _ in forced]
+        encoded = self.model.encode([replace(row.view.query, answer=answer) for row, answer in forced], answers=True)
+        state = self.model.prefix(encoded, *split_point(self.spec))
+        positions = encoded.label_positions()
+        mask = positions >= 0
+        labels = encoded.labels.gather(1, positions.clamp(min=0))
+        before = self.model.head(self.model.tail(state, positions=positions))
+        with installed(self.model, stacked, where if shared else _rows_of(rows, stacked.size)):
+            after = self.model.head(self.model.tail(state, positions=positions))
+        best_before, best_after = top_ids(before, TOP_K), top_ids(after, TOP_K)
+        found: dict[str, Tensor] = {
+            "accuracy": token_accuracy(best_after[..., 0], labels, mask),
+            "top1": ranked_agreement(best_before[..., :1], best_after[..., :1], mask),
+            "top10": ranked_agreement(best_before, best_after, mask),
+        }
+        divergence = kl_divergence(before, after, mask).tolist()
+        for number, row in enumerate(rows):
+            row.legacy = {name: float(values[number]) for name, values in found.items()}
+            row.kl = float(divergence[number])
+
+
+def _key(query: Query) -> tuple[str, str]:
+    return query.prompt, "" if query.image is None else image_key(query.image)
+
+
+def _rows_of(rows: Sequence[_Row], size: int) -> Rows:
+    counts = [0] * size
+    for row in rows:
+        counts[row.edit] += 1
+    return Rows(tuple(counts))
+
+
+def _edit_scores(rows: Sequence[_Row]) -> EditScores:
+    """Both protocols' values of one edit from its rows."""
+    legacy: list[tuple[str, float]] = []
+    strict: list[tuple[str, float]] = []
+    target = next(row.view.query.answer or "" for row in rows if row.view.score == "reliability")
+    for row in rows:
+        name, wanted = row.view.score, row.view.query.answer or ""
+        if row.view.changes:
+            strict.append((name, float(exact_match(row.after, wanted))))
+            strict.append((f"{name}_f1", token_f1(row.after, wanted)))
+        else:
+            strict.append((name, float(row.after == row.before)))
+        if name in ("near", "blind") and not exact_match(row.before, target):
+            strict.append(("blindness", float(exact_match(row.after, target))))
+        if row.legacy is not None:
+            legacy += _legacy_values(row, row.legacy)
+            if not row.view.changes and row.kl is not None:
+                strict.append((f"{name}_kl", row.kl))
+    answers: list[dict[str, Any]] = [
+        {
+            "score": row.view.score,
+            "prompt": row.view.query.prompt,
+            "wanted": row.view.query.answer if row.view.changes else row.before,
+            "before": row.before,
+            "after": row.after,
+        }
+        for row in rows
+    ]
+    return EditScores(mean_by_name(legacy), mean_by_name(strict), answers)
+
+
+def _legacy_values(row: _Row, found: dict[str, float]) -> list[tuple[str, float]]:
+    name = row.view.score
+    if row.view.changes:
+        return [(name, found["accuracy"])]
+    values = [(name, found["top1"])]
+    if name in ("text_locality", "image_locality"):
+        values.append((f"{name}_top10", found["top10"]))
+    return values

@@ -1,0 +1,115 @@
+"""The result of a run: deltas, scores, timing, provenance; and its folder on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastedit.deltas import EditDelta, load_deltas, save_deltas
+from fastedit.evaluation import EditScores, Score
+from fastedit.solver import FitOutcome
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of a run went.
+
+    Args:
+        edits_per_s: edits over the seconds of editing (everything but loading and evaluation).
+        seconds: wall-clock seconds by phase.
+        steps: optimiser steps over all edits.
+        peak_memory_mib: peak resident memory of the process (of the device, on a GPU).
+        nfu: necessary-FLOP utilisation, None where the peak was not measured.
+    """
+
+    edits_per_s: float
+    seconds: Mapping[str, float]
+    steps: int
+    peak_memory_mib: float
+    nfu: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``fastedit.edit`` returns.
+
+    Args:
+        deltas: one EditDelta per edit, in the order of the edits.
+        outcomes: how each fit ended.
+        scores: protocol -> score name -> Score; empty when the run was not evaluated.
+        edit_scores: per edit, the values behind the scores and the answers given.
+        timing: speed.
+        provenance: everything needed to repeat and compare the run.
+    """
+
+    deltas: Sequence[EditDelta]
+    outcomes: Sequence[FitOutcome]
+    scores: Mapping[str, Mapping[str, Score]]
+    edit_scores: Sequence[EditScores]
+    timing: Timing
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Scores, timing, outcomes and provenance as plain values (NaN as None)."""
+        scored: Sequence[EditScores | None] = self.edit_scores or [None] * len(self.deltas)
+        data = {
+            "scores": {p: {k: asdict(s) for k, s in table.items()} for p, table in self.scores.items()},
+            "timing": asdict(self.timing),
+            "provenance": dict(self.provenance),
+            "edits": [
+                {"id": delta.request_id, **asdict(outcome), **(asdict(scores) if scores else {})}
+                for delta, outcome, scores in zip(self.deltas, self.outcomes, scored, strict=True)
+            ],
+        }
+        return plain(data)  # type: ignore[no-any-return]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``scores.json`` and ``deltas.safetensors`` into a folder, made if needed. Returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_deltas(self.deltas, folder / "deltas.safetensors")
+        partial = folder / "scores.json.partial"
+        partial.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(folder / "scores.json")
+        return folder
+
+    @staticmethod
+    def load(folder: str | Path) -> Run:
+        """Read a saved run back.
+
+        Raises:
+            FileNotFoundError: a file of the folder is missing.
+            ValueError: the deltas do not belong to the scores.
+        """
+        folder = Path(folder)
+        data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        deltas = load_deltas(folder / "deltas.safetensors")
+        edits = data["edits"]
+        if [edit["id"] for edit in edits] != [delta.request_id for delta in deltas]:
+            raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
+        outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
+        scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
+        scores = {
+            p: {k: Score(_number(s["mean"]), _number(s["low"]), _number(s["high"]), s["n"]) for k, s in table.items()}
+            for p, table in data["scores"].items()
+        }
+        return Run(deltas, outcomes, scores, scored, Timing(**data["timing"]), data["provenance"])
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,187 @@
+"""Which questions an edit is fitted on, besides itself: rephrased ones and ones that must not change.
+
+A benchmark's own rephrase and locality questions are its test. Fitting on them measures memory, not editing, so by
+default they are not used: rephrased views come from paraphrases that the pool records for the same question and from
+small changes to the image, locality views come from the pool (or from the run's other edits).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageEnhance
+
+from fastedit.data import open_image
+from fastedit.objectives import Role
+from fastedit.requests import EditRequest, ImageSource, Query
+
+VIEW_SOURCES = ("heldout", "record")
+# Used when nothing in the pool paraphrases a question.
+WRAPPERS = ("Please answer: {}", "Answer this question. {}", "{} Answer:")
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """One teacher-forced row that an edit is fitted on."""
+
+    role: Role
+    query: Query
+
+
+class ViewSource:
+    """Training views of every edit of a run, the same whatever the batch.
+
+    Args:
+        edits: the run's edits.
+        pool: records that locality views and paraphrases are drawn from; None uses the run's other edits.
+        source: "heldout" (never the record's own rephrase or locality fields) or "record" (exactly those).
+        near: prefer locality images that are asked the edit's own question (arXiv 2511.13243: edits fire there).
+        seed: of the draws; each edit has its own stream.
+    Raises:
+        ValueError: unknown source; or "heldout" with neither a pool nor other edits to draw from.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[EditRequest],
+        pool: Sequence[EditRequest] | None,
+        *,
+        source: str = "heldout",
+        near: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if source not in VIEW_SOURCES:
+            raise ValueError(f"views: source is one of {list(VIEW_SOURCES)} (got views={source!r})")
+        self.edits = edits
+        self.pool = list(edits if pool is None else pool)
+        self.own = pool is None
+        self.source = source
+        self.near = near
+        self.seed = seed
+        self._paraphrases: dict[str, list[str]] = defaultdict(list)
+        self._by_question: dict[str, list[int]] = defaultdict(list)
+        for index, record in enumerate(self.pool):
+            question = _normal(record.prompt)
+            if record.image is not None:
+                self._by_question[question].append(index)
+            if record.rephrase is not None:
+                self._paraphrases[question].append(record.rephrase)
+                self._paraphrases[_normal(record.rephrase)].append(record.prompt)
+
+    def check(self, roles: Sequence[Role]) -> None:
+        """Say before any work that locality views cannot be made.
+
+        Raises:
+            ValueError: "heldout" locality views with nothing to draw from.
+        """
+        if (
+            self.source == "heldout"
+            and any(r > Role.IMAGE_REPHRASE for r in roles)
+            and self.own
+            and len(self.edits) < 2
+        ):
+            raise ValueError(
+                "views: locality views are drawn from a pool or from other edits; give pool=..., or views='record' to "
+                f"use the record's own locality questions (got edits={len(self.edits)}, pool=None)"
+            )
+
+    def views(self, index: int, roles: Sequence[Role]) -> list[TrainingView]:
+        """Views of edit number ``index``, sorted by role; a role that cannot be filled is absent."""
+        edit = self.edits[index]
+        digest = hashlib.sha256(f"{self.seed}|{edit.prompt}|{edit.target}|{edit.id}".encode()).digest()
+        rng = random.Random(digest)
+        made = []
+        for role in sorted(roles):
+            query = self._record(edit, role) if self.source == "record" else self._heldout(edit, index, role, rng)
+            if query is not None:
+                made.append(TrainingView(role, query))
+        return made
+
+    def _record(self, edit: EditRequest, role: Role) -> Query | None:
+        if role is Role.EDIT:
+            return Query(edit.prompt, edit.image, edit.target)
+        if role is Role.TEXT_REPHRASE:
+            return None if edit.rephrase is None else Query(edit.rephrase, edit.image, edit.target)
+        if role is Role.IMAGE_REPHRASE:
+            return None if edit.image_rephrase is None else Query(edit.prompt, edit.image_rephrase, edit.target)
+        return _text_locality(edit) if role is Role.TEXT_LOCALITY else _image_locality(edit)
+
+    def _heldout(self, edit: EditRequest, index: int, role: Role, rng: random.Random) -> Query | None:
+        if role is Role.EDIT:
+            return Query(edit.prompt, edit.image, edit.target)
+        if role is Role.TEXT_REPHRASE:
+            return Query(self._paraphrase(edit, rng), edit.image, edit.target)
+        if role is Role.IMAGE_REPHRASE:
+            return None if edit.image is None else Query(edit.prompt, jittered(edit.image, rng), edit.target)
+        if role is Role.TEXT_LOCALITY:
+            return self._draw(_text_locality, index, rng)
+        return self._near(edit, index, rng) or self._draw(_image_locality, index, rng)
+
+    def _paraphrase(self, edit: EditRequest, rng: random.Random) -> str:
+        known = sorted(set(self._paraphrases[_normal(edit.prompt)]) - {edit.prompt, edit.rephrase or ""})
+        return rng.choice(known) if known else rng.choice(WRAPPERS).format(edit.prompt)
+
+    def _near(self, edit: EditRequest, index: int, rng: random.Random) -> Query | None:
+        """The edit's own question about another image of the pool, with that record's answer before its edit."""
+        if not self.near:
+            return None
+        candidates = [i for i in self._by_question[_normal(edit.prompt)] if not (self.own and i == index)]
+        for candidate in rng.sample(candidates, len(candidates)):
+            record = self.pool[candidate]
+            if record.prediction and not _same_image(record.image, edit.image):
+                return Query(edit.prompt, record.image, record.prediction)
+        return None
+
+    def _draw(self, part: object, index: int, rng: random.Random) -> Query | None:
+        """The given locality question of a random record other than the edit itself."""
+        edit = self.edits[index]
+        for _ in range(64):
+            chosen = rng.randrange(len(self.pool))
+            query = part(self.pool[chosen])  # type: ignore[operator]
+            own = _text_locality(edit), _image_locality(edit)
+            if query is not None and not (self.own and chosen == index) and query not in own:
+                return query  # type: ignore[no-any-return]
+        return None
+
+
+def _text_locality(record: EditRequest) -> Query | None:
+    if record.locality_prompt is None or record.locality_answer is None:
+        return None
+    return Query(record.locality_prompt, None, record.locality_answer)
+
+
+def _image_locality(record: EditRequest) -> Query | None:
+    if record.image_locality_prompt is None or record.image_locality_image is None:
+        return None
+    if record.image_locality_answer is None:
+        return None
+    return Query(record.image_locality_prompt, record.image_locality_image, record.image_locality_answer)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _same_image(a: ImageSource | None, b: ImageSource | None) -> bool:
+    return a is b or (isinstance(a, str) and isinstance(b, str) and a == b)
+
+
+def jittered(image: ImageSource, rng: random.Random) -> Image.Image:
+    """A slightly cropped, turned and relit copy of an image, the same for the same random state."""
+    picture = open_image(image)
+    width, height = picture.size
+    angle, zoom, light = rng.uniform(-5, 5), rng.uniform(0.92, 1.0), rng.uniform(0.9, 1.1)
+    left, top = rng.uniform(0, 1 - zoom) * width, rng.uniform(0, 1 - zoom) * height
+    box = (left, top, left + zoom * width, top + zoom * height)
+    turned = picture.rotate(angle, resample=Image.Resampling.BILINEAR, fillcolor=_corner(picture))
+    cropped = turned.resize((width, height), resample=Image.Resampling.BILINEAR, box=box)
+    return ImageEnhance.Brightness(cropped).enhance(light)
+
+
+def _corner(picture: Image.Image) -> tuple[int, ...]:
+    colour = picture.getpixel((0, 0))
+    return tuple(int(c) for c in colour) if isinstance(colour, tuple) else (0, 0, 0)

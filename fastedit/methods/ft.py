@@ -1,0 +1,60 @@
+"""Fine-tuning of the last layers' FFN weights, on a delta beside the frozen weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastedit.backbone import EditableModel
+from fastedit.deltas import DeltaSpec
+from fastedit.methods.base import last_layers
+from fastedit.solver import SolverConfig
+
+
+@dataclass(frozen=True)
+class FTConfig:
+    """Settings of ``ft``; the defaults follow the FT baseline of VLKEB (arXiv 2403.07350): last layer, up and down.
+
+    Args:
+        layers: an int n for the last n decoder layers, or layer numbers.
+        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o".
+        steps: most optimiser steps.
+        lr: of AdamW; None is 0.4 / hidden size, which is VLKEB's 1e-4 at 4096 and 3e-3 at 128.
+        clip: largest gradient norm of an edit; None is off.
+        weight_decay: on the delta.
+        radius: FT-L's l-infinity ball around the original weights (arXiv 2012.00363); None is off.
+        stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+    """
+
+    layers: int | tuple[int, ...] = 1
+    names: tuple[str, ...] = ("up", "down")
+    steps: int = 20
+    lr: float | None = None
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    radius: float | None = None
+    stop_loss: float | None = 0.02
+
+
+class FT:
+    """Full delta, always on."""
+
+    Config: ClassVar[type] = FTConfig
+
+    @staticmethod
+    def spec(model: EditableModel, config: FTConfig) -> DeltaSpec:
+        """Full matrices beside the chosen modules."""
+        sites = model.sites(last_layers(config.layers, model.n_layers, "ft"), config.names)
+        return DeltaSpec("full", tuple(sites))
+
+    @staticmethod
+    def solver(model: EditableModel, config: FTConfig) -> SolverConfig:
+        """AdamW per edit."""
+        return SolverConfig(
+            steps=config.steps,
+            lr=0.4 / model.hidden_size if config.lr is None else config.lr,
+            clip=config.clip,
+            weight_decay=config.weight_decay,
+            radius=config.radius,
+            stop_loss=config.stop_loss,
+        )

@@ -1,0 +1,70 @@
+"""Low-rank adapters fitted to one edit each (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastedit.backbone import EditableModel
+from fastedit.deltas import DeltaSpec
+from fastedit.methods.base import last_layers
+from fastedit.solver import SolverConfig
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Settings of ``lora``.
+
+    Args:
+        layers: an int n for the last n decoder layers, or layer numbers.
+        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o".
+        rank: r.
+        alpha: the change is scaled by alpha / rank.
+        steps: most optimiser steps.
+        lr: of AdamW; None is 2 / hidden size (5e-4 at 4096).
+        clip: largest gradient norm of an edit; None is off.
+        weight_decay: on the factors.
+        stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        seed: of the first factor, the same for every edit.
+    """
+
+    layers: int | tuple[int, ...] = 2
+    names: tuple[str, ...] = ("up", "down")
+    rank: int = 8
+    alpha: float = 16.0
+    steps: int = 20
+    lr: float | None = None
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    stop_loss: float | None = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora: rank is at least 1 (got rank={self.rank!r})")
+        if not self.alpha > 0:
+            raise ValueError(f"lora: alpha is positive (got alpha={self.alpha!r})")
+
+
+class LoRA:
+    """Low-rank delta, always on."""
+
+    Config: ClassVar[type] = LoRAConfig
+
+    @staticmethod
+    def spec(model: EditableModel, config: LoRAConfig) -> DeltaSpec:
+        """Low-rank factors beside the chosen modules."""
+        sites = model.sites(last_layers(config.layers, model.n_layers, "lora"), config.names)
+        options = {"rank": config.rank, "scale": config.alpha / config.rank, "seed": config.seed}
+        return DeltaSpec("low_rank", tuple(sites), options)
+
+    @staticmethod
+    def solver(model: EditableModel, config: LoRAConfig) -> SolverConfig:
+        """AdamW per edit."""
+        return SolverConfig(
+            steps=config.steps,
+            lr=2.0 / model.hidden_size if config.lr is None else config.lr,
+            clip=config.clip,
+            weight_decay=config.weight_decay,
+            stop_loss=config.stop_loss,
+        )

@@ -1,0 +1,91 @@
+"""The registry: literal tables, nothing registers itself; and how a name with overrides becomes a plan."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
+from fastedit.methods.ft import FT
+from fastedit.methods.lora import LoRA
+from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
+
+
+@dataclass(frozen=True)
+class NLLConfig:
+    """The plain objective has no settings."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Settings of ``kl+x``.
+
+    Args:
+        kl_weight: of the KL term.
+        kl_rephrases: also fit rephrased views.
+        direction: "reverse_kl" (edited || unedited) or "forward_kl".
+    """
+
+    kl_weight: float = 1.0
+    kl_rephrases: bool = False
+    direction: Direction = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("reverse_kl", "forward_kl"):
+            raise ValueError(f"kl: direction is reverse_kl or forward_kl (got direction={self.direction!r})")
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl: kl_weight is not negative (got kl_weight={self.kl_weight!r})")
+
+
+METHODS: dict[str, type[Method]] = {"ft": FT, "lora": LoRA}
+
+OBJECTIVES: dict[str, ObjectiveChoice] = {
+    "": ObjectiveChoice(NLLConfig, lambda _config, _steps: NLLObjective()),
+    "kl": ObjectiveChoice(
+        KLConfig,
+        lambda config, _steps: KLObjective(config.kl_weight, rephrases=config.kl_rephrases, direction=config.direction),
+    ),
+    "odedit": ObjectiveChoice(InvariantConfig, InvariantObjective),
+}
+
+
+def method_names() -> list[str]:
+    """Every name that can be spelled."""
+    return [f"{prefix}+{base}" if prefix else base for base in METHODS for prefix in OBJECTIVES]
+
+
+def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
+    """The plan of a method name, ``x``, ``kl+x`` or ``odedit+x``, with fields of its configs overridden.
+
+    An override goes to every config of the plan that has a field of this name.
+
+    Raises:
+        ValueError: unknown method, objective or field (naming the nearest that exists), or a value a config refuses.
+    """
+    prefix, _, base = name.rpartition("+")
+    if base not in METHODS:
+        raise ValueError(f"method: {base!r} is not known{_nearest(base, list(METHODS))} (got method={name!r})")
+    if prefix not in OBJECTIVES:
+        known = [key for key in OBJECTIVES if key]
+        raise ValueError(f"method: objective {prefix!r} is not known{_nearest(prefix, known)} (got method={name!r})")
+    method, objective = METHODS[base], OBJECTIVES[prefix]
+    method_fields = {field.name for field in fields(method.Config)}
+    objective_fields = {field.name for field in fields(objective.config)}
+    for key, value in overrides.items():
+        if key not in method_fields | objective_fields:
+            known = sorted(method_fields | objective_fields)
+            raise ValueError(f"{name}: field {key!r} is not known{_nearest(key, known)} (got {key}={value!r})")
+    return EditPlan(
+        name,
+        method,
+        method.Config(**{k: v for k, v in overrides.items() if k in method_fields}),
+        objective,
+        objective.config(**{k: v for k, v in overrides.items() if k in objective_fields}),
+    )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,94 @@
+"""The view an objective has of a batch: label tokens with their edit and role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """What a training view is for (ODEdit, arXiv 2601.19700, section 3: IN, SE and OUT prompt groups)."""
+
+    EDIT = 0  # IN: the edit itself
+    TEXT_REPHRASE = 1  # SE: another wording
+    IMAGE_REPHRASE = 2  # SE: another picture of the same
+    TEXT_LOCALITY = 3  # OUT: an unrelated text-only question
+    IMAGE_LOCALITY = 4  # OUT: an unrelated question about an image
+
+
+ROLES = tuple(Role)
+# Of a KL: KL(unedited || edited) or KL(edited || unedited)
+Direction = Literal["forward_kl", "reverse_kl"]
+CE_ROLES = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE)
+KL_ROLES = (Role.TEXT_LOCALITY, Role.IMAGE_LOCALITY)
+
+
+@dataclass
+class TokenBatch:
+    """Label tokens of all views of B edits, packed; token t predicts ``labels[t]``.
+
+    Args:
+        hidden: (T, d) final hidden states of the edited model.
+        logits: (T, V) of the edited model.
+        labels: (T,) int64.
+        edit: (T,) int64, the edit a token belongs to.
+        role: (T,) int64, values of Role.
+        n_edits: B.
+        reference: (T_out, V) logits of the unedited model for the tokens of KL roles, in their order; None when unused.
+        flat: (B, P) parameters of the deltas (a leaf when the objective may differentiate by them); None when unused.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    labels: Tensor
+    edit: Tensor
+    role: Tensor
+    n_edits: int
+    reference: Tensor | None = None
+    flat: Tensor | None = None
+
+    def is_role(self, *roles: Role) -> Tensor:
+        """(T,) bool, tokens of any of the roles."""
+        mask = torch.zeros_like(self.role, dtype=torch.bool)
+        for role in roles:
+            mask |= self.role == int(role)
+        return mask
+
+
+@dataclass
+class Losses:
+    """Per-edit outcome of one evaluation of an objective.
+
+    Args:
+        total: (B,) what is minimised; differentiable.
+        nll: (B,) mean negative log-likelihood of the target, detached.
+        correct: (B,) bool, every target token is the argmax.
+        parts: named (B,) values for the record, detached.
+    """
+
+    total: Tensor
+    nll: Tensor
+    correct: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A loss per edit; ``roles`` says which views it needs besides the edit itself."""
+
+    roles: tuple[Role, ...]
+
+    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
+        """Losses at optimiser step ``step`` (0-based). An edit without tokens (finished) gets zeros."""
+
+
+def all_correct(tokens: TokenBatch) -> Tensor:
+    """(B,) bool: every token of the edit view has its label as the largest logit."""
+    chosen = tokens.is_role(Role.EDIT)
+    wrong = (tokens.logits.detach()[chosen].argmax(-1) != tokens.labels[chosen]).long()
+    count = torch.zeros(tokens.n_edits, dtype=torch.long, device=tokens.labels.device)
+    return count.index_add_(0, tokens.edit[chosen], wrong) == 0

@@ -1,0 +1,77 @@
+"""Plain negative log-likelihood of the target, and the same with a KL term on locality views."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.objectives.base import KL_ROLES, Direction, Losses, Role, TokenBatch, all_correct
+from fastedit.ops import risk
+
+
+class NLLObjective:
+    """Mean NLL of the target tokens of the edit view, per edit (the loss of FT and LoRA editing)."""
+
+    roles: tuple[Role, ...] = (Role.EDIT,)
+
+    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
+        """Losses; ``step`` is not used."""
+        segments = torch.where(tokens.is_role(Role.EDIT), tokens.edit, -1)
+        value, _ = risk(tokens.logits, tokens.labels, segments, tokens.n_edits, kind="ce")
+        return Losses(value, value.detach(), all_correct(tokens), {"nll": value.detach()})
+
+
+class KLObjective:
+    """NLL on the edit view and, when wanted, its rephrases, plus a weighted KL to the unedited model on locality views.
+
+    ``FT + KL`` of the editing literature. The direction is KL(edited || unedited) by default, as in ODEdit's equation
+    (3); ``direction="forward_kl"`` is KL(unedited || edited), as in MEND's training loss (arXiv 2110.11309).
+
+    Args:
+        weight: of the KL term.
+        rephrases: also fit the rephrased views (mean over the views).
+        direction: "reverse_kl" or "forward_kl".
+    """
+
+    def __init__(self, weight: float = 1.0, *, rephrases: bool = False, direction: Direction = "reverse_kl") -> None:
+        self.weight = weight
+        self.direction = direction
+        fitted = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE) if rephrases else (Role.EDIT,)
+        self.fitted = fitted
+        self.roles: tuple[Role, ...] = (*fitted, *KL_ROLES)
+
+    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
+        """Losses; ``step`` is not used."""
+        n = tokens.n_edits
+        nll_views = [_segment_nll(tokens, role, n) for role in self.fitted]
+        fit = _mean_present([v for v, _ in nll_views], [p for _, p in nll_views])
+        locality = tokens.is_role(*KL_ROLES)
+        out = torch.zeros_like(fit)
+        if bool(locality.any()):
+            out = risk(tokens.logits[locality], _reference(tokens), tokens.edit[locality], n, kind=self.direction)[0]
+        total = fit + self.weight * out
+        nll = nll_views[0][0].detach()
+        return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": out.detach()})
+
+
+def _reference(tokens: TokenBatch) -> Tensor:
+    if tokens.reference is None:
+        raise ValueError("objective: reference logits are needed for locality views (got reference=None)")
+    return tokens.reference
+
+
+def _segment_nll(tokens: TokenBatch, role: Role, n: int) -> tuple[Tensor, Tensor]:
+    """Mean NLL (B,) of one role and whether each edit has tokens of it (B,) bool."""
+    chosen = tokens.is_role(role)
+    segments = torch.where(chosen, tokens.edit, -1)
+    present = torch.zeros(n, dtype=torch.bool, device=tokens.edit.device)
+    present[tokens.edit[chosen]] = True
+    value, _ = risk(tokens.logits, tokens.labels, segments, n, kind="ce")
+    return value, present
+
+
+def _mean_present(values: list[Tensor], present: list[Tensor]) -> Tensor:
+    """Mean over the listed (B,) values that are present, per edit; 0 where none is."""
+    table = torch.stack(values, 1)
+    mask = torch.stack(present, 1).to(table.dtype)
+    return (table * mask).sum(1) / mask.sum(1).clamp(min=1)
