@@ -1,0 +1,59 @@
+"""A tiny random model and edits on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastedit
+from fastedit import EditRequest, Probe, Query
+from fastedit.backbone import EditableModel
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_edits(count: int) -> list[EditRequest]:
+    """Edits with every part; targets of one and of several tokens."""
+    targets = ["blue", "seven red", "a cat on the left of it"]
+    return [
+        EditRequest(
+            prompt=f"What is number {i} here?",
+            target=targets[i % 3],
+            image=picture(10 * i),
+            rephrase=f"Number {i} is what?",
+            image_rephrase=picture(10 * i + 1),
+            locality_prompt=f"What is the capital of country {i}?",
+            locality_answer="Paris",
+            image_locality_image=picture(10 * i + 2),
+            image_locality_prompt="What colour is it?",
+            image_locality_answer="red and green",
+            portability=(Query("What follows?", picture(10 * i), "nine"),),
+            probes=(
+                Probe("near", f"What is number {i} here?", picture(10 * i + 3)),
+                Probe("blind", f"What is number {i} here?"),
+                Probe("same", "Is it red?", picture(10 * i), "yes"),
+            ),
+            prediction="nothing",
+            id=f"edit-{i}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def exact_model() -> EditableModel:
+    return fastedit.load("random:llava-tiny", dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def model() -> EditableModel:
+    return fastedit.load("random:llava-tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def edits() -> list[EditRequest]:
+    return make_edits(5)

@@ -1,0 +1,98 @@
+"""Scores against the stock model asked one question at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastedit
+from fastedit import EditRequest, Query
+from fastedit.backbone import EditableModel
+from fastedit.evaluation import MUST_CHANGE, MUST_STAY, evaluation_views
+
+
+@torch.no_grad()
+def stock_logits(model: EditableModel, query: Query) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (M, V) at the answer positions and the labels (M,), by the stock model's own forward on one row."""
+    encoded = model.encode([query], answers=True)
+    out = model.hf(**encoded.model_inputs).logits[0]
+    return out[encoded.label_mask[0]], encoded.labels[encoded.label_mask]
+
+
+def test_legacy_scores_equal_the_stock_forward(exact_model: EditableModel, edits: list[EditRequest]) -> None:
+    run = fastedit.edit(exact_model, edits[:3], "ft", steps=10, lr=3e-3, layers=2, batch_size=3)
+    for edit, delta, scored in zip(edits, run.deltas, run.edit_scores, strict=False):
+        expected: dict[str, list[float]] = {}
+        for view, answer in zip(evaluation_views(edit), scored.answers, strict=True):
+            # Without a reference answer the unedited model's own is fed
+            query = dataclasses.replace(view.query, answer=view.query.answer or answer["before"])
+            before, labels = stock_logits(exact_model, query)
+            with fastedit.applied(exact_model, delta):
+                after, _ = stock_logits(exact_model, query)
+            if view.changes:
+                value = (after.argmax(-1) == labels).double().mean()
+            else:
+                value = (after.argmax(-1) == before.argmax(-1)).double().mean()
+                top = (after.topk(10).indices == before.topk(10).indices).double().mean()
+                if view.score.endswith("locality"):
+                    expected.setdefault(f"{view.score}_top10", []).append(float(top))
+            expected.setdefault(view.score, []).append(float(value))
+        assert scored.legacy.keys() == expected.keys()
+        for name, values in expected.items():
+            assert scored.legacy[name] == pytest.approx(sum(values) / len(values)), name
+
+
+def test_generated_answers_equal_one_question_at_a_time(model: EditableModel, edits: list[EditRequest]) -> None:
+    run = fastedit.edit(model, edits[:3], "lora", steps=20, lr=1e-2, batch_size=3)
+    for edit, delta, scored in zip(edits, run.deltas, run.edit_scores, strict=False):
+        views = evaluation_views(edit)
+        before = [model.answer(v.query.image, v.query.prompt, max_new_tokens=48) for v in views]
+        with fastedit.applied(model, delta):
+            after = [model.answer(v.query.image, v.query.prompt, max_new_tokens=48) for v in views]
+        assert [a["before"] for a in scored.answers] == before
+        assert [a["after"] for a in scored.answers] == after
+        for view, a in zip(views, after, strict=True):
+            if not view.changes:
+                continue
+            assert scored.strict[view.score] in (0.0, 1.0)
+            assert scored.strict[view.score] == float(a == view.query.answer)
+        stay = [float(a == b) for v, b, a in zip(views, before, after, strict=True) if v.score == "near"]
+        assert scored.strict["near"] == pytest.approx(sum(stay) / len(stay))
+
+
+def test_every_score_is_reported_with_an_interval(model: EditableModel, edits: list[EditRequest]) -> None:
+    run = fastedit.edit(model, edits, "ft", steps=10, batch_size=4)
+    for protocol in ("legacy", "strict"):
+        for name in (*MUST_CHANGE, *MUST_STAY):
+            score = run.scores[protocol][name]
+            assert score.n == len(edits)
+            assert 0 <= score.low <= score.mean <= score.high <= 1
+    assert "reliability_gap" in run.scores["strict"]
+    assert "blindness" in run.scores["strict"]
+
+
+def test_the_unedited_model_is_asked_once(
+    model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastedit.engine.evaluate import Evaluator
+    from fastedit.engine.timing import PhaseTimer
+
+    result = fastedit.edit(model, edits[:2], "ft", steps=2, evaluate=False)
+    evaluator = Evaluator(model, result.deltas[0].spec, PhaseTimer())
+    from fastedit.deltas import stack
+
+    asked: list[int] = []
+    original = Evaluator._generate
+
+    def counting(self: Evaluator, queries: list[Query]) -> list[str]:
+        asked.append(len(queries))
+        return original(self, queries)
+
+    monkeypatch.setattr(Evaluator, "_generate", counting)
+    first = evaluator.scores(edits[:2], stack(list(result.deltas)))
+    again = evaluator.scores(edits[:2], stack(list(result.deltas)))
+    assert first == again
+    unique = len(asked) - 2
+    assert unique == 1, "the second round asks only the edited model"
