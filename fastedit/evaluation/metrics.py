@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Stands for "no token" where a position's logits are not numbers. Equal to no token, not even to itself.
 NO_TOKEN = -1
+#: Logits turned into distributions at a time: 16 MiB in float32, whatever the number of positions.
+_CHUNK = 2**22
 
 
 def top_ids(logits: Tensor, k: int = 1) -> Tensor:
@@ -34,16 +36,24 @@ def top_ids(logits: Tensor, k: int = 1) -> Tensor:
         raise ValueError(f"top_ids: k must be 1 to V (got k={k}, logits of shape {tuple(logits.shape)})")
     flat = logits.detach().reshape(-1, vocabulary)
     broken = flat.isnan().any(-1)
-    flat = flat.nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
-    # Everything above the k-th value, then the first ids that equal it.
-    last = flat.topk(k, dim=-1).values[:, -1:]
-    above, equal = flat > last, flat == last
-    wanted = k - above.sum(-1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(-1) <= wanted))
-    ids = chosen.nonzero()[:, 1].reshape(-1, k)
+    values, ids = flat.topk(k, dim=-1)
+    # Which of the ids that equal the k-th value topk takes is not defined: such rows are chosen by hand.
+    last = values[:, -1:]
+    unsure = ((flat == last).sum(-1) > (values == last).sum(-1)) & ~broken
+    if bool(unsure.any()):
+        ids[unsure] = _first_ids(flat[unsure], last[unsure], k)
+    ids = ids.sort(dim=-1).values
     order = flat.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
     ids = ids.gather(-1, order).masked_fill(broken[:, None], NO_TOKEN)
     return ids.reshape(*logits.shape[:-1], k)
+
+
+def _first_ids(flat: Tensor, last: Tensor, k: int) -> Tensor:
+    """Return (T, k): the ids of all values above `last` (T, 1), filled up with the first ids that equal it."""
+    above, equal = flat > last, flat == last
+    wanted = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= wanted))
+    return chosen.nonzero()[:, 1].reshape(-1, k)
 
 
 def token_accuracy(predicted: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -120,15 +130,22 @@ def kl_divergence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     """
     _check("kl_divergence", mask, before=before[..., 0], after=after[..., 0])
     _same_shape("kl_divergence", before, after)
-    # Only masked positions are turned into distributions: V is large and masks are mostly empty.
-    dtype = torch.promote_types(before.dtype, torch.float32)
-    p = before.detach()[mask].to(dtype).log_softmax(-1)
-    q = after.detach()[mask].to(dtype).log_softmax(-1)
-    terms = torch.where(p > float("-inf"), p.exp() * (p - q), 0.0)
-    divergence = terms.sum(-1).double().clamp_min(0.0)
+    # Only masked positions are turned into distributions, a few at a time: V is large and masks are mostly empty.
+    rows = max(1, _CHUNK // before.shape[-1])
+    parts = zip(torch.split(before.detach()[mask], rows), torch.split(after.detach()[mask], rows), strict=True)
     values = mask.new_zeros(mask.shape, dtype=torch.float64)
-    values[mask] = divergence.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    values[mask] = torch.cat([_kl(p, q) for p, q in parts])
     return _mean(values, mask)
+
+
+def _kl(before: Tensor, after: Tensor) -> Tensor:
+    """Return KL(before || after) of logits (T, V): (T,) float64, inf where they are NaN."""
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    p, q = before.to(dtype).log_softmax(-1), after.to(dtype).log_softmax(-1)
+    terms = torch.where(p > float("-inf"), p.exp() * (p - q), 0.0)
+    # Rounding may leave a sum a little below 0.
+    divergence = terms.sum(-1).double().clamp_min(0.0)
+    return divergence.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

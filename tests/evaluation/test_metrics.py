@@ -59,14 +59,27 @@ def test_ties_are_ordered_by_id(rows: list[list[int]], k: int) -> None:
     assert torch.equal(top_ids(logits, k), sorted_ids(logits, k))
 
 
+def test_long_ties_are_ordered_by_id() -> None:
+    logits = torch.zeros(3, 20_000, dtype=torch.bfloat16)
+    logits[1, 19_000] = 1.0
+    logits[2, 7] = NAN
+    found = top_ids(logits, 500)
+    assert found[0].tolist() == list(range(500))
+    assert found[1].tolist() == [19_000, *range(499)]
+    assert (found[2] == NO_TOKEN).all()
+
+
 def test_infinite_logits_are_ordered() -> None:
     logits = torch.tensor([[-math.inf, 0.0, math.inf, -math.inf], [-math.inf] * 4])
     assert top_ids(logits, 3).tolist() == [[2, 1, 0], [0, 1, 2]]
+    largest = torch.finfo(torch.float32).max
+    assert top_ids(torch.tensor([largest, math.inf]), 2).tolist() == [1, 0]
 
 
 def test_a_diverged_position_has_no_token() -> None:
     logits = torch.tensor([[[0.0, 1.0, NAN], [0.0, 1.0, 2.0]]])
     assert top_ids(logits, 2).tolist() == [[[NO_TOKEN, NO_TOKEN], [2, 1]]]
+    assert top_ids(torch.tensor([NAN, NAN, 0.0, 0.0]), 3).tolist() == [NO_TOKEN] * 3
 
 
 def test_top_ids_of_nothing() -> None:
@@ -165,6 +178,15 @@ def test_kl_is_the_definition() -> None:
         rtol=1e-12,
         atol=0,
     )
+
+
+def test_kl_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = random_logits(4, 5, 9), random_logits(4, 5, 9, seed=1)
+    mask = bits("11111", "00000", "10101", "01000")
+    whole = kl_divergence(before, after, mask)
+    monkeypatch.setattr("fastedit.evaluation.metrics._CHUNK", 20)
+    assert torch.equal(kl_divergence(before, after, mask).nan_to_num(-1.0), whole.nan_to_num(-1.0))
+    assert kl_divergence(before, after, torch.zeros(4, 5, dtype=torch.bool)).isnan().all()
 
 
 def test_kl_is_directed() -> None:
