@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastedit import _native
 from fastedit.ops import implementations
 
 # The one constant of all tolerances: c * eps(dtype) * sqrt(reduction length), relative to the largest expected value.
@@ -64,13 +65,27 @@ class Provider:
         """Return the function ``name`` (the op itself by default) with the arguments of the schema."""
         name = name or self.op
         source = self.id.split(":")[1]
+        stem = self.op.rstrip("_")
+        found: Callable[..., Any]
         if self.id.startswith("triton"):
-            found = getattr(importlib.import_module(f"fastedit.kernels.{self.op.rstrip('_')}"), name)
+            found = getattr(importlib.import_module(f"fastedit.kernels.{stem}"), name)
         elif source == "reference":
-            found = getattr(importlib.import_module(f"fastedit.reference.{self.op.rstrip('_')}"), name)
+            found = getattr(importlib.import_module(f"fastedit.reference.{stem}"), name)
         else:
             found = getattr(torch.ops.fastedit, name).default
-        return found  # type: ignore[no-any-return]
+        return found if not source.startswith("csrc-") else _with_instruction_set(source.split("-")[1], found)
+
+
+def _with_instruction_set(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        best = _native.instruction_sets()[0]
+        _native.use_instruction_set(name)
+        try:
+            return function(*arguments)
+        finally:
+            _native.use_instruction_set(best)
+
+    return call
 
 
 def providers(op: str) -> list[Provider]:
@@ -80,6 +95,8 @@ def providers(op: str) -> list[Provider]:
     found = [Provider(op, "cpu:reference", "cpu")]
     compiled = "" if served["cpu"] == "csrc" else "the compiled library does not serve this op"
     found.append(Provider(op, "cpu:csrc", "cpu", compiled))
+    # the best instruction set serves; the others are tested beside it
+    found.extend(Provider(op, f"cpu:csrc-{isa}", "cpu", compiled) for isa in _native.instruction_sets()[1:])
     if importlib.util.find_spec(f"fastedit.kernels.{stem}") is not None:
         installed = "" if importlib.util.find_spec("triton") else "triton is not installed"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,5 +1,6 @@
 """Fused ops: one public function each, over one torch.library op. Importing this module registers them."""
 
+from fastedit import _native as _native  # registers the compiled kernels
 from fastedit.ops._library import implementations
 from fastedit.ops.adam_step import adam_step_
 from fastedit.ops.low_rank import low_rank

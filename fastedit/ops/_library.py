@@ -1,12 +1,14 @@
 """How an op enters torch: its schema, its default kernel (the reference) and the kernels of single devices."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-# op -> device -> who serves it; filled while the op modules are imported and constant afterwards
-_SERVED: dict[str, dict[str, str]] = {}
+# op -> the devices that Triton serves; filled while the op modules are imported and constant afterwards
+_TRITON: dict[str, set[str]] = {}
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -16,7 +18,19 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     torch.library.register_fake(f"fastedit::{name}", fake)
     if name.endswith("_backward"):
         torch.library.register_autograd(f"fastedit::{name}", _refuse_second_backward)
-    _SERVED[name] = {"cpu": "reference", "cuda": "reference"}
+    _TRITON[name] = set()
+
+
+def serve_with_triton(name: str, stem: str) -> None:
+    """Let ``name`` of kernels/<stem>.py serve CUDA tensors where Triton is installed, imported at the first call."""
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastedit.kernels.{stem}"), name)(*arguments)
+
+    torch.library.impl(f"fastedit::{name}", "cuda", launch)
+    _TRITON[name].add("cuda")
 
 
 def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
@@ -24,8 +38,19 @@ def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Return who serves each op on each device, e.g. ``{"risk": {"cpu": "csrc", "cuda": "reference"}}``."""
-    return {name: dict(devices) for name, devices in sorted(_SERVED.items()) if not name.endswith("_backward")}
+    """Return who serves each op on each device: ``csrc`` (compiled), ``triton`` or ``reference`` (plain torch).
+
+    For example ``{"risk": {"cpu": "csrc", "cuda": "reference"}, ...}``.
+    """
+    public = sorted(name for name in _TRITON if not name.endswith("_backward"))
+    return {name: {device: _server(name, device) for device in ("cpu", "cuda")} for name in public}
+
+
+def _server(name: str, device: str) -> str:
+    if device in _TRITON[name]:
+        return "triton"
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastedit::{name}", device.upper())
+    return "csrc" if own else "reference"
 
 
 def fail(op: str, rule: str, **got: object) -> NoReturn:

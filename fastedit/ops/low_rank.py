@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail
+from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
 from fastedit.reference import low_rank as reference
 from fastedit.reference._precision import accumulation_dtype
 
@@ -38,6 +38,8 @@ define(
     reference.low_rank_backward,
     _fake_backward,
 )
+serve_with_triton("low_rank", "low_rank")
+serve_with_triton("low_rank_backward", "low_rank")
 torch.library.register_autograd("fastedit::low_rank", _backward, setup_context=_save)
 
 
@@ -55,7 +57,8 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         y (T, o), dtype of x. Sums are kept in float32 (float64 for float64). Differentiable in x, down and up, once.
     Raises:
-        ValueError: shapes, dtypes or devices disagree, offsets do not cover the tokens.
+        ValueError: shapes, dtypes or devices disagree; on the CPU also where offsets do not cover the tokens (a GPU is
+            not asked, that would wait for it).
     """
     ranked = x.dim() == 2 and down.dim() == 3 and up.dim() == 3
     if not ranked or down.shape != (up.shape[0], x.shape[1], up.shape[1]):
