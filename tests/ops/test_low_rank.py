@@ -21,8 +21,9 @@ SHAPES = (
 )
 
 
-def _cases(dtype):
-    for seed, shape in enumerate(SHAPES):
+def _cases(dtype, provider):
+    # the interpreter is slow: it gets the shapes that cross a block in every dimension, in both layouts
+    for seed, shape in enumerate(SHAPES[1:4] if "interpreted" in provider.id else SHAPES):
         yield low_rank_inputs(*shape, dtype, seed=seed)
         if dtype in (torch.bfloat16, torch.float16):
             yield low_rank_inputs(*shape, dtype, weight_dtype=torch.float32, seed=seed)
@@ -37,7 +38,7 @@ def _cases(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_reference(provider, dtype, available):
     available(provider)
-    for inputs in _cases(dtype):
+    for inputs in _cases(dtype, provider):
         x, down, up, starts = (t.to(provider.device) for t in inputs)
         wide = (x.double(), down.double(), up.double(), starts)
         length = down.shape[1] * down.shape[2]
@@ -46,7 +47,8 @@ def test_equals_reference(provider, dtype, available):
         assert y.is_contiguous()
         assert_close(y, reference.low_rank(*wide), length=length, name="y")
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-        for layout in (grad, grad.t().contiguous().t(), grad[:1].expand_as(grad)):
+        layouts = (grad.t().contiguous().t(), grad[:1].expand_as(grad), grad)
+        for layout in layouts[: 1 if "interpreted" in provider.id else 3]:
             got = provider.function("low_rank_backward")(layout, x, down, up, starts, [True] * 3)
             goal = reference.low_rank_backward(layout.double(), *wide, [True] * 3)
             tokens = max(int(x.shape[0]), 1)
