@@ -17,10 +17,9 @@ from fastedit.pocket.names import MODELS, SETS
 if TYPE_CHECKING:
     from fastedit.requests import EditRequest
 
-__all__ = ["MODELS", "SETS", "edit_set", "export", "model_card", "model_path"]
+__all__ = ["MODELS", "SETS", "available", "edit_set", "export", "model_card", "model_path"]
 
 _ASSETS = Path(__file__).parent / "assets"
-WEIGHTS = "model.safetensors"
 CARD = "model_card.json"
 
 
@@ -37,12 +36,17 @@ def model_path(name: str) -> Path:
         from fastedit.pocket.qwen_processor import register
 
         register()
-    for folder in (_ASSETS / name, _cache() / name):
-        if (folder / WEIGHTS).is_file():
-            return folder
+    found = _found(name)
+    if found is not None:
+        return found
     from fastedit.pocket.release import build
 
     return build(name, _cache() / name)
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the models that are shipped or cached, so that `model_path` trains nothing."""
+    return tuple(name for name in MODELS if _found(name) is not None)
 
 
 def model_card(name: str) -> dict[str, Any]:
@@ -89,6 +93,11 @@ def export(name: str, split: str, folder: str | os.PathLike[str], *, limit: int 
     path = root / f"{name.replace('-', '_')}_{split}.json"
     write_mmedit(edits, path, images=root / "images")
     return path
+
+
+def _found(name: str) -> Path | None:
+    folders = (_ASSETS / name, _cache() / name)
+    return next((folder for folder in folders if (folder / CARD).is_file()), None)
 
 
 def _cache() -> Path:

@@ -49,7 +49,7 @@ _DOMAINS: dict[str, tuple[str, ...]] = {
 class Asked:
     """A prompt about a scene (None: no image) with its right answer (None: there is none).
 
-    kind: for portability "entailed" or "two-hop", else what the question is about.
+    kind: for portability "entailed", "two-hop" or "two-hop-untrained", else what the question is about.
     """
 
     prompt: str
@@ -112,7 +112,7 @@ def draw(name: str, split: str, number: int) -> Record | None:
     locality = _locality(scene, edited, question, hard, split, rng)
     if not portability or not same or locality is None or None in near:
         return None
-    fact = rng.choice(facts.all_facts())
+    fact = rng.choice(facts.FACTS)
     return Record(
         number=number,
         hard=hard,
@@ -203,10 +203,12 @@ def _novel(kind: str, rng: random.Random) -> str:
 def _portability(before: AnyScene, after: AnyScene, kind: str, rng: random.Random) -> list[Asked]:
     """Return up to two questions whose right answers follow from the edit and differ from those before it.
 
-    The first is one step away (another way to see the same change); the second needs a second step that was never
-    trained together with the first, where there is one.
+    The first is "entailed": another way to see the same change. The second, where there is one, takes a further step
+    from what changed to a fact: "two-hop" where the model was trained to take both steps for the new value at once,
+    "two-hop-untrained" where it was only trained on each of them.
     """
-    found: dict[str, list[Asked]] = {"entailed": [], "two-hop": []}
+    entailed: list[Asked] = []
+    further: list[Asked] = []
     for name, slots in _slots_after(after):
         if name == kind:
             continue
@@ -218,10 +220,17 @@ def _portability(before: AnyScene, after: AnyScene, kind: str, rng: random.Rando
         else:
             old, new = answer_to(name, slots, before) or "", answer_to(name, slots, after) or ""
             prompt = rng.choice(Question(name, slots, new).prompts)
-        hop = "two-hop" if name in (*templates.TWO_HOP_KINDS, "flag_capital") else "entailed"
-        if new and new != old and not (name in ("exist_pair", "check") and new == "no"):
-            found[hop].append(Asked(prompt, before, new, hop))
-    return [rng.choice(options) for options in found.values() if options]
+        if not new or new == old or (name in ("exist_pair", "check") and new == "no"):
+            continue
+        if name in templates.TWO_HOP_KINDS:
+            further.append(Asked(prompt, before, new, "two-hop-untrained"))
+        elif name == "flag_capital":
+            trained = isinstance(after, FlagScene) and after.country in templates.CAPITAL_TRAINED
+            further.append(Asked(prompt, before, new, "two-hop" if trained else "two-hop-untrained"))
+        else:
+            entailed.append(Asked(prompt, before, new, "entailed"))
+    further = [one for one in further if one.kind == "two-hop"] or further
+    return [rng.choice(options) for options in (entailed, further) if options]
 
 
 def _slots_after(after: AnyScene) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -151,8 +151,7 @@ class Fact:
         return self.prompts[: self.untrained] + self.prompts[self.untrained + 1 :]
 
 
-def all_facts() -> list[Fact]:
-    """Return every fact, in a fixed order."""
+def _facts() -> list[Fact]:
     facts = []
     for relation, (table, templates) in RELATIONS.items():
         for i, (subject, answer) in enumerate(table.items()):
@@ -165,3 +164,7 @@ def sentence(text: str) -> str:
     """Return the sentence with "a" turned into "an" before vowels and a capital first letter."""
     text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
     return text[:1].upper() + text[1:]
+
+
+#: Every fact, in a fixed order.
+FACTS: tuple[Fact, ...] = tuple(_facts())

@@ -180,9 +180,9 @@ def _slots(scene: AnyScene, kind: str, rng: random.Random) -> tuple[str, ...] | 
     if kind == "exist_pair":
         return (_claimed_pair(scene, item, rng),)
     if kind == "check":
-        if rng.random() < 0.1:
+        if rng.random() < 0.15:
             return "background", scene.background if rng.random() < 0.5 else rng.choice(tuple(BACKGROUNDS))
-        name = rng.choice(("colour", "colour", "size", "texture", "where"))
+        name = rng.choice(("colour", "size", "texture", "where"))
         true = _properties(item)[name]
         choices = {"colour": tuple(COLOURS), "size": SIZES, "texture": TEXTURES,
                    "where": tuple(f"at the {cell}" for cell in CELLS)}[name]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastedit.pocket import facts, grammar, templates
@@ -43,7 +43,7 @@ def varied(prompt: str, rng: random.Random) -> str:
     return prompt[:-1] if rng.random() < 0.04 and prompt[-1] in "?." else prompt
 
 
-def _fact_line(rng: random.Random, known: list[facts.Fact]) -> Line:
+def _fact_line(rng: random.Random, known: Sequence[facts.Fact]) -> Line:
     fact = rng.choice(known)
     return Line("fact", varied(rng.choice(fact.trained()), rng), fact.answer, with_image=False)
 
@@ -56,7 +56,7 @@ class Mixer:
     """Draws training rows."""
 
     def __init__(self, packer: Packer, seed: int) -> None:
-        self.packer, self.rng, self.facts = packer, random.Random(seed), facts.all_facts()
+        self.packer, self.rng, self.facts = packer, random.Random(seed), facts.FACTS
 
     def batch(self, mix: Mix) -> tuple[list[list[Line]], list[Image.Image]]:
         """Return (lines of every row, its image)."""
@@ -116,7 +116,7 @@ def held_out(kind: str, n: int, seed: int = 12345) -> list[tuple[Line, Image.Ima
     rng = random.Random(f"{kind}:{seed}")
     samples: list[tuple[Line, Image.Image | None]] = []
     if kind in ("fact", "fact_untrained"):
-        for fact in facts.all_facts():
+        for fact in facts.FACTS:
             prompt = fact.prompts[fact.untrained] if kind == "fact_untrained" else rng.choice(fact.trained())
             samples.append((Line(kind, prompt, fact.answer, with_image=False), None))
         return samples[:n] if n >= len(samples) else rng.sample(samples, n)

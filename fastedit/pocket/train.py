@@ -41,7 +41,8 @@ class Recipe:
     align_steps: int = 2400
     align_rows: int = 64
     first_steps: int = 60
-    cycle_steps: tuple[int, ...] = (500, 500, 400, 400, 400)
+    cycle_steps: tuple[int, ...] = (500, 450, 400, 400, 300, 300)
+    cycle_lr: tuple[float, ...] = (1.0, 0.8, 0.5, 0.4, 0.3, 0.3)
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
     weight_decay: float = 0.02
@@ -57,7 +58,13 @@ class Optimiser:
     """Muon for hidden matrices, AdamW for everything else, one schedule: warm-up, then cosine to zero."""
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, steps: int, *, only: Callable[[str], bool] | None = None
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        steps: int,
+        *,
+        scale: float = 1.0,
+        only: Callable[[str], bool] | None = None,
     ) -> None:
         hidden: list[Tensor] = []
         rest: list[Tensor] = []
@@ -78,8 +85,8 @@ class Optimiser:
 
         def factor(step: int) -> float:
             if step < warm:
-                return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+                return scale * (step + 1) / warm
+            return scale * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(part, factor) for part in self.parts]
 
@@ -126,9 +133,9 @@ class Trainer:
                 self.note(f"align {step + 1}/{steps}", loss, mean)
         return mean
 
-    def cycle(self, mix: Mix, steps: int, label: str, every: int = 0) -> Mix:
+    def cycle(self, mix: Mix, steps: int, label: str, every: int = 0, scale: float = 1.0) -> Mix:
         """Train for one learning-rate cycle; measures every `every` steps and asks failing kinds more."""
-        optimiser = Optimiser(self.model, self.recipe, steps)
+        optimiser = Optimiser(self.model, self.recipe, steps, scale=scale)
         for step in range(steps):
             rows, images = self.mixer.batch(mix)
             loss, right = self.losses(rows, to_pixels(images), mix)
@@ -158,8 +165,8 @@ class Trainer:
     @staticmethod
     def reweighted(mix: Mix, accuracy: dict[str, float]) -> Mix:
         """Ask every kind in proportion to 0.15 plus its error and weigh its loss likewise: the known take little."""
-        kinds = {kind: 0.15 + (1 - accuracy[kind]) for kind in KINDS if kind in accuracy}
-        return replace(mix, kinds=kinds, loss={kind: 1 + 6 * (1 - value) for kind, value in accuracy.items()})
+        kinds = {kind: 0.15 + 2 * (1 - accuracy[kind]) for kind in KINDS if kind in accuracy}
+        return replace(mix, kinds=kinds, loss={kind: 1 + 8 * (1 - value) for kind, value in accuracy.items()})
 
     def note(self, label: str, loss: Tensor | None, values: dict[str, float]) -> None:
         """Log one line."""
@@ -211,14 +218,14 @@ def train(name: str, out: Path, seed: int = 0, recipe: Recipe | None = None, res
         trainer.align()
         keep("align")
         trainer.cycle(Mix(questions=False, budget=80, flags=0.12), recipe.first_steps, "captions")
-    for number, steps in enumerate(recipe.cycle_steps, start=1):
-        mix = trainer.cycle(mix, steps, f"cycle {number}", every=150)
+    for number, (steps, scale) in enumerate(zip(recipe.cycle_steps, recipe.cycle_lr, strict=False), start=1):
+        mix = trainer.cycle(mix, steps, f"cycle {number}", every=150, scale=scale)
         accuracy = trainer.measure(recipe.samples, f"cycle {number}")
         history.append(accuracy)
         keep(f"cycle {number}")
         if min(accuracy.values()) >= recipe.criterion:
             break
-        mix = replace(trainer.reweighted(mix, accuracy), caption=0.5, facts=0.12)
+        mix = replace(trainer.reweighted(mix, accuracy), caption=0.7, facts=0.12)
     return trainer
 
 
@@ -230,11 +237,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="weights.pt to go on from")
     parser.add_argument("--cycles", type=int, nargs="*", help="steps of every cycle, instead of the recipe's")
+    parser.add_argument("--scale", type=float, help="learning rates of every cycle, as a share of the recipe's")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = RECIPES[arguments.model]
     if arguments.cycles:
         recipe = replace(recipe, cycle_steps=tuple(arguments.cycles))
+    if arguments.scale:
+        recipe = replace(recipe, cycle_lr=(arguments.scale,) * len(recipe.cycle_steps))
     train(arguments.model, arguments.out, arguments.seed, recipe, arguments.resume)
 
 

@@ -206,8 +206,10 @@ def _draw_item(image: Image.Image, item: Item, rng: random.Random) -> None:
     mask = Image.new("1", image.size)
     ImageDraw.Draw(mask).polygon(outline, fill=1)
     layer = Image.new("RGB", image.size, colour)
-    _draw_texture(ImageDraw.Draw(layer), item.texture, _darker(colour), (x, y), rng)
+    _draw_texture(ImageDraw.Draw(layer), item.texture, _ink(colour), (x, y), rng)
     image.paste(layer, (0, 0), mask)
+    # The rim keeps its colour, so that a texture never eats into the shape.
+    ImageDraw.Draw(image).polygon(outline, outline=colour, width=2)
 
 
 def _draw_texture(
@@ -230,8 +232,10 @@ def _draw_texture(
             draw.ellipse((cx - 2.5, cy - 2.5, cx + 2.5, cy + 2.5), fill=ink)
 
 
-def _darker(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    r, g, b = (int(channel * 0.35) for channel in rgb)
+def _ink(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return what a texture is drawn with: darker on light colours, lighter on dark ones."""
+    light = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 115
+    r, g, b = (int(channel * 0.3) if light else 255 - (255 - channel) // 4 for channel in rgb)
     return r, g, b
 
 
