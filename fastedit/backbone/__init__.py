@@ -2,6 +2,7 @@
 
 from .adapters import FAMILIES, Adapter
 from .fingerprint import weights_hash
+from .hold import Held, held_inputs
 from .loading import load
 from .model import EditableModel
 from .random_shapes import SHAPES
@@ -13,10 +14,12 @@ __all__ = [
     "Adapter",
     "EditableModel",
     "Encoded",
+    "Held",
     "ImageFeatures",
     "ImageInputs",
     "PrefixState",
     "Site",
+    "held_inputs",
     "load",
     "weights_hash",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.backbone import EditableModel, Encoded, PrefixState
+from fastedit.backbone import EditableModel, Encoded, Held, PrefixState
 from fastedit.deltas import DeltaSpec, Rows, StackedDelta
 from fastedit.deltas.install import RowsHolder
 from fastedit.engine.timing import PhaseTimer
@@ -60,14 +60,12 @@ class Layout:
         number[rows] = torch.arange(len(rows), device=rows.device)
         new_row = number[self.row_of_token]
         kept = new_row >= 0
-        positions = self.positions[rows]
-        width = max(1, int((positions >= 0).sum(1).max()))
-        return Layout(positions[:, :width], self.labels[kept], new_row[kept])
+        return Layout(self.positions[rows], self.labels[kept], new_row[kept])
 
 
 def head_at(model: EditableModel, state: PrefixState, layout: Layout) -> tuple[Tensor, Tensor]:
     """Final hidden states (T, d) and logits (T, V) at the layout's positions, from a prefix state."""
-    hidden = model.tail(state, positions=layout.positions)[layout.valid]
+    hidden = model.tail(state, positions=None if state.gathered else layout.positions)[layout.valid]
     return hidden, model.head(hidden)
 
 
@@ -83,6 +81,8 @@ class BatchProblem:
         objective: per-edit losses.
         views: of each edit, sorted by role.
         timer: seconds by phase.
+        prepared: what is constant over the steps.
+        held: outputs that are kept between steps, forgotten when rows leave.
     """
 
     def __init__(
@@ -94,8 +94,10 @@ class BatchProblem:
         views: Sequence[Sequence[TrainingView]],
         timer: PhaseTimer,
         prepared: PreparedRows,
+        held: Held,
     ) -> None:
         self.model, self.stacked, self.holder, self.objective, self.timer = model, stacked, holder, objective, timer
+        self.held = held
         self.state, self.layout, self.reference = prepared.state, prepared.layout, prepared.reference
         device = self.layout.labels.device
         self.edit_of_row = torch.tensor([b for b, vs in enumerate(views) for _ in vs], device=device)
@@ -132,6 +134,7 @@ class BatchProblem:
             out = self._is_out(self.role_of_row)[self.layout.row_of_token]
             kept = active[self.edit_of_row][self.layout.row_of_token]
             self.reference = self.reference[kept[out]]
+        self.held.clear()
         self.state, self.layout = self.state.select(rows), self.layout.select(rows)
         self.edit_of_row, self.role_of_row = self.edit_of_row[rows], self.role_of_row[rows]
         self._renumber()
@@ -167,7 +170,11 @@ def prepare(
         encoded = model.encode([view.query for view in flat], answers=True)
         layout = Layout.of(encoded)
     with timer.phase("prefix"):
-        state = model.prefix(encoded, *split_point(spec))
+        layer, stage = split_point(spec)
+        state = model.prefix(encoded, layer, stage)
+        if stage == "ffn" and layer == model.n_layers - 1:
+            # No position sees another any more: keep those that carry labels
+            state = state.at(layout.positions)
     reference = None
     out = torch.tensor([i for i, v in enumerate(flat) if v.role >= Role.TEXT_LOCALITY], device=layout.labels.device)
     if len(out):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, held_inputs
 from fastedit.data import fingerprint
 from fastedit.deltas import EditDelta, Rows, accumulate, installed, stack
 from fastedit.deltas.base import DeltaSpec, new_stack
 from fastedit.engine import provenance
-from fastedit.engine.batch import BatchProblem, prepare
+from fastedit.engine.batch import BatchProblem, prepare, split_point
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.progress import progress
 from fastedit.engine.run import Run, Timing
@@ -152,14 +153,14 @@ def _fit(work: _Work, chosen: range, committed: EditDelta | None) -> tuple[list[
         views = [work.views.views(index, objective.roles) for index in chosen]
     prepared = prepare(work.model, work.spec, views, work.timer)
     stacked = new_stack(work.spec, len(views), dtype=work.delta_dtype, device=work.model.device)
-    earlier = stack([committed] if committed else [], device=work.model.device) if committed else None
-    with installed(work.model, stacked, Rows()) as holder:
-        problem = BatchProblem(work.model, stacked, holder, objective, views, work.timer, prepared)
-        if earlier is None:
-            outcomes = fit(problem, stacked, work.solver)
-        else:
-            with installed(work.model, earlier, Rows()):
-                outcomes = fit(problem, stacked, work.solver)
+    with ExitStack() as entered:
+        held = entered.enter_context(held_inputs(work.model, *split_point(work.spec)))
+        holder = entered.enter_context(installed(work.model, stacked, Rows()))
+        if committed is not None:
+            earlier = stack([committed], device=work.model.device)
+            entered.enter_context(installed(work.model, earlier, Rows()))
+        problem = BatchProblem(work.model, stacked, holder, objective, views, work.timer, prepared, held)
+        outcomes = fit(problem, stacked, work.solver)
     with work.timer.phase("store"):
         name = work.model.fingerprint
         deltas = [

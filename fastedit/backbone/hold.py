@@ -1,0 +1,75 @@
+"""Keep the outputs of modules whose input is constant, so that repeated tails from one state do not recompute them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .model import EditableModel
+
+#: The modules of a layer that read the state directly (after its norm), by the stage of the state.
+FIRST_READERS: dict[str, tuple[str, ...]] = {"attention": ("q", "k", "v"), "ffn": ("up", "gate")}
+
+
+class Held:
+    """Outputs kept so far; `clear` when the state's rows or values change."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget everything; the next tail computes it again."""
+        self._outputs.clear()
+
+    def get(self, path: str, module_forward: Any, x: Tensor) -> Tensor:
+        """Return the module's output for the constant input, computed at the first call."""
+        known = self._outputs.get(path)
+        if known is None:
+            with torch.no_grad():
+                known = module_forward(x.detach())
+            self._outputs[path] = known
+        return known
+
+
+@contextmanager
+def held_inputs(model: EditableModel, layer: int, stage: str) -> Iterator[Held]:
+    """Inside the block, the first readers of a state at (layer, stage) run once per state instead of once per tail.
+
+    Values are the same to the bit: the input of these modules is the frozen state. Forward hooks still fire, so deltas
+    on these modules act as ever. Whoever runs the tail from another state calls `clear` first.
+
+    Args:
+        model: no parameter of it may change inside the block.
+        layer, stage: of the states that the tails start from.
+    Yields:
+        Held.
+    """
+    held = Held()
+    known = model.adapter.text.site_paths
+    sites = model.sites([layer], [name for name in FIRST_READERS[stage] if name in known])
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for site in sites:
+            module: Any = model.module(site)
+            replaced.append((module, module.__dict__.get("forward")))
+            module.forward = _held_forward(held, site.module_path, module.forward)
+        yield held
+    finally:
+        for changed, own in replaced:
+            # An instance attribute of before goes back; else the class's method shows again.
+            if own is None:
+                del changed.forward
+            else:
+                changed.forward = own  # type: ignore[method-assign]
+
+
+def _held_forward(held: Held, path: str, original: Any) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        return held.get(path, original, x)
+
+    return forward
