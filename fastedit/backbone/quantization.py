@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapters import UNQUANTIZED
-from .random_models import empty_weights
+from .random_models import EmptyOnMeta
 
 QUANTIZATIONS: tuple[str, ...] = ("none", "nf4", "int8")
 
@@ -77,7 +77,7 @@ class Quantizer:
         """
         from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-        with empty_weights():
+        with EmptyOnMeta():
             skeleton = AutoModelForImageTextToText.from_config(model_config)
         skip = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear) and self.skips(path)]
         if self.kind == "int8":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .made_up import made_up_processor
 from .random_shapes import SHAPES, Shape
@@ -17,18 +16,17 @@ from .random_shapes import SHAPES, Shape
 Convert = Callable[[str, nn.Module], nn.Module]
 
 
-def empty_weights() -> AbstractContextManager[None]:
-    """Return a context in which modules are made without memory for parameters; buffers are real.
+class EmptyOnMeta(TorchFunctionMode):
+    """Inside, tensors of unspecified values take no memory: modules are made in no time, computed buffers are real."""
 
-    Raises:
-        ImportError: accelerate is absent.
-    """
-    try:
-        accelerate: Any = importlib.import_module("accelerate")
-    except ImportError as error:
-        raise ImportError("load: random and quantized models need accelerate: pip install accelerate") from error
-    context: AbstractContextManager[None] = accelerate.init_empty_weights(include_buffers=False)
-    return context
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Send `torch.empty`, which linear maps and embeddings make their weights with, to the meta device."""
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def make_random(
@@ -47,7 +45,7 @@ def make_random(
     processor = made_up_processor(shape)
     config = make_config(shape, processor)
     options = {} if attention is None else {"attn_implementation": attention}
-    with empty_weights():
+    with EmptyOnMeta():
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
     generator = torch.Generator(device=device).manual_seed(seed)
     for path, module in list(hf.named_modules()):

@@ -21,7 +21,9 @@ DISTINCT = ("random:llava-tiny", "random:blip2-tiny", "random:qwen3vl-tiny")
 
 
 @functools.cache
-def cached_model(name: str, dtype: str = "float32", quantize: str = "none", attention: str | None = None) -> EditableModel:
+def cached_model(
+    name: str, dtype: str = "float32", quantize: str = "none", attention: str | None = None
+) -> EditableModel:
     return load(name, dtype=dtype, quantize=quantize, attention=attention)
 
 

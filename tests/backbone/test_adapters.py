@@ -1,0 +1,33 @@
+"""Every family is known everywhere it must be, and unknown ones are refused."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from fastedit.backbone import FAMILIES, SHAPES
+from fastedit.backbone.adapters import UNQUANTIZED, check_family
+from fastedit.backbone.text import text_stack
+
+from .conftest import TINY, cached_model
+
+
+def test_every_family_has_a_tiny_model_and_its_unquantized_parts() -> None:
+    assert {SHAPES[name.removeprefix("random:")].model_type for name in TINY} == set(FAMILIES) == set(UNQUANTIZED)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unquantized_parts_are_real_modules_outside_of_the_layers(name: str) -> None:
+    model = cached_model(name)
+    for path in UNQUANTIZED[model.hf.config.model_type]:
+        part = model.hf.get_submodule(path)
+        assert not set(map(id, part.modules())) & set(map(id, model.adapter.text.layers.modules()))
+
+
+def test_unknown_families_and_text_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model_type must be one of .*llava.* \(got model_type='fuyu' of 'x/y'\)"):
+        check_family("x/y", "fuyu")
+    root = types.SimpleNamespace(config=types.SimpleNamespace(model_type="gemma"))
+    with pytest.raises(ValueError, match=r"text model must be one of .* \(got model_type='gemma'\)"):
+        text_stack(root)

@@ -1,0 +1,82 @@
+"""Prompt texts, and answers joined to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastedit.backbone import load
+from fastedit.backbone.made_up import made_up_tokenizer
+from fastedit.backbone.prompts import PromptBuilder, expand_image_token
+
+from .conftest import cached_model
+
+
+class BareProcessor:
+    chat_template = None
+
+
+def builder(template: str | None = None, *, opens: bool = True) -> tuple[PromptBuilder, Any]:
+    tokenizer = made_up_tokenizer(640, end="</s>", opens=opens)
+    return PromptBuilder(BareProcessor(), tokenizer, "<image>", template, 2), tokenizer
+
+
+def test_a_chat_template_is_used_where_there_is_one() -> None:
+    prompts = cached_model("random:llava-tiny").prompts
+    assert prompts.text("what?", with_image=True) == "USER: <image>\nwhat? ASSISTANT:"
+    assert prompts.text("what?", with_image=False) == "USER: what? ASSISTANT:"
+    marked = cached_model("random:qwen2vl-tiny").prompts.text("what?", with_image=True)
+    assert marked == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_else_the_image_token_and_the_raw_prompt() -> None:
+    prompts, _ = builder()
+    assert prompts.text("what?", with_image=True) == "<image>what?"
+    assert prompts.text("what?", with_image=False) == "what?"
+    assert cached_model("random:blip2-tiny").prompts.text("what?", with_image=True) == "what?"
+
+
+def test_a_template_overrides_both() -> None:
+    prompts, _ = builder("Question: {} Short answer:")
+    assert prompts.text("what?", with_image=True) == "<image>Question: what? Short answer:"
+    assert prompts.text("{}?", with_image=False) == "Question: {}? Short answer:"
+    prompts, _ = builder("Q: {} {image} A:")
+    assert prompts.text("what?", with_image=True) == "Q: what? <image> A:"
+    assert prompts.text("what?", with_image=False) == "Q: what?  A:"
+    model = load("random:llava-tiny", template="Question: {} Short answer:")
+    assert model.prompts.text("what?", with_image=True) == "<image>Question: what? Short answer:"
+
+
+@pytest.mark.parametrize(("template", "rule"), [("no field", "exactly once"), ("{} {}", "exactly once")])
+def test_a_template_needs_one_question(template: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rf"template must hold {{}} {rule} \(got template="):
+        load("random:llava-tiny", template=template)
+    with pytest.raises(ValueError, match="at most once"):
+        load("random:llava-tiny", template="{image} {image} {}")
+
+
+def test_prompts_open_as_texts_do_but_never_twice() -> None:
+    prompts, tokenizer = builder()
+    assert prompts.ids("what is it?") == tuple(tokenizer("what is it?")["input_ids"])
+    assert prompts.ids("what is it?")[0] == 1
+    assert prompts.ids("<s>what is it?") == prompts.ids("what is it?")
+    unopened, _ = builder(opens=False)
+    assert unopened.ids("what is it?") == prompts.ids("what is it?")[1:]
+
+
+def test_answers_follow_after_one_space() -> None:
+    prompts, tokenizer = builder()
+    red = tokenizer.convert_tokens_to_ids("Ġred")
+    for answer in ("red", " red", "red \n"):
+        assert prompts.answer_ids("what is it?", answer) == (red, 2)
+    # After white space directly; the joined text would change the prompt's own tokens here.
+    bare = tuple(tokenizer("red", add_special_tokens=False)["input_ids"])
+    assert prompts.answer_ids("answer: ", "red") == (*bare, 2)
+    assert prompts.answer_ids("answer:\n", "red") == (*bare, 2)
+
+
+def test_the_image_token_is_expanded_in_place() -> None:
+    assert expand_image_token((1, 4, 9), 4, 3) == ([1, 4, 4, 4, 9], [False, True, True, True, False])
