@@ -21,7 +21,7 @@ $(STAMP): $(NATIVE_SOURCES)
 
 # The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/.
 run: install
-	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --out runs/first
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/first
 
 test: install
 	FASTEDIT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests

@@ -65,7 +65,7 @@ def held_inputs(model: EditableModel, layer: int, stage: str) -> Iterator[Held]:
             if own is None:
                 del changed.forward
             else:
-                changed.forward = own  # type: ignore[method-assign]
+                changed.forward = own
 
 
 def _held_forward(held: Held, path: str, original: Any) -> Any:

@@ -12,11 +12,27 @@ from rich.console import Console
 
 import fastedit
 from fastedit.cli.figure import draw_comparison
-from fastedit.cli.tables import score_table, speed_table
+from fastedit.cli.tables import score_tables, speed_table
 from fastedit.engine import Run
 from fastedit.engine.run import plain
-from fastedit.methods import resolve
+from fastedit.methods import resolve, setting_names
 from fastedit.requests import EditRequest
+
+
+def settings_per_method(methods: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that each method has a field for.
+
+    Raises:
+        ValueError: a method that does not exist, or a setting that none of them has.
+    """
+    known = {name: setting_names(resolve(name, {})) for name in methods}
+    for key, value in settings.items():
+        if not any(key in fields for fields in known.values()):
+            resolve(methods[0], {key: value})
+    chosen = {name: {k: v for k, v in settings.items() if k in known[name]} for name in methods}
+    for name, each in chosen.items():
+        resolve(name, each)
+    return chosen
 
 
 def compare_methods(
@@ -30,18 +46,22 @@ def compare_methods(
     batch_size: int,
     mode: str,
     console: Console,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Run]:
-    """Run every method, print score and speed tables, write ``comparison.json``, ``comparison.png`` and the runs."""
-    for name in methods:
-        resolve(name, {})
+    """Run every method, print score and speed tables, write ``comparison.json``, ``comparison.png`` and the runs.
+
+    A setting goes to every method that has a field of this name, and must fit at least one of them.
+    """
+    chosen = settings_per_method(methods, settings or {})
     runs: dict[str, Run] = {}
     for name in methods:
         start = time.perf_counter()
-        runs[name] = fastedit.edit(model, edits, name, batch_size=batch_size, mode=mode, pool=pool)
+        runs[name] = fastedit.edit(model, edits, name, batch_size=batch_size, mode=mode, pool=pool, **chosen[name])
         runs[name].save(out / name.replace("+", "-"))
         console.print(f"{name}: {len(edits)} edits in {time.perf_counter() - start:.1f} s", markup=False)
     for protocol in ("legacy", "strict"):
-        console.print(score_table(runs, protocol))
+        for table in score_tables(runs, protocol):
+            console.print(table)
     console.print(speed_table(runs))
     record = {
         "model": model.name,

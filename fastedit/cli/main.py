@@ -87,7 +87,7 @@ def edit(
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
     import fastedit
-    from fastedit.cli.tables import score_table, speed_table
+    from fastedit.cli.tables import score_tables, speed_table
 
     use_threads(threads)
     overrides = parse_settings(settings)
@@ -98,7 +98,8 @@ def edit(
     run = fastedit.edit(loaded, edits, method, batch_size=batch_size, mode=mode, pool=pool, **overrides)
     folder = run.save(out)
     for protocol in run.scores:
-        console.print(score_table({method: run}, protocol))
+        for table in score_tables({method: run}, protocol):
+            console.print(table)
     console.print(speed_table({method: run}))
     console.print(f"scores: {folder / 'scores.json'}\ndeltas: {folder / 'deltas.safetensors'}", soft_wrap=True)
 
@@ -119,17 +120,23 @@ def compare(
     quantize: Quantize = "none",
     device: Device = None,
     threads: Threads = None,
+    settings: Settings = None,
 ) -> None:
     """Run several methods on the same edits; a table, a JSON file and a picture."""
-    from fastedit.cli.compare import compare_methods
+    from fastedit.cli.compare import compare_methods, settings_per_method
 
     use_threads(threads)
     loading = {"dtype": dtype, "quantize": quantize, "device": device}
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    overrides = parse_settings(settings)
+    settings_per_method(names, overrides)
     loaded, edits, pool = load_inputs(
         model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading
     )
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    compare_methods(loaded, edits, pool, names, data=data, out=out, batch_size=batch_size, mode=mode, console=console)
+    compare_methods(
+        loaded, edits, pool, names,
+        data=data, out=out, batch_size=batch_size, mode=mode, console=console, settings=overrides,
+    )  # fmt: skip
 
 
 @app.command()

@@ -17,8 +17,8 @@ HEADINGS = {
     "portability": "Port",
     "text_locality": "T-Loc",
     "image_locality": "M-Loc",
-    "text_locality_top10": "T-Loc@10",
-    "image_locality_top10": "M-Loc@10",
+    "text_locality_top10": "T-L@10",
+    "image_locality_top10": "M-L@10",
 }
 
 
@@ -28,19 +28,26 @@ def percent(score: Score | None, *, interval: bool = False) -> str:
         return "-"
     text = f"{100 * score.mean:.1f}"
     if interval:
-        text += f" ±{50 * (score.high - score.low):.1f}"
+        text += f" ±{50 * (score.high - score.low):.0f}"
     return text
 
 
-def score_table(runs: Mapping[str, Run], protocol: str) -> Table:
-    """One row per run, one column per score of a protocol that any of them has."""
-    extra = ("text_locality_top10", "image_locality_top10") if protocol == "legacy" else ("blindness",)
+LEGACY_ONLY = ("text_locality_top10", "image_locality_top10")
+
+
+def score_tables(runs: Mapping[str, Run], protocol: str) -> list[Table]:
+    """What must change and what must stay, as two tables that fit a narrow terminal; one row per run."""
     found = {name for run in runs.values() for name in run.scores.get(protocol, {})}
-    names = [name for name in (*MUST_CHANGE, *MUST_STAY, *extra) if name in found]
     edits = max((len(run.deltas) for run in runs.values()), default=0)
-    table = Table(
-        title=f"{protocol} scores, % (± half a 95 % bootstrap interval over {edits} edits)", title_justify="left"
-    )
+    stay = (*MUST_STAY, *LEGACY_ONLY) if protocol == "legacy" else MUST_STAY
+    head = f"{protocol} protocol, {edits} edits, % ± half a 95 % interval"
+    changed = _score_table(runs, protocol, [n for n in MUST_CHANGE if n in found], f"{head}: must change")
+    kept = _score_table(runs, protocol, [n for n in stay if n in found], f"{head}: must stay")
+    return [changed, kept]
+
+
+def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
@@ -52,7 +59,7 @@ def score_table(runs: Mapping[str, Run], protocol: str) -> Table:
 def speed_table(runs: Mapping[str, Run]) -> Table:
     """Speed, convergence and where the time went, one row per run."""
     table = Table(title="speed (this machine)", title_justify="left")
-    for heading in ("method", "edits/s", "steps/edit", "converged", "edit s", "evaluation s", "peak MiB"):
+    for heading in ("method", "edits/s", "steps", "stopped", "edit s", "eval s", "MiB"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for label, run in runs.items():
         count = max(1, len(run.outcomes))

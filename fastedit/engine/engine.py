@@ -206,7 +206,7 @@ def _provenance(
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantize": model.quantize,
             "device": str(model.device),
-            "template": model.prompts._template,
+            "template": model.template,
         },
         "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
         "pool": None if pool is None else {"records": len(pool), "fingerprint": fingerprint(pool)},

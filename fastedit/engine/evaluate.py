@@ -29,6 +29,8 @@ from fastedit.evaluation import (
 from fastedit.requests import EditRequest, Query
 
 TOP_K = 10
+# Reference answers kept with a model (some 100 bytes each); more than one batch asks for
+MOST_ANSWERS = 200_000
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Evaluator:
     ) -> None:
         self.model, self.spec, self.timer = model, spec, timer
         self.max_new_tokens, self.row_limit = max_new_tokens, row_limit
-        self._answers: dict[tuple[str, str], str] = {}
+        self._answers = model.reference_answers
 
     def scores(
         self, requests: Sequence[EditRequest], stacked: StackedDelta, *, shared: bool = False
@@ -82,9 +84,11 @@ class Evaluator:
             views = [evaluation_views(request) for request in requests]
             self._ask_before([view.query for each in views for view in each])
             rows = [
-                _Row(edit, view, self._answers[_key(view.query)]) for edit, each in enumerate(views) for view in each
+                _Row(edit, view, self._answers[self._key(view.query)])
+                for edit, each in enumerate(views)
+                for view in each
             ]
-            for part in self._parts(rows):
+            for part in _parts(rows, self.row_limit):
                 where = Rows() if shared else _rows_of(part, stacked.size)
                 self._teacher_forced(part, stacked, where, shared)
                 with installed(self.model, stacked, where):
@@ -93,23 +97,23 @@ class Evaluator:
                     row.after = text
             return [_edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
 
-    def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        for start in range(0, len(rows), self.row_limit):
-            yield rows[start : start + self.row_limit]
+    def _key(self, query: Query) -> tuple[str, str, int]:
+        return query.prompt, "" if query.image is None else image_key(query.image), self.max_new_tokens
 
     def _generate(self, queries: list[Query]) -> list[str]:
         return self.model.generate(queries, max_new_tokens=self.max_new_tokens, batch_size=max(1, len(queries)))
 
     def _ask_before(self, queries: Sequence[Query]) -> None:
         """Remember the unedited model's answers to the queries not asked yet."""
-        fresh = {_key(query): query for query in queries if _key(query) not in self._answers}
-        keys, asked = list(fresh), list(fresh.values())
-        for start in range(0, len(asked), self.row_limit):
-            part = asked[start : start + self.row_limit]
-            for key, text in zip(keys[start : start + self.row_limit], self._generate(part), strict=True):
+        fresh = {self._key(query): query for query in queries if self._key(query) not in self._answers}
+        # Long answers apart: a batch runs until its last row has ended
+        for keys in _chunks(sorted(fresh, key=lambda key: _is_long(fresh[key].answer)), self.row_limit):
+            for key, text in zip(keys, self._generate([fresh[key] for key in keys]), strict=True):
                 self._answers[key] = text
+        for key in list(self._answers)[: max(0, len(self._answers) - MOST_ANSWERS)]:
+            del self._answers[key]
 
-    def _teacher_forced(self, part: list[_Row], stacked: StackedDelta, where: Rows, shared: bool) -> None:
+    def _teacher_forced(self, part: Sequence[_Row], stacked: StackedDelta, where: Rows, shared: bool) -> None:
         """Fill ``legacy`` and ``kl`` of rows that have an answer to be fed."""
         forced = [(row, answer) for row in part if (answer := row.view.query.answer or row.before).strip()]
         if not forced:
@@ -135,8 +139,22 @@ class Evaluator:
             row.kl = float(divergence[number])
 
 
-def _key(query: Query) -> tuple[str, str]:
-    return query.prompt, "" if query.image is None else image_key(query.image)
+LONG_ANSWER = 24
+
+
+def _is_long(text: str | None) -> bool:
+    return len(text or "") > LONG_ANSWER
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _parts(rows: list[_Row], limit: int) -> Iterator[Sequence[_Row]]:
+    """Rows in forwards of at most ``limit``, sorted by edit, those with long answers apart."""
+    for long in (False, True):
+        yield from _chunks([row for row in rows if _is_long(row.view.query.answer) is long], limit)
 
 
 def _rows_of(rows: Sequence[_Row], size: int) -> Rows:

@@ -3,7 +3,7 @@
 from fastedit.methods.base import EditPlan, Method
 from fastedit.methods.ft import FT, FTConfig
 from fastedit.methods.lora import LoRA, LoRAConfig
-from fastedit.methods.registry import METHODS, OBJECTIVES, method_names, resolve
+from fastedit.methods.registry import METHODS, OBJECTIVES, method_names, resolve, setting_names
 
 __all__ = [
     "FT",
@@ -16,4 +16,5 @@ __all__ = [
     "Method",
     "method_names",
     "resolve",
+    "setting_names",
 ]

@@ -28,7 +28,7 @@ class FTConfig:
 
     layers: int | tuple[int, ...] = 1
     names: tuple[str, ...] = ("up", "down")
-    steps: int = 20
+    steps: int = 50
     lr: float | None = None
     clip: float | None = 1.0
     weight_decay: float = 0.0

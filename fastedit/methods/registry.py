@@ -86,6 +86,11 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
     )
 
 
+def setting_names(plan: EditPlan) -> set[str]:
+    """Names of every field that can be overridden."""
+    return {field.name for config in (plan.config, plan.objective_config) for field in fields(config)}
+
+
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -83,9 +83,11 @@ def test_an_edit_takes_and_is_taken_back(model: EditableModel, edits: list[EditR
 def test_a_delta_is_refused_by_another_model(model: EditableModel, edits: list[EditRequest]) -> None:
     result = run(model, edits[:1], steps=1)
     other = fastedit.load("random:qwen2vl-tiny")
-    with pytest.raises(ValueError, match="a delta belongs to the model it was fitted on"):
-        with fastedit.applied(other, result.deltas[0]):
-            pass
+    with (
+        pytest.raises(ValueError, match="a delta belongs to the model it was fitted on"),
+        fastedit.applied(other, result.deltas[0]),
+    ):
+        pass
 
 
 def test_sequential_edits_build_on_each_other(exact_model: EditableModel, edits: list[EditRequest]) -> None:
