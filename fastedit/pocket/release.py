@@ -133,6 +133,7 @@ def release(name: str, weights: Path, out: Path, *, seed: int, history: dict[str
     model = make_model(name, tokenizer)
     model.load_state_dict(torch.load(weights))
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for the owner alone, but packaged for everyone
     make_processor(name, tokenizer).save_pretrained(out)
     loaded, processor = load(out)
     measured: dict[str, dict[str, float]] = {}

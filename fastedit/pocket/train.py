@@ -47,11 +47,21 @@ class Recipe:
     adam_lr: float = 2e-3
     weight_decay: float = 0.02
     warm_up: int = 60
-    criterion: float = 0.965
+    criterion: float = 0.97
+    caption_criterion: float = 0.93
     samples: int = 200
 
+    def wanted(self, kind: str) -> float:
+        """Return the held-out accuracy at which a kind counts as learned; a caption is ten answers in one."""
+        return self.caption_criterion if kind == "caption" else self.criterion
 
-RECIPES = {name: Recipe() for name in MODELS} | {"pocket-blip2": Recipe(align_steps=3200)}
+
+# The Q-Former takes longer to find its words; Qwen's vision side costs three times as much a step.
+RECIPES = {
+    "pocket-llava": Recipe(),
+    "pocket-blip2": Recipe(align_steps=3000),
+    "pocket-qwen2vl": Recipe(align_steps=1400),
+}
 
 
 class Optimiser:
@@ -223,7 +233,7 @@ def train(name: str, out: Path, seed: int = 0, recipe: Recipe | None = None, res
         accuracy = trainer.measure(recipe.samples, f"cycle {number}")
         history.append(accuracy)
         keep(f"cycle {number}")
-        if min(accuracy.values()) >= recipe.criterion:
+        if all(value >= recipe.wanted(kind) for kind, value in accuracy.items()):
             break
         mix = replace(trainer.reweighted(mix, accuracy), caption=0.7, facts=0.12)
     return trainer

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastedit import pocket
+from fastedit.pocket.edits import SIZE
+from fastedit.pocket.release import load
+from fastedit.pocket.requests import records
+from fastedit.requests import EditRequest
+
+
+@pytest.fixture(scope="module", params=pocket.SETS)
+def evaluation(request: pytest.FixtureRequest) -> list[EditRequest]:
+    return pocket.edit_set(request.param)
+
+
+def test_an_eval_set_is_whole(evaluation: list[EditRequest]) -> None:
+    assert len(evaluation) == SIZE["eval"] == 1000
+    assert sum("hard" in edit.tags for edit in evaluation) == 200
+    assert len({edit.id for edit in evaluation}) == 1000
+    for edit in evaluation:
+        assert edit.image is not None
+        assert edit.image_rephrase is not None
+        assert edit.portability
+        assert {probe.kind for probe in edit.probes} == {"near", "blind", "same"}
+        assert edit.prediction not in (None, edit.target)
+        assert edit.locality_answer
+        assert edit.image_locality_answer
+
+
+def test_a_limit_gives_the_beginning_of_the_set() -> None:
+    few, more = pocket.edit_set("pocket-vqa", limit=3), pocket.edit_set("pocket-vqa", limit=6)
+    for a, b in zip(few, more, strict=False):
+        assert (a.id, a.prompt, a.target, a.portability[0].answer) == (
+            b.id,
+            b.prompt,
+            b.target,
+            b.portability[0].answer,
+        )
+        assert (np.asarray(a.image) == np.asarray(b.image)).all()
+    assert pocket.edit_set("pocket-vqa", limit=0) == []
+
+
+def test_train_sets_have_their_size() -> None:
+    for name in pocket.SETS:
+        assert sum(1 for _ in records(name, "train")) == SIZE["train"] == 2000
+
+
+def test_the_model_answers_everything_rightly_before_the_edit(evaluation: list[EditRequest]) -> None:
+    from fastedit.pocket.release import generate
+
+    model, processor = load(pocket.model_path("pocket-llava"))
+    some = evaluation[::50]
+    asked = [(edit.prompt, edit.image, edit.prediction) for edit in some]
+    asked += [(edit.rephrase, edit.image, edit.prediction) for edit in some]
+    asked += [(edit.prompt, edit.image_rephrase, edit.prediction) for edit in some]
+    asked += [(e.image_locality_prompt, e.image_locality_image, e.image_locality_answer) for e in some]
+    asked += [(p.prompt, p.image, p.answer) for e in some for p in e.probes if p.answer is not None]
+    answers = generate(model, processor, [(prompt, image) for prompt, image, _ in asked])  # type: ignore[misc]
+    assert answers == [answer for _, _, answer in asked]
+    facts = generate(model, processor, [(edit.locality_prompt, None) for edit in some])  # type: ignore[misc]
+    assert facts == [edit.locality_answer for edit in some]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "pocket-vq"}, "name must be one of pocket-vqa, pocket-caption"),
+        ({"name": "pocket-vqa", "split": "test"}, "split must be one of train, eval"),
+        ({"name": "pocket-vqa", "limit": -1}, "limit must not be negative"),
+        ({"name": "pocket-vqa", "model": "x"}, "model must be one of"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pocket.edit_set(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_exported_set_is_read_back(tmp_path: Path) -> None:
+    from fastedit.data import read_edits
+
+    path = pocket.export("pocket-vqa", "eval", tmp_path, limit=5)
+    back = read_edits(path, format="mmedit", images=tmp_path / "images")
+    for edit, read in zip(pocket.edit_set("pocket-vqa", limit=5), back, strict=True):
+        for name in ("prompt", "target", "rephrase", "prediction", "locality_prompt", "locality_answer", "tags"):
+            assert getattr(edit, name) == getattr(read, name), name
+        assert [(p.kind, p.prompt, p.answer) for p in edit.probes] == [
+            (p.kind, p.prompt, p.answer) for p in read.probes
+        ]
+        assert [(q.prompt, q.answer, q.kind) for q in edit.portability] == [
+            (q.prompt, q.answer, q.kind) for q in read.portability
+        ]
+        from PIL import Image
+
+        assert (np.asarray(Image.open(str(read.image))) == np.asarray(edit.image)).all()
