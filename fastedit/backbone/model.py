@@ -59,7 +59,6 @@ class EditableModel:
         self.quantize = quantize
         self.dtype = dtype
         self.template = template
-        self._template = template
         self.end_token_ids = tuple(end_token_ids)
         self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])
         self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20)
@@ -68,11 +67,6 @@ class EditableModel:
         self._fingerprint: str | None = None
         #: Answers of this frozen model to (prompt, image, most new tokens): asked once, whatever is edited.
         self.reference_answers: dict[tuple[str, str, int], str] = {}
-
-    @property
-    def template(self) -> str | None:
-        """The prompt template that `load` was given; None for the processor's own."""
-        return self._template
 
     @property
     def device(self) -> torch.device:
