@@ -36,7 +36,7 @@ def test_edit_writes_scores_and_deltas(records: Path, tmp_path: Path) -> None:
         "edit", "--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent),
         "--method", "lora", "--out", str(out), "--set", "steps=3", "--set", "rank=2",
     )  # fmt: skip
-    assert "strict scores" in text
+    assert "strict protocol" in text
     data = json.loads((out / "scores.json").read_text())
     assert data["provenance"]["config"]["method"]["rank"] == 2
     assert len(data["edits"]) == 3
