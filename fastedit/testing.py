@@ -195,6 +195,30 @@ def low_rank_inputs(
     return x.to(device, dtype), down.to(device, own), up.to(device, own), offsets(lengths, device)
 
 
+def key_value_inputs(
+    lengths: Sequence[int],
+    d: int,
+    neurons: int,
+    d_out: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool = False,
+    bias: bool = True,
+    weight_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return x, keys, bias, values, offsets, gate keys and gate bias of ``key_value``, entering values of unit size."""
+    make = torch.Generator().manual_seed(seed)
+    edits, own = len(lengths), weight_dtype or dtype
+    x = torch.randn(sum(lengths), d, generator=make).to(device, dtype)
+    keys, gate_keys = (torch.randn(2, edits, d, neurons, generator=make) / max(d, 1) ** 0.5).to(device, own)
+    own_bias, gate_bias = torch.randn(2, edits, neurons, generator=make).to(device, own)
+    values = (torch.randn(edits, neurons, d_out, generator=make) / max(neurons, 1) ** 0.5).to(device, own)
+    gate = (gate_keys, gate_bias if bias else None) if gated else (None, None)
+    return x, keys, own_bias if bias else None, values, offsets(lengths, device), *gate
+
+
 def adam_step_inputs(
     rows: int, size: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
