@@ -1,0 +1,1 @@
+"""The throughput harness; see README.md beside this file."""

@@ -1,0 +1,168 @@
+"""The plain loop: one edit at a time, the whole stock model forward and backward at every step.
+
+This is how editing toolkits fit an edit (VLKEB's and EasyEdit's multimodal FT and LoRA): a batch of one, pixels in, the
+frozen vision tower and every layer run again at each step, logits at all positions, mean negative log-likelihood of the
+target, ``torch.optim.AdamW``. It is kept as a sensible person would write it, so that a comparison means something: the
+base parameters need no gradient, so that autograd records nothing below the lowest edited module; no key-value cache is
+filled; an edited weight costs one matrix product (weight plus delta), not two; preprocessing runs once per edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.baselines.evaluation import PlainEvaluator, stock_inputs, stock_model
+from benchmarks.outcome import Fitted
+from fastedit.backbone import EditableModel
+from fastedit.deltas import DeltaSpec, EditDelta
+from fastedit.deltas.base import new_stack
+from fastedit.engine.timing import PhaseTimer
+from fastedit.methods import EditPlan
+from fastedit.requests import EditRequest, Query
+from fastedit.solver import FitOutcome, SolverConfig
+
+IGNORED = -100
+
+
+def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, evaluate: bool = False) -> Fitted:
+    """Fit every edit by itself on the base model, and score it where asked.
+
+    Args:
+        model: left as it was.
+        edits: in order.
+        plan: a method with the plain objective (``ft`` or ``lora``).
+        evaluate: score each edit under both protocols, every question in a forward of its own.
+    Raises:
+        ValueError: an objective that needs more than the edit itself.
+    """
+    check_plan("plain_loop", plan)
+    spec, config = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
+    timer = PhaseTimer(model.device)
+    evaluator = PlainEvaluator(model, timer)
+    deltas, outcomes, scores = [], [], []
+    for request in edits:
+        parameters = initial_parameters(model, spec)
+        with beside(model, spec, parameters):
+            outcomes.append(fit_one(model, request.query, list(parameters.values()), config, timer))
+        tensors = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        deltas.append(EditDelta(spec, tensors, request_id=request.id))
+        if evaluate:
+            scores.append(evaluator.scores(request, lambda p=parameters: beside(model, spec, p)))
+    return Fitted(deltas, outcomes, dict(timer.seconds), scores)
+
+
+def check_plan(owner: str, plan: EditPlan) -> None:
+    """Refuse an objective that the loops here do not have.
+
+    Raises:
+        ValueError: anything but the plain negative log-likelihood.
+    """
+    if "+" in plan.name:
+        raise ValueError(f"{owner}: only methods with the plain objective (got method={plan.name!r})")
+
+
+def fit_one(
+    model: EditableModel, query: Query, parameters: Sequence[nn.Parameter], config: SolverConfig, timer: PhaseTimer
+) -> FitOutcome:
+    """Fit parameters that already act on the model to one question and its answer."""
+    with timer.phase("encode"):
+        encoded = model.encode([query], answers=True)
+        inputs = stock_inputs(model, encoded)
+        stock = stock_model(model, inputs)
+        # (N,), the label of every position, IGNORED where there is none
+        labels = torch.where(encoded.label_mask[0], encoded.labels[0], IGNORED)
+        optimiser = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+    status, taken, value = "max_steps", 0, float("nan")
+    for _ in range(config.steps):
+        with timer.phase("forward"):
+            logits = stock(**inputs, use_cache=False).logits[0]
+            loss = mean_nll(logits, labels)
+            value = float(loss.detach())
+        if not torch.isfinite(loss.detach()):
+            status = "diverged"
+            break
+        if config.stop_loss is not None and value < config.stop_loss and all_right(logits.detach(), labels):
+            status = "converged"
+            break
+        with timer.phase("backward"):
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+        with timer.phase("optimiser"):
+            if config.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimiser.step()
+            if config.radius is not None:
+                with torch.no_grad():
+                    for parameter in parameters:
+                        parameter.clamp_(-config.radius, config.radius)
+        taken += 1
+    return FitOutcome(status, taken, value, value)
+
+
+def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over labelled positions of the negative log-likelihood, from logits (N, V) at all positions, () float32 up.
+
+    As the stock models compute their loss: cross entropy over every position with the others ignored.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, labels, ignore_index=IGNORED)
+
+
+def all_right(logits: Tensor, labels: Tensor) -> bool:
+    """Whether every labelled position has its label as the largest logit."""
+    marked = labels != IGNORED
+    return bool((logits[marked].argmax(-1) == labels[marked]).all())
+
+
+def initial_parameters(model: EditableModel, spec: DeltaSpec) -> dict[str, nn.Parameter]:
+    """The parts of a fresh delta as parameters: the same names, shapes and first values as the engine's."""
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    fresh = new_stack(spec, 1, dtype=dtype, trainable=False).unstack(0)
+    return {name: nn.Parameter(tensor.to(model.device)) for name, tensor in fresh.tensors.items()}
+
+
+@contextmanager
+def beside(model: EditableModel, spec: DeltaSpec, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let one delta act on the model for the length of the block, differentiably; nothing remains after it."""
+    undo: list[Any] = []
+    try:
+        for site in spec.sites:
+            module: Any = model.module(site)
+            name = f"{site.layer}.{site.name}"
+            if spec.kind == "full" and _is_plain(module, parameters[f"{name}:delta"]):
+                module.forward = _edited_forward(module, parameters[f"{name}:delta"])
+                undo.append(lambda module=module: module.__dict__.pop("forward"))
+            else:
+                hook = module.register_forward_hook(_added(spec, name, parameters))
+                undo.append(hook.remove)
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _is_plain(module: nn.Module, delta: Tensor) -> bool:
+    """Whether weight and delta may simply be added: no quantization, one dtype, nothing wrapped around the forward."""
+    return type(module) is nn.Linear and module.weight.dtype == delta.dtype and "forward" not in module.__dict__
+
+
+def _edited_forward(module: nn.Linear, delta: Tensor) -> Any:
+    return lambda x: functional.linear(x, module.weight + delta, module.bias)
+
+
+def _added(spec: DeltaSpec, name: str, parameters: Mapping[str, Tensor]) -> Any:
+    """A forward hook that adds the delta's change to a module's output."""
+    if spec.kind == "full":
+        delta = parameters[f"{name}:delta"]
+        return lambda _module, args, output: output + functional.linear(args[0].to(delta.dtype), delta).to(output.dtype)
+    down, up = parameters[f"{name}:down"], parameters[f"{name}:up"]
+    scale = float(spec.options.get("scale", 1.0))
+    return lambda _module, args, output: output + (args[0].to(down.dtype) @ down @ up * scale).to(output.dtype)

@@ -1,0 +1,156 @@
+"""The correctness gate: nothing is timed before every implementation has been seen to do the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+import fastedit
+from benchmarks import implementations
+from benchmarks.baselines.evaluation import stock_inputs, stock_model
+from benchmarks.baselines.plain_loop import beside
+from benchmarks.cases import GATE_MODELS, Case, edits_of, made_up_edits
+from benchmarks.outcome import Fitted
+from fastedit.backbone import EditableModel
+from fastedit.deltas import EditDelta
+from fastedit.evaluation import EditScores
+from fastedit.requests import EditRequest
+
+#: Largest difference between two deltas that were both fitted in float64.
+DELTA_TOLERANCE = 1e-8
+#: Largest difference between two scores computed in float64.
+SCORE_TOLERANCE = 1e-6
+EDITS = 2
+
+
+class GateError(RuntimeError):
+    """Implementations disagree; the message says which, where and by how much."""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What was found equal in float64.
+
+    Args:
+        largest: implementation -> largest difference to the first baseline's deltas.
+        model: on which model.
+    """
+
+    largest: Mapping[str, float]
+    model: str
+
+
+def check_exact(case: Case) -> GateReport:
+    """Compare all implementations of a case with its first baseline on a couple of edits, in float64.
+
+    Deltas are equal to DELTA_TOLERANCE, fits end alike, and scores are equal where the case is evaluated. The model is
+    the case's own, or its small stand-in of the same family.
+
+    Raises:
+        GateError: something differs.
+    """
+    if not case.baselines:
+        return GateReport({}, "")
+    names = [*case.baselines, implementations.ENGINE]
+    name = case.gate_model or GATE_MODELS.get(case.model, case.model)
+    exact = replace(case, model=name, dtype="float64", quantize="none", edits=EDITS, batch_size=EDITS)
+    model = fastedit.load(exact.model, **exact.loading())
+    edits = edits_of(exact) if name == case.model else made_up_edits(EDITS, seed=case.seed)
+    fitted = {each: implementations.IMPLEMENTATIONS[each](model, edits, exact) for each in names}
+    reference = fitted[names[0]]
+    return GateReport({each: compare(each, fitted[each], names[0], reference) for each in names[1:]}, name)
+
+
+def check_scores(case: Case, model: EditableModel) -> dict[str, float]:
+    """Compare token accuracies in the run's own dtype, on the run's own model; return the means by implementation.
+
+    They must be equal. In half precision and on quantized models, one token of an edit may differ.
+
+    Raises:
+        GateError: they are not.
+    """
+    if not case.baselines:
+        return {}
+    names = [*case.baselines, implementations.ENGINE]
+    small = replace(case, edits=EDITS, batch_size=EDITS, evaluate=False)
+    edits = edits_of(small)
+    right = {}
+    for name in names:
+        deltas = implementations.IMPLEMENTATIONS[name](model, edits, small).deltas
+        right[name] = [_right_tokens(model, edit, delta) for edit, delta in zip(edits, deltas, strict=True)]
+    allowed = 0 if case.dtype in ("float32", "float64") and case.quantize == "none" else 1
+    for name in names[1:]:
+        for number, (found, wanted) in enumerate(zip(right[name], right[names[0]], strict=True)):
+            if abs(found[0] - wanted[0]) > allowed:
+                raise GateError(
+                    f"{name} and {names[0]} do not score alike in {case.dtype}: edit {number} has {found[0]} of "
+                    f"{found[1]} target tokens right, not {wanted[0]}"
+                )
+    return {name: sum(r for r, _ in each) / sum(n for _, n in each) for name, each in right.items()}
+
+
+def compare(name: str, found: Fitted, reference_name: str, reference: Fitted) -> float:
+    """Compare float64 results; return the largest difference of two delta entries.
+
+    Raises:
+        GateError: deltas, ends of fits, or scores differ.
+    """
+    if len(found.deltas) != len(reference.deltas):
+        raise GateError(f"{name} made {len(found.deltas)} edits, {reference_name} {len(reference.deltas)}")
+    largest = 0.0
+    for number, (delta, wanted) in enumerate(zip(found.deltas, reference.deltas)):
+        if set(delta.tensors) != set(wanted.tensors):
+            raise GateError(f"{name} has parts {sorted(delta.tensors)}, {reference_name} {sorted(wanted.tensors)}")
+        for part, tensor in delta.tensors.items():
+            difference = float((tensor.double() - wanted.tensors[part].double()).abs().max())
+            # A NaN is a difference too
+            if not difference <= DELTA_TOLERANCE:
+                raise GateError(
+                    f"{name} and {reference_name} do not fit the same delta in float64: edit {number}, part {part!r} "
+                    f"differs by {difference:.3e} (allowed {DELTA_TOLERANCE:.0e})"
+                )
+            largest = max(largest, difference)
+    for number, (end, wanted_end) in enumerate(zip(found.outcomes, reference.outcomes, strict=True)):
+        if (end.status, end.steps) != (wanted_end.status, wanted_end.steps):
+            raise GateError(
+                f"{name} and {reference_name} end edit {number} differently: {end.status} after {end.steps} steps, "
+                f"not {wanted_end.status} after {wanted_end.steps}"
+            )
+    if not any(float(t.abs().max()) > 0 for d in reference.deltas for t in _changing(d)):
+        raise GateError(f"{reference_name} changed nothing: there is nothing to compare")
+    for number, (scores, wanted_scores) in enumerate(zip(found.scores, reference.scores, strict=True)):
+        _compare_scores(name, scores, reference_name, wanted_scores, number)
+    return largest
+
+
+def _changing(delta: EditDelta) -> list[torch.Tensor]:
+    """The parts that are zero in a fresh delta."""
+    return [tensor for part, tensor in delta.tensors.items() if not part.endswith(":down")]
+
+
+def _compare_scores(name: str, found: EditScores, reference_name: str, wanted: EditScores, edit: int) -> None:
+    for protocol in ("legacy", "strict"):
+        values, expected = getattr(found, protocol), getattr(wanted, protocol)
+        if set(values) != set(expected):
+            raise GateError(f"{name} has {protocol} scores {sorted(values)}, {reference_name} {sorted(expected)}")
+        for key, value in values.items():
+            alike = math.isclose(value, expected[key], rel_tol=SCORE_TOLERANCE, abs_tol=SCORE_TOLERANCE)
+            if not alike and not (math.isnan(value) and math.isnan(expected[key])):
+                raise GateError(
+                    f"{name} and {reference_name} score edit {edit} differently: {protocol} {key} is {value:.6g}, "
+                    f"not {expected[key]:.6g}"
+                )
+
+
+@torch.no_grad()
+def _right_tokens(model: EditableModel, request: EditRequest, delta: EditDelta) -> tuple[int, int]:
+    """How many target tokens a stock forward with the delta predicts, of how many."""
+    encoded = model.encode([request.query], answers=True)
+    inputs = stock_inputs(model, encoded)
+    with beside(model, delta.spec, {part: tensor.to(model.device) for part, tensor in delta.tensors.items()}):
+        logits = stock_model(model, inputs)(**inputs, use_cache=False).logits
+    predicted, labels = logits[encoded.label_mask].argmax(-1), encoded.labels[encoded.label_mask]
+    return int((predicted == labels).sum()), len(labels)

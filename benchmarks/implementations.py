@@ -1,0 +1,51 @@
+"""The implementations that are compared, under one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import fastedit
+from benchmarks.baselines import peft_loop, plain_loop
+from benchmarks.cases import Case
+from benchmarks.outcome import Fitted
+from fastedit.backbone import EditableModel
+from fastedit.requests import EditRequest
+
+Implementation = Callable[[EditableModel, Sequence[EditRequest], Case], Fitted]
+
+ENGINE = "engine"
+
+
+def engine(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
+    """The engine, through its public function."""
+    run = fastedit.edit(
+        model,
+        edits,
+        case.method,
+        batch_size=case.batch_size,
+        evaluate=case.evaluate,
+        seed=case.seed,
+        show_progress=False,
+        **case.overrides,
+    )
+    return Fitted(run.deltas, run.outcomes, run.timing.seconds, run.edit_scores)
+
+
+def plain(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
+    """The plain loop."""
+    return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+
+
+def peft(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
+    """Transformers and peft."""
+    return peft_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {ENGINE: engine, "plain_loop": plain, "peft": peft}
+
+
+def forget(model: EditableModel) -> None:
+    """Drop remembered pixels, image features and answers, so that every timed run starts with nothing but the model."""
+    model.images.clear()
+    model.image_features.clear()
+    model.reference_answers.clear()

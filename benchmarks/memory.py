@@ -1,0 +1,104 @@
+"""Peak memory of one implementation, in a process of its own: what another one left behind does not count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cases import Case, edits_of
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Enough for every buffer of a fit to exist: memory does not grow with further steps.
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Mebibytes.
+
+    Args:
+        peak_mib: highest resident memory of the process (of the device, on a GPU), model and libraries included.
+        working_mib: that minus what was held once the model was loaded.
+    """
+
+    peak_mib: float
+    working_mib: float
+
+
+def measure(case: Case, implementation: str, *, timeout_s: float = 600.0) -> PeakMemory:
+    """Run one batch of a case's edits in a fresh process and return its peak memory.
+
+    Raises:
+        RuntimeError: the process failed; its last words.
+    """
+    import torch
+
+    command = [sys.executable, str(Path(__file__).resolve()), implementation, str(torch.get_num_threads())]
+    text = json.dumps(asdict(case))
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"memory: {implementation} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
+    return PeakMemory(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _worker(case: Case, implementation: str) -> PeakMemory:
+    import torch
+
+    import fastedit
+    from benchmarks.implementations import ENGINE, IMPLEMENTATIONS
+
+    # One batch of the engine; one edit is as much as the others ever hold.
+    count = min(case.edits, case.batch_size) if implementation == ENGINE else 1
+    small = replace(case, edits=count, steps=min(case.steps, STEPS))
+    edits = edits_of(small)
+    model = fastedit.load(small.model, **small.loading())
+    cuda = model.device.type == "cuda"
+    before = torch.cuda.memory_allocated(model.device) / 2**20 if cuda else _status_mib("VmRSS")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    else:
+        _reset_peak()
+    IMPLEMENTATIONS[implementation](model, edits, small)
+    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else _status_mib("VmHWM")
+    return PeakMemory(peak, max(0.0, peak - before))
+
+
+def _reset_peak() -> None:
+    """Let the kernel forget the peak reached while loading, where it can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _status_mib(name: str) -> float:
+    """A field of /proc/self/status in MiB; elsewhere the peak so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith(name + ":"):
+                return float(line.split()[1]) / 1024
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def main() -> None:
+    """Worker: a case as JSON on standard input, the answer as JSON on standard output."""
+    import torch
+
+    torch.set_num_threads(int(sys.argv[2]))
+    data = json.load(sys.stdin)
+    data["baselines"] = tuple(data["baselines"])
+    print(json.dumps(asdict(_worker(Case(**data), sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

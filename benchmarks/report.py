@@ -1,0 +1,108 @@
+"""One page with everything that stored rows say: numbers, figures, the machine. No other file is needed to read it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.plot import latest
+from benchmarks.record import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2.2rem }
+p.note { color: #5a6472; margin-top: .2rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e4e7ec }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+tr.engine td { font-weight: 600 }
+svg { width: 100%; height: auto } details { margin-top: 1rem } code { font-size: .9em }
+"""
+_TITLES = {"speed": "Edits per second", "phases": "Where the time goes", "memory": "Peak memory"}
+
+
+def write_page(rows: Sequence[Row], figures: Mapping[str, Figure], path: Path) -> Path:
+    """Write the page. Figures are drawn into it; nothing is loaded from elsewhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(rows, figures), encoding="utf-8")
+    return path
+
+
+def page(rows: Sequence[Row], figures: Mapping[str, Figure]) -> str:
+    """The page as text.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("report: at least one row (got rows=[])")
+    newest = latest(rows)
+    drawn = "".join(f"<h2>{escape(_title(name))}</h2>{_svg(figure)}" for name, figure in figures.items())
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastedit throughput</title>"
+        f"<style>{_STYLE}</style></head><body><h1>fastedit throughput</h1>"
+        "<p class='note'>The engine beside plain loops on the same edits in the same run. Equal results were checked "
+        "before anything was timed. Medians over runs; p20 and p80 beside them.</p>"
+        f"{_speed_table(newest)}{drawn}{_provenance(newest)}</body></html>\n"
+    )
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.removeprefix("scaling-").replace("-", ", along "))
+
+
+def _speed_table(rows: Sequence[Row]) -> str:
+    values = {(row.case, row.implementation, row.metric): row for row in rows}
+    lines = []
+    for row in (row for row in rows if row.metric == "edits_per_s"):
+        others = [values.get((row.case, row.implementation, metric)) for metric in ("nfu", "peak_memory_mib")]
+        cells = [
+            escape(row.case),
+            escape(row.implementation),
+            f"{row.value:.3g}",
+            f"{row.p20:.3g} to {row.p80:.3g}",
+            "1" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if others[0] is None else f"{others[0].value:.3f}",
+            "" if others[1] is None else f"{others[1].value:,.0f}",
+        ]
+        style = " class='engine'" if row.implementation == "engine" else ""
+        lines.append(f"<tr{style}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ("case", "implementation", "edits/s", "p20 to p80", "ratio", "NFU", "peak MiB")
+    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(lines)}</table>"
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as inline SVG, text as text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastedit"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    drawing = text[text.index("<svg") :]
+    # Fixed sizes give way to the page's width; the view box keeps the shape.
+    for size in ("width", "height"):
+        drawing = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", drawing, count=1)
+    return drawing
+
+
+def _provenance(rows: Sequence[Row]) -> str:
+    """Machine, versions and commit of every run, and the settings of every case."""
+    runs = {row.time: row for row in rows}
+    parts = []
+    for row in runs.values():
+        machine = ", ".join(f"{escape(str(k))} {escape(str(v))}" for k, v in row.machine.items())
+        versions = ", ".join(f"{escape(k)} {escape(v)}" for k, v in row.versions.items())
+        settings = ", ".join(f"{escape(k)}={escape(str(v))}" for k, v in row.config.items())
+        parts.append(
+            f"<p><b>{escape(row.case)}</b>, {escape(row.time)}, commit <code>{escape(row.commit or 'unknown')}</code>"
+            f"<br>{machine}<br>{versions}<br>{settings}, seed={row.seed}</p>"
+        )
+    return f"<details><summary>Provenance</summary>{''.join(parts)}</details>"

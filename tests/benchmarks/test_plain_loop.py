@@ -1,0 +1,143 @@
+"""The plain loops fit the same deltas as the engine, and leave the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import fastedit
+from benchmarks.baselines import plain_loop
+from benchmarks.cases import Case, made_up_edits
+from benchmarks.gate import DELTA_TOLERANCE, compare
+from benchmarks.implementations import IMPLEMENTATIONS, engine, plain
+from fastedit.backbone import EditableModel, load
+from fastedit.deltas import EditDelta
+from fastedit.methods import resolve
+from fastedit.requests import EditRequest
+
+FAMILIES = ("random:llava-tiny", "random:blip2-tiny", "random:qwen3vl-tiny")
+
+
+def largest_difference(a: EditDelta, b: EditDelta) -> float:
+    assert a.tensors.keys() == b.tensors.keys()
+    return max(float((a.tensors[k] - b.tensors[k]).abs().max()) for k in a.tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ft", {}),
+        ("ft", {"clip": None, "weight_decay": 0.1, "radius": 0.02}),
+        ("ft", {"names": ("q", "v", "down")}),
+        ("lora", {"weight_decay": 0.1}),
+        ("lora", {"names": ("q", "k", "v", "o", "up", "gate", "down"), "rank": 2}),
+    ],
+)
+def test_equals_the_engine_in_float64(
+    exact: EditableModel, two_edits: list[EditRequest], tiny: Case, method: str, options: dict[str, Any]
+) -> None:
+    case = replace(tiny, method=method, steps=8, options=options)
+    found, wanted = engine(exact, two_edits, case), plain(exact, two_edits, case)
+    for a, b, outcome in zip(found.deltas, wanted.deltas, wanted.outcomes, strict=True):
+        assert largest_difference(a, b) < DELTA_TOLERANCE
+        assert max(float(t.abs().max()) for t in b.tensors.values()) > 1e-3
+        assert outcome.steps == 8
+    for a_end, b_end in zip(found.outcomes, wanted.outcomes, strict=True):
+        assert a_end.nll == pytest.approx(b_end.nll, abs=1e-10)
+
+
+def test_stops_like_the_engine(exact: EditableModel, tiny: Case) -> None:
+    edits = made_up_edits(3, seed=1)
+    case = replace(tiny, edits=3, batch_size=3, steps=25, stop_loss=0.3)
+    found, wanted = engine(exact, edits, case), plain(exact, edits, case)
+    ends = [(end.status, end.steps) for end in wanted.outcomes]
+    assert ends == [(end.status, end.steps) for end in found.outcomes]
+    assert len({steps for _, steps in ends}) > 1, "edits that stop at different steps were wanted"
+    assert "converged" in {status for status, _ in ends}
+    for a, b in zip(found.deltas, wanted.deltas, strict=True):
+        assert largest_difference(a, b) < DELTA_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_the_engine_in_every_family(name: str, two_edits: list[EditRequest], tiny: Case) -> None:
+    model = load(name, dtype="float64")
+    for method in ("ft", "lora"):
+        case = replace(tiny, model=name, method=method, steps=4)
+        assert compare("engine", engine(model, two_edits, case), "plain_loop", plain(model, two_edits, case)) < 1e-8
+
+
+def test_scores_equal_the_engines(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
+    case = replace(tiny, steps=10, evaluate=True)
+    found, wanted = engine(exact, two_edits, case), plain(exact, two_edits, case)
+    assert {"reliability", "text_locality", "image_locality_top10"} <= set(wanted.scores[0].legacy)
+    for a, b in zip(found.scores, wanted.scores, strict=True):
+        assert a.legacy == pytest.approx(b.legacy, abs=1e-9)
+        assert a.strict == pytest.approx(b.strict, abs=1e-9)
+    assert any(score.legacy["reliability"] > 0 for score in wanted.scores)
+
+
+@pytest.mark.parametrize("method", ["ft", "lora"])
+def test_half_precision_runs_and_agrees(two_edits: list[EditRequest], tiny: Case, method: str) -> None:
+    model = load("random:qwen2vl-tiny", dtype="bfloat16")
+    case = replace(tiny, method=method, dtype="bfloat16", steps=4)
+    found, wanted = engine(model, two_edits, case), plain(model, two_edits, case)
+    for a, b in zip(found.outcomes, wanted.outcomes, strict=True):
+        assert a.nll == pytest.approx(b.nll, rel=0.1)
+
+
+def test_model_is_left_as_it_was(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
+    before = {name: tensor.clone() for name, tensor in exact.hf.state_dict().items()}
+    forwards = {id(module): "forward" in vars(module) for module in exact.hf.modules()}
+    for method in ("ft", "lora"):
+        plain(exact, two_edits, replace(tiny, method=method))
+    after = exact.hf.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in exact.hf.parameters())
+    for module in exact.hf.modules():
+        assert ("forward" in vars(module)) == forwards[id(module)]
+        assert not module._forward_hooks
+
+
+def test_nothing_remains_when_a_fit_fails(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
+    spec = resolve("ft", {}).method.spec(exact, resolve("ft", {}).config)
+    parameters = plain_loop.initial_parameters(exact, spec)
+    with pytest.raises(RuntimeError, match="stop"), plain_loop.beside(exact, spec, parameters):
+        raise RuntimeError("stop")
+    assert all("forward" not in vars(exact.module(site)) for site in spec.sites)
+
+
+def test_the_whole_model_runs_at_every_step(
+    exact: EditableModel, two_edits: list[EditRequest], tiny: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    handles = [
+        exact.hf.model.visual.register_forward_hook(lambda *_: seen.append(())),
+        exact.hf.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(tuple(args[0].shape))),
+    ]
+    try:
+        plain(exact, two_edits[:1], replace(tiny, steps=4))
+    finally:
+        for handle in handles:
+            handle.remove()
+    length = exact.encode([two_edits[0].query], answers=True).input_ids.shape[1]
+    assert seen == [(), (1, length, exact.hidden_size)] * 4
+
+
+def test_other_objectives_are_refused(exact: EditableModel, two_edits: list[EditRequest]) -> None:
+    with pytest.raises(ValueError, match="only methods with the plain objective"):
+        plain_loop.run(exact, two_edits, resolve("kl+ft", {}))
+
+
+def test_deltas_of_the_loop_apply_to_the_model(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
+    edit = two_edits[0]
+    delta = plain(exact, [edit], replace(tiny, steps=40)).deltas[0]
+    with fastedit.applied(exact, delta):
+        assert exact.answer(edit.image, edit.prompt) == edit.target
+
+
+def test_every_implementation_has_a_name() -> None:
+    assert set(IMPLEMENTATIONS) == {"engine", "plain_loop", "peft"}

@@ -1,0 +1,32 @@
+"""The measured peak is positive and counts what it says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import roofline
+
+
+def test_peak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "SIDES", {"cpu": (128, 256)})
+    monkeypatch.setattr(roofline, "COPY_MIB", {"cpu": 4})
+    for dtype in ("float32", "bfloat16"):
+        peak = roofline.measure_peak(dtype, seconds=0.02)
+        assert peak.dtype == dtype
+        assert peak.matmul_gflop_per_s > 0.1
+        assert peak.copy_gib_per_s > 0.05
+
+
+def test_fastest_is_the_least_of_several() -> None:
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        time.sleep(0.02 if len(calls) == 3 else 0.05)
+
+    assert 0.015 < roofline.fastest(work, torch.device("cpu"), 0.1) < 0.05
+    # One call to warm up, then at least three
+    assert len(calls) >= 4
