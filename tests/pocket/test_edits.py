@@ -68,6 +68,14 @@ def test_portability_answers_change_and_probes_do_not(name: str) -> None:
         assert len({asked.kind for asked in record.same}) == len(record.same)
 
 
+def test_same_probes_are_not_about_what_changed() -> None:
+    # Shapes and colours are distinct within a scene, so an answer that names the old value is about the edited object.
+    for record in records("pocket-vqa"):
+        if record.kind in ("colour", "shape", "background"):
+            for asked in record.same:
+                assert record.truth not in str(asked.answer).split(), (record, asked)
+
+
 def test_known_portability() -> None:
     flags = [r for r in records("pocket-vqa") if r.kind == "flag" and r.target in FLAGS]
     asked = {
