@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= triton,quantize,test,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastedit-$(EXTRAS)
-NATIVE_SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: run test check bench clean install
 
@@ -30,7 +30,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+	find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: install
 	$(BIN)/python benchmarks/throughput.py
