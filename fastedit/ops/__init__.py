@@ -4,8 +4,19 @@ from fastedit import _native as _native  # registers the compiled kernels
 from fastedit.ops._library import implementations
 from fastedit.ops.adam_step import adam_step_
 from fastedit.ops.key_value import Activation, key_value
+from fastedit.ops.linear_risk import linear_risk
 from fastedit.ops.low_rank import low_rank
 from fastedit.ops.mmd2 import mmd2
 from fastedit.ops.risk import Kind, risk
 
-__all__ = ["Activation", "Kind", "adam_step_", "implementations", "key_value", "low_rank", "mmd2", "risk"]
+__all__ = [
+    "Activation",
+    "Kind",
+    "adam_step_",
+    "implementations",
+    "key_value",
+    "linear_risk",
+    "low_rank",
+    "mmd2",
+    "risk",
+]
