@@ -185,6 +185,16 @@ def linear_risk_inputs(
     return *given, segments, kind, budget
 
 
+def topk_agreement_inputs(
+    tokens: int, vocabulary: int, dtype: torch.dtype, *, drift: float = 0.5, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return two sets of logits (T, V) that agree in part, rounded to quarters: ties are everywhere."""
+    make = torch.Generator().manual_seed(seed)
+    before = torch.randn(tokens, vocabulary, generator=make) * 2.0
+    after = before + drift * torch.randn(tokens, vocabulary, generator=make)
+    return tuple((4.0 * logits).round().div(4.0).to(device, dtype) for logits in (before, after))  # type: ignore[return-value]
+
+
 def mmd2_inputs(
     x_lengths: Sequence[int],
     y_lengths: Sequence[int],

@@ -8,6 +8,7 @@ from fastedit.ops.linear_risk import linear_risk
 from fastedit.ops.low_rank import low_rank
 from fastedit.ops.mmd2 import mmd2
 from fastedit.ops.risk import Kind, risk
+from fastedit.ops.topk_agreement import topk_agreement
 
 __all__ = [
     "Activation",
@@ -19,4 +20,5 @@ __all__ = [
     "low_rank",
     "mmd2",
     "risk",
+    "topk_agreement",
 ]
