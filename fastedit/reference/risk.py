@@ -5,17 +5,17 @@ from torch import Tensor
 
 from fastedit.reference._precision import accumulation_dtype, widen
 
-# Columns of ``stats``, what backward needs of a token: log-sum-exp and mean (under their softmax) of the logits, and
-#   forward_kl  log-sum-exp of the reference logits, unused
-#   reverse_kl  mean and covariance: v_mean = E_p[z - r] and h = Cov_p(z, z - r)
-STATS = 4
+# Columns of ``stats``, what backward needs of a token: max z, sum exp(z - max z) and E_p[z], p = softmax(z), and
+#   forward_kl  the max and the sum of the reference logits (any pair that gives the same softmax)
+#   reverse_kl  E_p[z - r] and h = Cov_p(z, z - r)
+STATS = 5
 
 # exp(60) is still finite in float32 with room for a sum; beyond it the two log-sum-exps are as accurate.
 _MAX_EXPONENT = 60.0
 
 
 def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value (S,), env_grad (S,) and stats (T, 4), all in the accumulation dtype."""
+    """Return value (S,), env_grad (S,) and stats (T, 5), all in the accumulation dtype."""
     n_tokens, n_vocabulary = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     if n_tokens and not bool((segments < n_segments).all()):
@@ -45,7 +45,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
         q = torch.softmax(r, -1)
         value = _divergence(q, r - z, lse_r, lse)
         env_grad = (p - q).mul(z - mean).sum(-1, keepdim=True)
-        extra = torch.cat([lse_r, torch.zeros_like(lse_r)], -1)
+        extra = torch.cat(_max_and_sum(r), -1)
     else:
         r = _finite(target[keep])
         v = z - r
@@ -55,7 +55,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
         extra = torch.cat([v_mean, env_grad], -1)
 
     stats = logits.new_zeros((n_tokens, STATS), dtype=dtype)
-    stats[keep] = torch.cat([lse, mean, extra], -1)
+    stats[keep] = torch.cat([*_max_and_sum(z), mean, extra], -1)
     chosen = segments[keep]
     count = _count(chosen, n_segments, dtype)
     value_sum = count.new_zeros(n_segments).index_add(0, chosen, value[:, 0])
@@ -70,8 +70,8 @@ def risk_backward(
     keep = segments >= 0
     chosen = segments[keep]
     z = _finite(logits[keep])
-    lse, mean, third, fourth = stats[keep].split(1, dim=-1)  # type: ignore[no-untyped-call]
-    p = torch.exp(z - lse)
+    top, total, mean, fourth, fifth = stats[keep].split(1, dim=-1)  # type: ignore[no-untyped-call]
+    p = torch.exp(z - top) / total
     a = z - mean
     # (T', 1): what one token's risk and its scale derivative weigh in the result
     count = _count(chosen, grad_value.shape[0], stats.dtype)
@@ -82,11 +82,11 @@ def risk_backward(
         grad = p * (on_value + on_env * (1 + a))
         grad.scatter_add_(-1, target[keep][:, None], -(on_value + on_env))
     elif kind == "forward_kl":
-        q = torch.exp(_finite(target[keep]) - third)
+        q = torch.exp(_finite(target[keep]) - fourth) / fifth
         grad = on_value * (p - q) + on_env * ((p - q) + p * a)
     else:
-        b = z - _finite(target[keep]) - third
-        grad = p * (on_value * b + on_env * (a * b - fourth + a + b))
+        b = z - _finite(target[keep]) - fourth
+        grad = p * (on_value * b + on_env * (a * b - fifth + a + b))
 
     out = logits.new_zeros(logits.shape)
     out[keep] = grad.to(logits.dtype)
@@ -96,7 +96,13 @@ def risk_backward(
 def _finite(logits: Tensor) -> Tensor:
     """Widen logits and lift -inf to a value of probability zero whose products with itself do not overflow."""
     wide = widen(logits)
-    return wide.clamp(min=-1e100 if wide.dtype == torch.float64 else -1e18)
+    return wide.clamp(min=-1e100 if wide.dtype == torch.float64 else -1e15)
+
+
+def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return max (T, 1) and sum exp(logits - max) (T, 1)."""
+    top = logits.amax(-1, keepdim=True)
+    return top, torch.exp(logits - top).sum(-1, keepdim=True)
 
 
 def _divergence(weight: Tensor, drift: Tensor, lse: Tensor, lse_other: Tensor) -> Tensor:

@@ -102,6 +102,48 @@ def test_small_drift_keeps_its_digits(provider, kind, drift, available):
 
 
 @pytest.mark.parametrize("provider", providers("risk"), ids=str)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_far_reference(provider, kind, available):
+    """Logits that have nothing to do with their reference: exponents of the drift overflow, two log-sum-exps do not."""
+    available(provider)
+    logits, target, own, n, _ = risk_inputs(
+        6, 2500, 2, kind, torch.float32, spread=20.0, drift=60.0, device=provider.device
+    )
+    assert (logits - target).abs().max() > 200
+    value, env, stats = provider.function()(logits, target, own, n, kind)
+    goal_value, goal_env, goal_stats = reference.risk(logits.double(), target.double(), own, n, kind)
+    assert_close(value, goal_value, length=2500, name="value")
+    assert_close(env, goal_env, length=2500, scale=float(logits.abs().max()) ** 2, name="env_grad")
+    ones = torch.ones(n, device=provider.device)
+    grad = provider.function("risk_backward")(ones, ones, logits, target, own, stats, kind)
+    wide = (ones.double(), ones.double(), logits.double(), target.double(), own, goal_stats, kind)
+    assert_close(grad, reference.risk_backward(*wide), length=2500, name="gradient")
+
+
+@pytest.mark.parametrize("provider", [p for p in providers("risk") if "csrc" in p.id], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_gradients(provider, dtype, kind, available):
+    """Beyond the caches gradients are written another way; rows of odd length start anywhere in a vector."""
+    available(provider)
+    logits, target, own, n, _ = risk_inputs(75, 60_001, 5, kind, dtype, device=provider.device)
+    assert logits.nbytes > 8 << 20
+    stats = provider.function()(logits, target, own, n, kind)[2]
+    on = torch.linspace(-1, 1, n), torch.linspace(0.5, 2, n)
+    grad = provider.function("risk_backward")(*on, logits, target, own, stats, kind)
+    few = [0, 1, 2, 73, 74, *(own < 0).nonzero()[:2, 0].tolist()]
+    picked = target[few] if kind == "ce" else target[few].double()
+    # a few rows alone, with the weights they have among all
+    count = torch.bincount(own[own >= 0], minlength=n).clamp(min=1).double()
+    alone = torch.arange(len(few)).where(own[few] >= 0, torch.tensor(-1))
+    weight = [(w.double() / count)[own[few].clamp(min=0)] for w in on]
+    goal_stats = reference.risk(logits[few].double(), picked, alone, len(few), kind)[2]
+    goal = reference.risk_backward(*weight, logits[few].double(), picked, alone, goal_stats, kind)
+    for row, wanted in zip(few, goal, strict=True):
+        assert_close(grad[row], wanted, length=60_001, name=f"gradient of token {row}")
+
+
+@pytest.mark.parametrize("provider", providers("risk"), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits(provider, kind, available):
     """Huge and -inf logits, a far reference, and garbage in ignored rows."""

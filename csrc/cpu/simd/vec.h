@@ -57,7 +57,10 @@ struct Vec<float> {
   void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first16(n), narrow()); }
   void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half()); }
   void store(Float16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first16(n), half()); }
+  // past the caches, for aligned planes that nobody reads soon; needs a fence before another thread reads
   void stream(float* p) const { _mm512_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  void stream(Float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half()); }
 
   static Vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
   // Round to nearest, ties to even; a NaN stays one.
@@ -86,6 +89,10 @@ struct Vec<float> {
   friend Vec scale(Vec a, Vec b) { return {_mm512_scalef_ps(a.v, b.v)}; }
   // b where the lane is below n, a elsewhere
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm512_mask_mov_ps(a.v, first16(n), b.v)}; }
+  // a where x >= bound (or x is NaN), 0 elsewhere
+  friend Vec where_from(Vec x, Vec bound, Vec a) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLT_UQ), a.v)};
+  }
   friend float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
   friend float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 };
@@ -159,7 +166,10 @@ struct Vec<float> {
   void store(BFloat16* p, int64_t n) const { store_first(p, narrow(), n); }
   void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half()); }
   void store(Float16* p, int64_t n) const { store_first(p, half(), n); }
+  // past the caches, for aligned planes that nobody reads soon; needs a fence before another thread reads
   void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+  void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), half()); }
 
   static Vec widen(__m128i bits) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))}; }
   // Round to nearest, ties to even; a NaN stays one.
@@ -196,6 +206,10 @@ struct Vec<float> {
   }
   // b where the lane is below n, a elsewhere
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(first8(n)))}; }
+  // a where x >= bound (or x is NaN), 0 elsewhere
+  friend Vec where_from(Vec x, Vec bound, Vec a) {
+    return {_mm256_and_ps(_mm256_cmp_ps(x.v, bound.v, _CMP_NLT_UQ), a.v)};
+  }
   friend float sum(Vec a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
