@@ -63,8 +63,9 @@ def _row(
     ids: list[int] = list(prompts.ids(text))
     expected = 1 if image is not None and adapter.image_text else 0
     if ids.count(adapter.image_token_id) != expected:
-        got = f"prompt={query.prompt!r:.80}"
-        raise ValueError(f"encode: row {number}: a prompt must not spell the image placeholder itself (got {got})")
+        rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
+        got = f"{ids.count(adapter.image_token_id)} placeholders, prompt={query.prompt!r:.80}"
+        raise ValueError(f"encode: row {number}: {rule} (got {got})")
     marks: list[bool] = [False] * len(ids)
     if image is not None:
         ids, marks = adapter.place_image(ids, image.tokens)

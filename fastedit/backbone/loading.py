@@ -145,7 +145,7 @@ def _load_checkpoint(
             device_map={"": place},
             **options,
         )
-    return hf, load_processor(source, local_only=local), quantizer
+    return hf, load_processor(source, config.model_type, local_only=local), quantizer
 
 
 @contextmanager

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
+
+_PLAIN_IMAGE_PROCESSORS = {
+    "llava": ("clip", "CLIPImageProcessorPil"),
+    "llava_next": ("llava_next", "LlavaNextImageProcessorPil"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevisionImageProcessorPil"),
+    "blip-2": ("blip", "BlipImageProcessorPil"),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
+    "qwen2_5_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
+    "qwen3_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
+}
 
 
 class PartsProcessor:
@@ -32,8 +43,8 @@ class PartsProcessor:
             (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
-def load_processor(source: str, *, local_only: bool) -> Any:
-    """Return the processor of a folder or Hugging Face id.
+def load_processor(source: str, model_type: str, *, local_only: bool) -> Any:
+    """Return the processor of a folder or Hugging Face id, for a model of this type.
 
     AutoProcessor returns a bare tokenizer, or raises, for families whose processor wants a video library; images and
     text do not need one, so the parts are loaded instead.
@@ -47,9 +58,19 @@ def load_processor(source: str, *, local_only: bool) -> Any:
         processor = None
     if getattr(processor, "image_processor", None) is not None and getattr(processor, "tokenizer", None) is not None:
         return processor
-    image_processor = AutoImageProcessor.from_pretrained(source, **options)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(source, **options)
+    except ImportError:
+        image_processor = _plain_image_processor(model_type).from_pretrained(source, local_files_only=local_only)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return PartsProcessor(image_processor, tokenizer, _chat_template(source) or tokenizer.chat_template)
+
+
+def _plain_image_processor(model_type: str) -> Any:
+    """Return the Pillow image processor of a family whose AutoImageProcessor insists on torchvision (before 5.23)."""
+    folder, name = _PLAIN_IMAGE_PROCESSORS[model_type]
+    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
+    return getattr(module, name)
 
 
 def _chat_template(source: str) -> str | None:

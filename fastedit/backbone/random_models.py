@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,10 @@ def make_random(
     options = {} if attention is None else {"attn_implementation": attention}
     with EmptyOnMeta():
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    source = WeightSource(shape.std, dtype, device, seed)
     for path, module in list(hf.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            drawn = _draw(path, name, parameter, shape.std, dtype, device, generator)
-            module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(source.draw(name, parameter), requires_grad=False))
         if convert is not None and type(module) is nn.Linear:
             converted = convert(path, module)
             if converted is not module:
@@ -63,13 +62,46 @@ def make_random(
     return hf.eval(), processor
 
 
-def _draw(
-    path: str, name: str, like: Tensor, std: float, dtype: torch.dtype, device: torch.device, source: torch.Generator
-) -> Tensor:
-    """Draw one parameter: normal around zero, norm weights around one."""
-    drawn = torch.empty(like.shape, dtype=dtype, device=device).normal_(0.0, std, generator=source)
-    is_norm = name == "weight" and like.dim() == 1
-    return drawn.add_(1.0) if is_norm else drawn
+class WeightSource:
+    """Draws parameters: normal around zero, norm weights around one.
+
+    Large ones are filled from a pool, each from its own place: billions of normal numbers take minutes on a CPU. The
+    pool's length shares no factor with usual widths, so that rows do not repeat within a matrix.
+
+    Args:
+        std: standard deviation. dtype, device: of the parameters. seed: equal seeds draw equal weights.
+    """
+
+    POOL = (1 << 24) + 43
+
+    def __init__(self, std: float, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self._std = std
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._pool: Tensor | None = None
+
+    def draw(self, name: str, like: Tensor) -> Tensor:
+        """Return a new tensor of the shape of `like` for a parameter of this name."""
+        if like.numel() > self.POOL:
+            return self._from_pool(like.numel()).view(like.shape)
+        drawn = self._normal(like.shape)
+        is_norm = name == "weight" and like.dim() == 1
+        return drawn.add_(1.0) if is_norm else drawn
+
+    def _normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.empty(shape, **self._options).normal_(0.0, self._std, generator=self._generator)
+
+    def _from_pool(self, count: int) -> Tensor:
+        if self._pool is None:
+            self._pool = self._normal((self.POOL,))
+        place = int(torch.randint(self.POOL, (), generator=self._generator, device=self._options["device"]))
+        filled = torch.empty(count, **self._options)
+        done = 0
+        while done < count:
+            part = self._pool[place : place + count - done]
+            filled[done : done + len(part)] = part
+            done, place = done + len(part), 0
+        return filled
 
 
 def make_config(shape: Shape, processor: Any) -> Any:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastedit.backbone import EditableModel, Encoded
+from fastedit.backbone import EditableModel, Encoded, load
 from fastedit.backbone.generation import greedy
 from fastedit.requests import Query
 
@@ -138,3 +138,21 @@ def test_wrong_sizes_are_refused() -> None:
     model = cached_model("random:llava-tiny")
     with pytest.raises(ValueError, match=r"must be at least 1 \(got max_new_tokens=0, batch_size=64\)"):
         model.generate(mixed_queries(), max_new_tokens=0)
+
+
+def test_the_embedded_model_answers_as_recorded_and_its_text_encodes_to_what_it_wrote() -> None:
+    from fastedit.data import read_edits
+
+    model = load("pocket-llava")
+    edits = [*read_edits("pocket-vqa", split="eval", limit=12), *read_edits("pocket-caption", split="eval", limit=4)]
+    queries = [Query(edit.prompt, edit.image) for edit in edits]
+    recorded = [edit.prediction for edit in edits]
+    queries += [Query(edit.locality_prompt) for edit in edits]
+    recorded += [edit.locality_answer for edit in edits]
+    tokens = greedy(model, model.encode(queries, answers=False), 64)
+    texts = [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+    assert texts == recorded
+    answered = [Query(query.prompt, query.image, text) for query, text in zip(queries, texts, strict=True)]
+    encoded = model.encode(answered, answers=True)
+    for row, written in enumerate(tokens):
+        assert encoded.labels[row][encoded.label_mask[row]].tolist() == [*written, model.end_token_ids[0]]

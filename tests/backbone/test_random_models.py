@@ -9,7 +9,7 @@ import torch
 
 from fastedit.backbone import SHAPES, load
 from fastedit.backbone.made_up import made_up_processor
-from fastedit.backbone.random_models import EmptyOnMeta, make_config
+from fastedit.backbone.random_models import EmptyOnMeta, WeightSource, make_config
 from fastedit.requests import Query
 
 from .conftest import cached_model, picture
@@ -89,3 +89,15 @@ def test_weights_are_what_the_shape_says() -> None:
     assert abs(drawn.std().item() / SHAPES["blip2-tiny"].std - 1) < 0.01
     norms = torch.cat([p for n, p in model.hf.named_parameters() if n.endswith("layer_norm.weight")])
     assert abs(norms.mean().item() - 1) < 0.05
+
+
+def test_large_weights_are_filled_without_repeating_rows() -> None:
+    source = WeightSource(0.02, torch.bfloat16, torch.device("cpu"), 0)
+    weight = source.draw("weight", torch.empty(9000, 4096, device="meta"))
+    assert weight.dtype == torch.bfloat16
+    assert abs(weight.float().std().item() / 0.02 - 1) < 0.01
+    # Two full turns of the pool: equal values, but never in whole rows.
+    assert torch.equal(weight.flatten()[0], weight.flatten()[source.POOL])
+    assert len(torch.unique(weight[:, :8], dim=0)) == 9000
+    other = source.draw("weight", torch.empty(9000, 4096, device="meta"))
+    assert not torch.equal(weight[0], other[0])
