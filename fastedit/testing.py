@@ -225,6 +225,15 @@ def mmd2_inputs(
     )
 
 
+def nearest_keys_inputs(
+    queries: int, keys: int, features: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys of ``nearest_keys``, standard normal."""
+    make = torch.Generator().manual_seed(seed)
+    made = (torch.randn(rows, features, generator=make).to(device, dtype) for rows in (queries, keys))
+    return next(made), next(made)
+
+
 def low_rank_inputs(
     lengths: Sequence[int],
     d: int,

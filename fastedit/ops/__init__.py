@@ -7,6 +7,7 @@ from fastedit.ops.key_value import Activation, key_value
 from fastedit.ops.linear_risk import linear_risk
 from fastedit.ops.low_rank import low_rank
 from fastedit.ops.mmd2 import mmd2
+from fastedit.ops.nearest_keys import nearest_keys
 from fastedit.ops.risk import Kind, risk
 from fastedit.ops.topk_agreement import topk_agreement
 
@@ -19,6 +20,7 @@ __all__ = [
     "linear_risk",
     "low_rank",
     "mmd2",
+    "nearest_keys",
     "risk",
     "topk_agreement",
 ]
