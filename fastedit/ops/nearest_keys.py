@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, define, fail
+from fastedit.ops._library import check_floating, define, fail, serve_with_triton
 from fastedit.reference import nearest_keys as reference
 from fastedit.reference._precision import accumulation_dtype
 
@@ -25,6 +25,7 @@ define(
     reference.nearest_keys,
     _fake,
 )
+serve_with_triton("nearest_keys", "nearest_keys")
 
 
 def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: Metric = "cosine") -> tuple[Tensor, Tensor]:
