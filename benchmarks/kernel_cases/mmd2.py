@@ -1,0 +1,85 @@
+"""mmd2 with the penalty on env_grad, forward and backward: against eager double backward, and its matrix products."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_cases._grouped import assert_equal, rows
+from fastedit import ops
+from fastedit.testing import mmd2_inputs
+
+
+def _objective(value: Tensor, env_grad: Tensor) -> Tensor:
+    # the discrepancies and the total-variation penalty of ODEdit, equation (9)
+    return value.sum() + 0.1 * env_grad.square().sum()
+
+
+def _kernel_means(a: Tensor, b: Tensor, sigma: Tensor) -> Tensor:
+    """Means over pairs (...,) of the kernel, distances in matrix-product form."""
+    product = a @ b.transpose(-1, -2)
+    distance = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2.0 * product
+    distance = distance.clamp(min=0.0)
+    return torch.stack([torch.exp(distance / (-2.0 * s * s)) for s in sigma]).sum(0).mean((-1, -2))
+
+
+def _double_backward(x: Tensor, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and env_grad of x (..., n, d) and y (..., m, d), a scale on the features."""
+    scale = torch.ones(x.shape[:-2], requires_grad=True)
+    x, y = scale[..., None, None] * x, scale[..., None, None] * y
+    value = _kernel_means(x, x, sigma) + _kernel_means(y, y, sigma) - 2.0 * _kernel_means(x, y, sigma)
+    (env_grad,) = torch.autograd.grad(value.sum(), scale, create_graph=True)
+    return value, env_grad
+
+
+def make_case(name: str, groups: int, n: int, d: int) -> dict[str, Any]:
+    """Return the case of groups of n + n rows, five bandwidths."""
+
+    @cache
+    def inputs() -> tuple[Tensor, ...]:
+        x, y, x_offsets, y_offsets, sigma = mmd2_inputs((n,) * groups, (n,) * groups, d, torch.float32)
+        return x.requires_grad_(), y.requires_grad_(), x_offsets, y_offsets, sigma
+
+    def finish(value: Tensor, env_grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(_objective(value, env_grad), inputs()[:2])
+
+    def run() -> tuple[Tensor, ...]:
+        return finish(*ops.mmd2(*inputs()))
+
+    def loop() -> tuple[Tensor, ...]:
+        x, y, x_offsets, y_offsets, sigma = inputs()
+        pairs = zip(rows(x_offsets), rows(y_offsets), strict=True)
+        parts = [_double_backward(x[a], y[b], sigma) for a, b in pairs]
+        return finish(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+
+    def batched() -> tuple[Tensor, ...]:
+        x, y, *_, sigma = inputs()
+        return finish(*_double_backward(x.view(groups, n, d), y.view(groups, n, d), sigma))
+
+    def matrix_products() -> tuple[Tensor, ...]:
+        # three Gram matrices for the forward, three for the backward, and all pairs' weights onto the features
+        x, y = (t.detach().view(groups, n, d) for t in inputs()[:2])
+        stack = torch.cat([x, y], 1)
+        grams = [a @ b.transpose(1, 2) for a, b in ((x, x), (y, y), (x, y)) * 2]
+        weights = torch.cat([torch.cat([grams[0], grams[2]], 2), torch.cat([grams[2], grams[1]], 2)], 1)
+        return (weights @ stack,)
+
+    one = {"double_backward": loop}
+    many = {"loop": loop, "padded": batched}
+    return {
+        "name": name,
+        "shapes": {"groups": groups, "n": n, "m": n, "d": d, "bandwidths": 5},
+        "dtype": "float32",
+        "run": run,
+        "baselines": {**(one if groups == 1 else many), "matrix_products": matrix_products},
+        "check": lambda: assert_equal(run(), batched()),
+    }
+
+
+CASES = [
+    make_case("mmd2", 1, 1024, 512),
+    make_case("mmd2_small_groups", 512, 8, 512),
+]
