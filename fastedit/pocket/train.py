@@ -204,8 +204,18 @@ def measure(model: PreTrainedModel, packer: Packer, kinds: Sequence[str], sample
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
-def train(name: str, out: Path, seed: int = 0, recipe: Recipe | None = None, resume: Path | None = None) -> Trainer:
-    """Train a model and save its weights to out/weights.pt after every cycle; see the module's first lines."""
+def train(
+    name: str,
+    out: Path,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    resume: Path | None = None,
+    focus: Sequence[str] = (),
+) -> Trainer:
+    """Train a model and save its weights to out/weights.pt after every cycle; see the module's first lines.
+
+    resume: weights to go on from, in cycles only. focus: kinds to be asked much more in the first cycle.
+    """
     recipe = recipe or RECIPES[name]
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(name, seed, recipe)
@@ -224,12 +234,14 @@ def train(name: str, out: Path, seed: int = 0, recipe: Recipe | None = None, res
         trainer.model.load_state_dict(torch.load(resume))
         trainer.mixer.rng = random.Random(f"resumed:{seed}")
         mix = replace(trainer.reweighted(mix, trainer.measure(200, "resume")), caption=0.4)
+        more = {kind: 8 * mix.kinds[kind] for kind in focus}
+        mix = replace(mix, kinds={**mix.kinds, **more}, loss={**mix.loss, **dict.fromkeys(focus, 6.0)})
     else:
         trainer.align()
         keep("align")
         trainer.cycle(Mix(questions=False, budget=80, flags=0.12), recipe.first_steps, "captions")
     for number, (steps, scale) in enumerate(zip(recipe.cycle_steps, recipe.cycle_lr, strict=False), start=1):
-        mix = trainer.cycle(mix, steps, f"cycle {number}", every=150, scale=scale)
+        mix = trainer.cycle(mix, steps, f"cycle {number}", every=0 if focus and number == 1 else 150, scale=scale)
         accuracy = trainer.measure(recipe.samples, f"cycle {number}")
         history.append(accuracy)
         keep(f"cycle {number}")
@@ -246,16 +258,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="weights.pt to go on from")
+    parser.add_argument(
+        "--focus", nargs="*", default=(), help="kinds to ask much more in the first cycle after --resume"
+    )
     parser.add_argument("--cycles", type=int, nargs="*", help="steps of every cycle, instead of the recipe's")
-    parser.add_argument("--scale", type=float, help="learning rates of every cycle, as a share of the recipe's")
+    parser.add_argument(
+        "--scales", type=float, nargs="*", help="learning rate of every cycle, as a share of the recipe's"
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = RECIPES[arguments.model]
     if arguments.cycles:
         recipe = replace(recipe, cycle_steps=tuple(arguments.cycles))
-    if arguments.scale:
-        recipe = replace(recipe, cycle_lr=(arguments.scale,) * len(recipe.cycle_steps))
-    train(arguments.model, arguments.out, arguments.seed, recipe, arguments.resume)
+    if arguments.scales:
+        recipe = replace(recipe, cycle_lr=tuple(arguments.scales))
+    train(arguments.model, arguments.out, arguments.seed, recipe, arguments.resume, arguments.focus)
 
 
 if __name__ == "__main__":
