@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail
+from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
 from fastedit.reference import mmd2 as reference
 from fastedit.reference._precision import accumulation_dtype
 
@@ -54,6 +54,8 @@ define(
     reference.mmd2_backward,
     _fake_backward,
 )
+serve_with_triton("mmd2", "mmd2")
+serve_with_triton("mmd2_backward", "mmd2")
 torch.library.register_autograd("fastedit::mmd2", _backward, setup_context=_save)
 
 

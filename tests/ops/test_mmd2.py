@@ -65,9 +65,11 @@ def test_definition_equals_double_backward(unbiased, n, m, d):
 @pytest.mark.parametrize("per_group", [False, True])
 def test_equals_reference(provider, dtype, unbiased, per_group, available):
     available(provider)
-    for seed, (x_lengths, y_lengths, d) in enumerate(SHAPES[:5] if "interpreted" in provider.id else SHAPES):
+    # the interpreter is slow: it gets the small shapes, in the harder layout
+    interpreted = "interpreted" in provider.id
+    for seed, (x_lengths, y_lengths, d) in enumerate(SHAPES[:4] if interpreted else SHAPES):
         made = mmd2_inputs(x_lengths, y_lengths, d, dtype, seed=seed, per_group=per_group, device=provider.device)
-        for permuted in (False, True):
+        for permuted in (True,) if interpreted else (False, True):
             inputs = [
                 t.t().contiguous().t() if permuted and t.is_floating_point() and t.dim() == 2 else t for t in made
             ]
