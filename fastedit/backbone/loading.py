@@ -136,13 +136,15 @@ def _load_checkpoint(
         options["attn_implementation"] = attention
     if quantizer.active and stored is None:
         options["quantization_config"] = quantizer.config(config)
+    if quantizer.active or place.type != "cpu":
+        # Straight to the device; needs accelerate, which a plain model on the CPU does not.
+        options["device_map"] = {"": place}
     with _quiet() if local else nullcontext():
         hf = AutoModelForImageTextToText.from_pretrained(
             source,
             local_files_only=local,
             trust_remote_code=False,
             use_safetensors=True,
-            device_map={"": place},
             **options,
         )
     return hf, load_processor(source, config.model_type, local_only=local), quantizer

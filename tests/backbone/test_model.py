@@ -46,14 +46,12 @@ def test_chosen_positions_equal_the_full_tail_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_float64_splits_agree_to_rounding(name: str) -> None:
-    # Norms and position tables stay float32 in the stock code, so 1e-6 and not 1e-12; the gap between our own
-    # splits, which share those, is the sharp test.
     model = cached_model(name, dtype="float64")
     encoded = model.encode(mixed_queries()[:3], answers=True)
     whole = model.head(model.tail(model.prefix(encoded, 0)))
     for row in range(3):
         reference = stock_logits(model, encoded.select([row]))
-        assert largest_gap(whole[row, : len(reference)], reference) < 1e-6
+        assert largest_gap(whole[row, : len(reference)], reference) < 1e-12
     last = model.prefix(encoded, model.n_layers - 1, "ffn")
     mask = encoded.attention_mask
     assert largest_gap(model.head(model.tail(last))[mask], whole[mask]) < 1e-12
