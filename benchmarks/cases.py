@@ -99,8 +99,8 @@ class Case:
         }
 
 
-_LARGE = {"edits": 32, "batch_size": 32, "layers": 3, "dtype": "bfloat16", "steps": 20, "repeats": 2}
-_STEPS_20 = {"steps": 20, "edits": 16, "batch_size": 16}
+_LARGE: dict[str, Any] = {"edits": 32, "batch_size": 32, "layers": 3, "dtype": "bfloat16", "steps": 20, "repeats": 2}
+_STEPS_20: dict[str, Any] = {"steps": 20, "edits": 16, "batch_size": 16}
 
 CASES: Mapping[str, Case] = {
     case.name: case

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -161,7 +161,7 @@ def _ordered(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (name != "engine", name))
 
 
-def _canvas(width: float, height: float, label: str, *, grid: str = "x") -> tuple[Figure, Axes]:
+def _canvas(width: float, height: float, label: str, *, grid: Literal["both", "x"] = "x") -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,11 +29,11 @@ def measure_peak(dtype: str = "float32", device: str | torch.device = "cpu", *, 
     for side in SIDES[place.type]:
         a, b = (torch.randn(side, side, device=place).to(kind) for _ in range(2))
         out = torch.empty(side, side, device=place, dtype=kind)
-        took = fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), place, seconds / (len(SIDES[place.type]) + 1))
+        took = fastest(partial(torch.mm, a, b, out=out), place, seconds / (len(SIDES[place.type]) + 1))
         best = max(best, 2.0 * side**3 / took)
     source = torch.ones(COPY_MIB[place.type] << 18, device=place)
     target = torch.empty_like(source)
-    took = fastest(lambda: target.copy_(source), place, seconds / (len(SIDES[place.type]) + 1))
+    took = fastest(partial(target.copy_, source), place, seconds / (len(SIDES[place.type]) + 1))
     return Peak(best / 1e9, 2.0 * source.numel() * 4 / took / 2**30, dtype)
 
 

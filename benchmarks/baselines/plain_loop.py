@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, e
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         deltas.append(EditDelta(spec, tensors, request_id=request.id))
         if evaluate:
-            scores.append(evaluator.scores(request, lambda p=parameters: beside(model, spec, p)))
+            scores.append(evaluator.scores(request, partial(beside, model, spec, parameters)))
     return Fitted(deltas, outcomes, dict(timer.seconds), scores)
 
 
