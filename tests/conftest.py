@@ -1,7 +1,7 @@
 """What every test shares: fresh tensors hold NaN, and an implementation that is missing says so."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def available() -> Iterator[object]:
+def available() -> Callable[[Provider], Provider]:
     """Return a function that skips with the reason, or fails where FASTEDIT_EXPECT names the implementation."""
 
     def check(provider: Provider) -> Provider:
