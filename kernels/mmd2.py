@@ -345,8 +345,8 @@ def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]
     pointers = {**dict.fromkeys(features, f"*{dtype}")}
     pointers |= dict.fromkeys(("x_offsets", "y_offsets", "a_offsets", "b_offsets"), "*i64")
     sums = ("centre", "beta", "values", "envs", "value", "env", "on_value", "on_env", "space")
-    sums += ("x_values", "x_envs", "y_values", "y_envs")
-    pointers |= dict.fromkeys(sums, f"*{wide}")
+    of_a_side = ("x_values", "x_envs", "y_values", "y_envs")
+    pointers |= dict.fromkeys((*sums, *of_a_side), f"*{wide}")
     found = []
     for kernel in (_centre_kernel, _sums_kernel, _group_kernel, _gradient_kernel):
         constants = {name: value for name, value in {**full, "CROSS": True}.items() if name in kernel.arg_names}

@@ -172,7 +172,11 @@ def _edit_scores(rows: Sequence[_Row]) -> EditScores:
     for row in rows:
         name, wanted = row.view.score, row.view.query.answer or ""
         if row.view.changes:
-            strict.append((name, float(exact_match(row.after, wanted))))
+            right = float(exact_match(row.after, wanted))
+            strict.append((name, right))
+            if row.view.query.kind:
+                # Portability questions of different kinds are not one score: steps the base model cannot take are 0
+                strict.append((f"{name}[{row.view.query.kind}]", right))
             strict.append((f"{name}_f1", token_f1(row.after, wanted)))
         else:
             strict.append((name, float(row.after == row.before)))

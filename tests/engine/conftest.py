@@ -31,7 +31,7 @@ def make_edits(count: int) -> list[EditRequest]:
             image_locality_image=picture(10 * i + 2),
             image_locality_prompt="What colour is it?",
             image_locality_answer="red and green",
-            portability=(Query("What follows?", picture(10 * i), "nine"),),
+            portability=(Query("What follows?", picture(10 * i), "nine", "entailed"),),
             probes=(
                 Probe("near", f"What is number {i} here?", picture(10 * i + 3)),
                 Probe("blind", f"What is number {i} here?"),

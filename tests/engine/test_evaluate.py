@@ -71,6 +71,7 @@ def test_every_score_is_reported_with_an_interval(model: EditableModel, edits: l
             assert 0 <= score.low <= score.mean <= score.high <= 1
     assert "reliability_gap" in run.scores["strict"]
     assert "blindness" in run.scores["strict"]
+    assert run.scores["strict"]["portability[entailed]"] == run.scores["strict"]["portability"]
 
 
 def test_the_unedited_model_is_asked_once(
