@@ -17,6 +17,7 @@ paths = (
     st.text("abc./ é", min_size=1, max_size=9)
     .filter(lambda path: bool(path.strip()) and not path.startswith("/") and ".." not in path.split("/"))
     .map(lambda path: PurePosixPath(path).as_posix())
+    .filter(lambda path: bool(path.strip()))  # "./ " is a path, and normalises to a blank one
 )
 
 
