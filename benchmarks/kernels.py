@@ -24,7 +24,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import _package  # noqa: F401
 
 from benchmarks import record
 from benchmarks.memory import _reset_peak, _status_mib

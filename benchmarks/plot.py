@@ -7,14 +7,14 @@ python benchmarks/plot.py benchmarks/results/*.jsonl --out runs/figures --html r
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import _package  # noqa: F401
 
 from benchmarks import record
 from benchmarks.record import Row

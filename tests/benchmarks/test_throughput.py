@@ -198,3 +198,23 @@ def test_sweeps_name_their_values() -> None:
     assert [case.name for case in made] == ["quick/batch_size=1", "quick/batch_size=8"]
     assert [(case.batch_size, case.edits) for case in made] == [(1, 4), (8, 8)]
     assert cases.sweep(CASES["default"], "model", ["random:llava-1.5-7b"])[0].gate_model == "random:llava-tiny"
+
+
+@pytest.mark.parametrize("script", ["throughput", "plot", "memory", "kernels"])
+def test_scripts_shadow_nothing(script: str, tmp_path: Path) -> None:
+    # As Python starts a script: its folder first on the path, where kernels.py lies.
+    code = (
+        "import sys, runpy, importlib.util\n"
+        f"sys.path[0] = {str(ROOT / 'benchmarks')!r}\n"
+        "sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'benchmarks' / (script + '.py'))!r}, run_name='__main__')\n"
+        "except (SystemExit, IndexError):\n"
+        "    pass\n"
+        "import benchmarks.record\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "print(spec and list(spec.submodule_search_locations or [spec.origin]))\n"
+    )
+    # From another folder: what lies in the working folder is not the script's doing.
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(ROOT) not in done.stdout.splitlines()[-1]
