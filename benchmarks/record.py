@@ -274,7 +274,8 @@ def commit_with_changes(commit: str, root: Path | None = None) -> str:
     if not commit:
         return ""
     root = root or Path(__file__).resolve().parents[1]
-    command = ["git", "status", "--porcelain", "--untracked-files=no"]
+    # Stored rows themselves are no change to what was measured.
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"]
     try:
         changed = subprocess.run(
             command, cwd=root, capture_output=True, text=True, timeout=30, check=True

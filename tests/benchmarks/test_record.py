@@ -142,9 +142,14 @@ def test_commit_is_marked_when_the_tree_differs(tmp_path: Path) -> None:
         subprocess.run(["git", *names, *words], cwd=tmp_path, check=True, capture_output=True)
 
     git("init")
+    rows = tmp_path / "benchmarks" / "results" / "cpu.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("1")
     (tmp_path / "a").write_text("1")
-    git("add", "a")
+    git("add", "a", "benchmarks")
     git("commit", "-m", "First")
+    assert record.commit_with_changes("abc", tmp_path) == "abc"
+    rows.write_text("2")
     assert record.commit_with_changes("abc", tmp_path) == "abc"
     (tmp_path / "a").write_text("2")
     assert record.commit_with_changes("abc", tmp_path) == "abc+changes"
