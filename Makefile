@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastedit-$(EXTRAS)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run test check bench clean install
+.PHONY: run tradeoff test check bench clean install
 
 install: $(STAMP)
 
@@ -21,7 +21,11 @@ $(STAMP): $(NATIVE_SOURCES)
 
 # The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/.
 run: install
-	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/first
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 40 --set layers=2 --out runs/first
+
+# The same on 200 edits: narrower intervals, some minutes on two cores.
+tradeoff: install
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/tradeoff
 
 test: install
 	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests

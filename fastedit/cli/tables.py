@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from rich import box
 from rich.table import Table
 
 from fastedit.engine import Run
@@ -47,7 +48,7 @@ def score_tables(runs: Mapping[str, Run], protocol: str) -> list[Table]:
 
 
 def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
@@ -58,7 +59,7 @@ def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title
 
 def speed_table(runs: Mapping[str, Run]) -> Table:
     """Speed, convergence and where the time went, one row per run."""
-    table = Table(title="speed (this machine)", title_justify="left")
+    table = Table(title="speed (this machine)", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("method", "edits/s", "steps", "stopped", "edit s", "eval s", "MiB"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for label, run in runs.items():
