@@ -21,7 +21,7 @@ $(STAMP): $(NATIVE_SOURCES)
 
 # The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/.
 run: install
-	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 40 --set layers=2 --out runs/first
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 100 --set layers=2 --out runs/first
 
 # The same on 200 edits: narrower intervals, some minutes on two cores.
 tradeoff: install

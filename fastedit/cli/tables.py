@@ -53,7 +53,8 @@ def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
     for label, run in runs.items():
-        table.add_row(label, *(percent(run.scores[protocol].get(name), interval=True) for name in names))
+        scores = run.scores[protocol]
+        table.add_row(label, *(percent(scores.get(name), interval=name not in LEGACY_ONLY) for name in names))
     return table
 
 
