@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -215,8 +215,3 @@ def _provenance(
         "commit": provenance.commit(),
         "time": provenance.utc_now(),
     }
-
-
-def with_id(request: EditRequest, number: int) -> EditRequest:
-    """The request with an id made from its number when it has none."""
-    return request if request.id else replace(request, id=f"edit-{number}")
