@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -45,5 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Versions of torch, CUDA and the compiler that built the library.");
   m.def("best_isa", [] { return name(fastedit::best_isa()); }, "Best instruction set this processor has.");
   m.def("current_isa", [] { return name(fastedit::current_isa()); }, "Instruction set in use.");
+  m.def("release_kept_memory", &fastedit::release_kept_memory,
+        "Give memory kept for large results back to the system; returns its bytes.");
   m.def("use_isa", &use_isa, "Choose an instruction set, for tests.");
 }

@@ -1,27 +1,18 @@
-// Fresh memory of large results.
+// Memory of large results.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cstdint>
 
 namespace fastedit {
 
-// Asks for huge pages under a tensor that was just allocated and not yet touched: a plane of logits is thousands of
-// small pages, whose first touch costs more than computing what is written there. The rest of a page at either end
-// stays small.
-inline void prefer_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
-  // a refusal changes nothing but the speed
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
+// An uninitialised contiguous tensor on the CPU (NaN where torch is told to fill fresh memory), on huge pages where the
+// system has them. Memory of a large one is kept when the tensor goes, and the next of about its size gets it: the
+// first touch of a plane of logits costs as much as computing what is written there, at every step of every edit.
+at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Gives kept memory back to the system; returns its bytes.
+int64_t release_kept_memory();
 
 }  // namespace fastedit

@@ -153,8 +153,7 @@ void backward(const Inputs& in, const Tensor& on_value, const Tensor& on_env, co
 Tensor risk_backward(const Tensor& grad_value, const Tensor& grad_env, const Tensor& logits, const Tensor& target,
                      const Tensor& segments, const Tensor& stats, std::string_view kind) {
   const Inputs in(logits, target, segments, grad_value.size(0));
-  Tensor grad = logits.new_empty(logits.sizes());
-  prefer_huge_pages(grad);
+  Tensor grad = recycled(logits.sizes(), logits.options());
   dispatch(logits.scalar_type(), "risk", [&]<class T, class A>() {
     with_kind(kind, [&]<RiskKind k>() {
       backward<k, T, A>(in, grad_value.contiguous(), grad_env.contiguous(), stats.contiguous(), grad);
