@@ -196,7 +196,17 @@ EXTRAS = {
     "triton": ["triton>=3.6"],
     "quantize": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     "flash": ["flash-attn>=2.7"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.120", "easy-vqa>=1.0", "geomloss>=0.2.6"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.120",
+        "easy-vqa>=1.0",
+        # oracles of the ops; none pins torch
+        "geomloss>=0.2.6",
+        "faiss-cpu>=1.9",
+        "opacus>=1.5",
+        "liger-kernel>=0.8; sys_platform == 'linux'",
+    ],
     "bench": ["peft>=0.18", "accelerate>=1.10", "psutil>=6", "easy-vqa>=1.0", "faiss-cpu>=1.9"],
     "dev": ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4", "clang-format>=21", "cmake>=3.26", "ninja>=1.11"],
 }
