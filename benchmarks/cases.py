@@ -100,6 +100,9 @@ class Case:
 
 
 _LARGE: dict[str, Any] = {"edits": 32, "batch_size": 32, "layers": 3, "dtype": "bfloat16", "steps": 20, "repeats": 2}
+_LARGE_LORA = _LARGE | {"method": "lora"}
+#: Weights, gradients and both moments of an edit of a 7B model are 4 to 7 GB: a batch of 32 fits no GPU.
+_LARGE_FT = _LARGE | {"edits": 16, "batch_size": 8}
 _STEPS_20: dict[str, Any] = {"steps": 20, "edits": 16, "batch_size": 16}
 
 CASES: Mapping[str, Case] = {
@@ -119,9 +122,12 @@ CASES: Mapping[str, Case] = {
         Case("lora-last2-nf4", method="lora", quantize="nf4", **_STEPS_20),
         Case("pocket-ft", "pocket-llava", "pocket-vqa", layers=1, steps=20, stop_loss=0.02, edits=64, batch_size=64),
         Case("pocket-lora", "pocket-llava", "pocket-vqa", "lora", steps=20, stop_loss=0.02, edits=64, batch_size=64),
-        Case("llava-1.5-7b", "random:llava-1.5-7b", gate_model="random:llava-tiny", **_LARGE),
-        Case("qwen2.5-vl-7b", "random:qwen2.5-vl-7b", gate_model="random:qwen2.5vl-tiny", **_LARGE),
-        Case("blip2-opt-2.7b", "random:blip2-opt-2.7b", gate_model="random:blip2-tiny", **_LARGE),
+        Case("llava-1.5-7b-lora", "random:llava-1.5-7b", gate_model="random:llava-tiny", **_LARGE_LORA),
+        Case("qwen2.5-vl-7b-lora", "random:qwen2.5-vl-7b", gate_model="random:qwen2.5vl-tiny", **_LARGE_LORA),
+        Case("blip2-opt-2.7b-lora", "random:blip2-opt-2.7b", gate_model="random:blip2-tiny", **_LARGE_LORA),
+        Case("llava-1.5-7b-ft", "random:llava-1.5-7b", gate_model="random:llava-tiny", **_LARGE_FT),
+        Case("qwen2.5-vl-7b-ft", "random:qwen2.5-vl-7b", gate_model="random:qwen2.5vl-tiny", **_LARGE_FT),
+        Case("blip2-opt-2.7b-ft", "random:blip2-opt-2.7b", gate_model="random:blip2-tiny", **_LARGE_FT),
     )
 }
 

@@ -59,7 +59,7 @@ class Comparison:
         case: as it was run. gate: what was found equal. peak: of the machine, in this run.
         load_s: seconds to load the model. necessary: operations of all edits.
         timed: implementation -> runs, in the order in which they alternated.
-        rows: everything of it, as rows.
+        device: "cpu" or "cuda". rows: everything of it, as rows.
     """
 
     case: Case
@@ -68,6 +68,7 @@ class Comparison:
     load_s: float
     necessary: NecessaryFlops
     timed: Mapping[str, Timed]
+    device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
 
     def nfu(self, implementation: str) -> list[float]:
@@ -112,14 +113,19 @@ def run_case(case: Case, *, with_memory: bool = True, say: Callable[[str], None]
     # A peak is the most that was seen: a machine that was busy once does not lower it.
     peak = max(peak, measure_peak(case.dtype, model.device), key=lambda each: each.matmul_gflop_per_s)
     necessary = count_necessary(model, edits, case, timed[ENGINE].outcomes)
+    device = model.device.type
+    if with_memory and device == "cuda":
+        for name in names:
+            say(f"peak memory: {name}")
+            timed[name].memory = memory.on_device(model, case, name)
     # The worker processes need the memory.
     del model
     gc.collect()
-    if with_memory:
+    if with_memory and device != "cuda":
         for name in names:
             say(f"peak memory: {name}")
             timed[name].memory = memory.measure(case, name)
-    found = Comparison(case, report, peak, load_s, necessary, timed)
+    found = Comparison(case, report, peak, load_s, necessary, timed, device)
     found.rows = rows_of(found)
     return found
 
@@ -165,7 +171,7 @@ def rows_of(found: Comparison) -> list[Row]:
     """Everything measured, as rows that share provenance; those of the engine and peft with their ratio."""
     case = found.case
     commit, now = record.commit_with_changes(provenance.commit()), provenance.utc_now()
-    machine, versions = provenance.machine(), {**provenance.versions(), **_peft_version()}
+    machine, versions = record.machine(found.device), {**provenance.versions(), **_peft_version()}
 
     def row(implementation: str, metric: str, values: Sequence[float]) -> Row:
         value, low, high = record.spread(values)

@@ -1,17 +1,25 @@
-"""Peak memory of one implementation, in a process of its own: what another one left behind does not count."""
+"""Peak memory of one implementation: what another one left behind does not count.
+
+On a CPU in a process of its own. On a GPU torch's allocator counts every byte, so the model that was timed will do.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     import _package  # noqa: F401
 
 from benchmarks.cases import Case, edits_of
+
+if TYPE_CHECKING:
+    from fastedit.backbone import EditableModel
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Enough for every buffer of a fit to exist: memory does not grow with further steps.
@@ -48,25 +56,44 @@ def measure(case: Case, implementation: str, *, timeout_s: float = 600.0) -> Pea
 
 
 def _worker(case: Case, implementation: str) -> PeakMemory:
-    import torch
-
     import fastedit
-    from benchmarks.implementations import ENGINE, IMPLEMENTATIONS
+    from benchmarks.implementations import IMPLEMENTATIONS
 
-    # One batch of the engine; one edit is as much as the others ever hold.
-    count = min(case.edits, case.batch_size) if implementation == ENGINE else 1
-    small = replace(case, edits=count, steps=min(case.steps, STEPS))
+    small = _one_batch(case, implementation)
     edits = edits_of(small)
     model = fastedit.load(small.model, **small.loading())
-    cuda = model.device.type == "cuda"
-    before = torch.cuda.memory_allocated(model.device) / 2**20 if cuda else _status_mib("VmRSS")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    else:
-        _reset_peak()
+    if model.device.type == "cuda":
+        return on_device(model, case, implementation)
+    before = _status_mib("VmRSS")
+    _reset_peak()
     IMPLEMENTATIONS[implementation](model, edits, small)
-    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else _status_mib("VmHWM")
+    peak = _status_mib("VmHWM")
     return PeakMemory(peak, max(0.0, peak - before))
+
+
+def _one_batch(case: Case, implementation: str) -> Case:
+    """One batch of the engine; one edit is as much as the others ever hold."""
+    from benchmarks.implementations import ENGINE
+
+    count = min(case.edits, case.batch_size) if implementation == ENGINE else 1
+    return replace(case, edits=count, steps=min(case.steps, STEPS))
+
+
+def on_device(model: EditableModel, case: Case, implementation: str) -> PeakMemory:
+    """Run one batch of a case's edits on a model that is on a GPU and return the peak of that GPU's memory."""
+    import torch
+
+    from benchmarks.implementations import IMPLEMENTATIONS, forget
+
+    small = _one_batch(case, implementation)
+    edits = edits_of(small)
+    forget(model)
+    gc.collect()
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    IMPLEMENTATIONS[implementation](model, edits, small)
+    peak = torch.cuda.max_memory_allocated(model.device)
+    return PeakMemory(peak / 2**20, (peak - before) / 2**20)
 
 
 def _reset_peak() -> None:

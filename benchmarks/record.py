@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+#: Where rows are kept; FASTEDIT_RESULTS names another folder.
+RESULTS = Path(os.environ.get("FASTEDIT_RESULTS") or Path(__file__).resolve().parent / "results")
 
 #: Unit of every metric; seconds of a phase are ``phase_<name>_s``.
 METRICS: Mapping[str, str] = {
@@ -27,6 +28,8 @@ METRICS: Mapping[str, str] = {
     "nfu": "1",
     "matmul_peak_gflop_per_s": "GFLOP/s",
     "copy_bandwidth_gib_per_s": "GiB/s",
+    "copy_fraction": "1",
+    "matmul_fraction": "1",
 }
 PHASE_METRIC = re.compile(r"phase_[a-z0-9_]+_s")
 #: Largest relative difference between a stored ratio and the ratio of the stored values.
@@ -261,6 +264,36 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The machine that rows were measured on; a GPU, its driver and CUDA stand in it only where they were used."""
+    from fastedit.engine import provenance
+
+    found = {name: value for name, value in provenance.machine().items() if name != "gpu"}
+    if not device.startswith("cuda"):
+        return found
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        **found,
+        "gpu": properties.name,
+        "gpu_memory_mib": properties.total_memory >> 20,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def driver_version() -> str:
+    """Version of the NVIDIA driver; "" where none tells."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.strip().partition("\n")[0]
+
+
 def device_name(machine: Mapping[str, Any]) -> str:
     """A file name for the device that rows were measured on: the GPU, or the processor with its threads."""
     named = str(
@@ -270,9 +303,12 @@ def device_name(machine: Mapping[str, Any]) -> str:
 
 
 def commit_with_changes(commit: str, root: Path | None = None) -> str:
-    """The commit, marked ``+changes`` when tracked files differ from it: such a row cannot be repeated exactly."""
+    """The commit, marked ``+changes`` when tracked files differ from it: such a row cannot be repeated exactly.
+
+    Of a tree without a repository, a copy say, FASTEDIT_COMMIT tells it.
+    """
     if not commit:
-        return ""
+        return os.environ.get("FASTEDIT_COMMIT", "")
     root = root or Path(__file__).resolve().parents[1]
     # Stored rows themselves are no change to what was measured.
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"]

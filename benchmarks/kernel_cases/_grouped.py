@@ -31,6 +31,12 @@ def unpadded(y: Tensor, offsets: Tensor) -> Tensor:
     return y[torch.arange(y.shape[1], device=y.device)[None] < counts[:, None]]
 
 
+def touched(tokens: int, edits: int, d: int, d_out: int, parameters: int) -> int:
+    """Return the bytes of float32 that forward and backward cannot do without: every input and output once."""
+    # x, its gradient; the output, its gradient; the parameters of every edit and theirs, the few biases left out
+    return 4 * 2 * (tokens * (d + d_out) + edits * parameters)
+
+
 def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, tolerance: float = 1e-4) -> None:
     """Compare tensor by tensor, relative to the largest entry."""
     for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):

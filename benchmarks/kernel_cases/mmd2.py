@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases._grouped import assert_equal, rows
+from benchmarks.kernel_cases._sized import Sized
 from fastedit import ops
 from fastedit.testing import mmd2_inputs
 
@@ -28,19 +29,23 @@ def _kernel_means(a: Tensor, b: Tensor, sigma: Tensor) -> Tensor:
 
 def _double_backward(x: Tensor, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Value and env_grad of x (..., n, d) and y (..., m, d), a scale on the features."""
-    scale = torch.ones(x.shape[:-2], requires_grad=True)
-    x, y = scale[..., None, None] * x, scale[..., None, None] * y
+    scale = torch.ones(x.shape[:-2], device=x.device, requires_grad=True)
+    x, y = scale[..., None, None] * x.float(), scale[..., None, None] * y.float()
     value = _kernel_means(x, x, sigma) + _kernel_means(y, y, sigma) - 2.0 * _kernel_means(x, y, sigma)
     (env_grad,) = torch.autograd.grad(value.sum(), scale, create_graph=True)
     return value, env_grad
 
 
-def make_case(name: str, groups: int, n: int, d: int) -> dict[str, Any]:
+def make_case(
+    name: str, groups: int, n: int, d: int, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> dict[str, Any]:
     """Return the case of groups of n + n rows, five bandwidths."""
+    # over thousands of rows the baseline's own sums lose a digit
+    tolerance = 2e-2 if dtype != torch.float32 else 1e-4 if device is None else 1e-3
 
     @cache
     def inputs() -> tuple[Tensor, ...]:
-        x, y, x_offsets, y_offsets, sigma = mmd2_inputs((n,) * groups, (n,) * groups, d, torch.float32)
+        x, y, x_offsets, y_offsets, sigma = mmd2_inputs((n,) * groups, (n,) * groups, d, dtype, device=device or "cpu")
         return x.requires_grad_(), y.requires_grad_(), x_offsets, y_offsets, sigma
 
     def finish(value: Tensor, env_grad: Tensor) -> tuple[Tensor, ...]:
@@ -59,27 +64,36 @@ def make_case(name: str, groups: int, n: int, d: int) -> dict[str, Any]:
         x, y, *_, sigma = inputs()
         return finish(*_double_backward(x.view(groups, n, d), y.view(groups, n, d), sigma))
 
-    def matrix_products() -> tuple[Tensor, ...]:
+    def matrix_products(kind: torch.dtype = dtype) -> tuple[Tensor, ...]:
         # three Gram matrices for the forward, three for the backward, and all pairs' weights onto the features
-        x, y = (t.detach().view(groups, n, d) for t in inputs()[:2])
+        x, y = (t.detach().to(kind).view(groups, n, d) for t in inputs()[:2])
         stack = torch.cat([x, y], 1)
         grams = [a @ b.transpose(1, 2) for a, b in ((x, x), (y, y), (x, y)) * 2]
         weights = torch.cat([torch.cat([grams[0], grams[2]], 2), torch.cat([grams[2], grams[1]], 2)], 1)
         return (weights @ stack,)
 
-    one = {"double_backward": loop}
+    one: dict[str, Any] = {"double_backward": loop}
+    if device is not None and dtype == torch.float32:
+        one["matrix_products_bf16"] = partial(matrix_products, torch.bfloat16)
     many = {"loop": loop, "padded": batched}
     return {
         "name": name,
         "shapes": {"groups": groups, "n": n, "m": n, "d": d, "bandwidths": 5},
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
+        # Gram matrices once, those within a sample by half; then all pairs' weights onto the features
+        "flops": groups * 12 * n * n * d,
         "run": run,
         "baselines": {**(one if groups == 1 else many), "matrix_products": matrix_products},
-        "check": lambda: assert_equal(run(), batched()),
+        "check": lambda: assert_equal(run(), batched(), tolerance=tolerance),
     }
 
 
 CASES = [
     make_case("mmd2", 1, 1024, 512),
     make_case("mmd2_small_groups", 512, 8, 512),
+]
+CUDA_CASES = [
+    Sized(make_case, "mmd2", {"n": 4096, "d": 4096}, {"groups": 1}),
+    Sized(make_case, "mmd2_bf16", {"n": 4096, "d": 4096}, {"groups": 1, "dtype": torch.bfloat16}),
+    Sized(make_case, "mmd2_small_groups", {"groups": 512, "d": 4096}, {"n": 8}),
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases._grouped import assert_equal
+from benchmarks.kernel_cases._sized import Sized
 from fastedit import ops
 
 SEGMENTS = 32
@@ -58,23 +59,27 @@ def _closed_gradients(z: Tensor, labels: Tensor, w: Tensor, r: Tensor) -> tuple[
     on_kl = _by_segment(covariance[:, 0])
     pull = 2.0 * PENALTY * share * (on_ce.abs().sum() + on_kl.abs().sum())
     on_z, on_w = ((pull * env.sign()).repeat_interleave(len(z) // SEGMENTS)[:, None] for env in (on_ce, on_kl))
-    own = torch.arange(z.shape[1])[None] == labels[:, None]
+    own = torch.arange(z.shape[1], device=z.device)[None] == labels[:, None]
     by_z = p * (share + on_z * (1.0 + z - mean)) - torch.where(own, share + on_z, 0.0)
     by_w = q * (share * b + on_w * (a * b - covariance + a + b))
     return by_z.to(dtype), by_w.to(dtype)
 
 
-def make_case(name: str, tokens: int, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:
+def make_case(name: str, tokens: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     """Return the case of T labelled tokens and T tokens with references."""
 
     @cache
     def inputs() -> tuple[Tensor, ...]:
-        make = torch.Generator().manual_seed(0)
-        z = (3.0 * torch.randn(tokens, vocabulary, generator=make)).to(dtype).requires_grad_()
-        labels = torch.randint(vocabulary, (tokens,), generator=make)
-        r = (3.0 * torch.randn(tokens, vocabulary, generator=make)).to(dtype)
-        w = (r + 0.1 * torch.randn(tokens, vocabulary, generator=make)).to(dtype).requires_grad_()
-        segments = torch.arange(SEGMENTS).repeat_interleave(tokens // SEGMENTS)
+        make = torch.Generator(device).manual_seed(0)
+
+        def draw() -> Tensor:
+            return torch.randn(tokens, vocabulary, generator=make, device=device)
+
+        z = (3.0 * draw()).to(dtype).requires_grad_()
+        labels = torch.randint(vocabulary, (tokens,), generator=make, device=device)
+        r = (3.0 * draw()).to(dtype)
+        w = (r + 0.1 * draw()).to(dtype).requires_grad_()
+        segments = torch.arange(SEGMENTS, device=device).repeat_interleave(tokens // SEGMENTS)
         return z, labels, w, r, segments
 
     def run() -> tuple[Tensor, ...]:
@@ -86,7 +91,7 @@ def make_case(name: str, tokens: int, vocabulary: int, dtype: torch.dtype) -> di
     def double_backward() -> tuple[Tensor, ...]:
         z, labels, w, r, _ = inputs()
         # a scale a segment: one walk gives every environment's derivative
-        scale = torch.ones(SEGMENTS, requires_grad=True)
+        scale = torch.ones(SEGMENTS, device=device, requires_grad=True)
         wide = scale.repeat_interleave(tokens // SEGMENTS)[:, None].to(dtype)
         values = tuple(_by_segment(risk) for risk in _plain_risks(wide * z, labels, wide * w, r))
         env_grads = tuple(torch.autograd.grad(value.sum(), scale, create_graph=True)[0] for value in values)
@@ -117,7 +122,7 @@ def make_case(name: str, tokens: int, vocabulary: int, dtype: torch.dtype) -> di
     def planes() -> tuple[Tensor, Tensor]:
         # copying n bytes moves 2 n
         count = tokens * vocabulary * PLANES // 2
-        return torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=dtype)
+        return torch.zeros(count, dtype=dtype, device=device), torch.zeros(count, dtype=dtype, device=device)
 
     def copy() -> tuple[Tensor, ...]:
         return (planes()[0].copy_(planes()[1]),)
@@ -132,6 +137,7 @@ def make_case(name: str, tokens: int, vocabulary: int, dtype: torch.dtype) -> di
         "name": name,
         "shapes": {"labelled": tokens, "referenced": tokens, "vocabulary": vocabulary},
         "dtype": str(dtype).removeprefix("torch."),
+        "bytes": PLANES * tokens * vocabulary * dtype.itemsize,
         "run": run,
         "baselines": {
             "double_backward": double_backward,
@@ -148,3 +154,4 @@ CASES = [
     make_case("risk", 512, 32000, torch.float32),
     make_case("risk_bf16", 256, 151_936, torch.bfloat16),
 ]
+CUDA_CASES = [Sized(make_case, "risk_bf16", {"tokens": 4096, "vocabulary": 151_936}, {"dtype": torch.bfloat16})]
