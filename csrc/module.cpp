@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastedit.";
   m.def("build_info", &build_info, "Versions of torch, CUDA and the compiler that built the library.");
   m.def("best_isa", [] { return name(fastedit::best_isa()); }, "Best instruction set this processor has.");
+  m.def("processor_vendor", &fastedit::processor_vendor, "Who made this processor: intel, amd or other.");
   m.def("current_isa", [] { return name(fastedit::current_isa()); }, "Instruction set in use.");
   m.def("release_kept_memory", &fastedit::release_kept_memory,
         "Give memory kept for large results back to the system; returns its bytes.");

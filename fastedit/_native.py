@@ -74,6 +74,11 @@ def instruction_sets() -> list[str]:
     return {"avx512": ["avx512", "avx2"], "avx2": ["avx2"]}.get(LIBRARY.best_isa(), [])
 
 
+def processor_vendor() -> str:
+    """Return who made this processor, "intel", "amd" or "other"; "" without a library."""
+    return "" if LIBRARY is None else str(LIBRARY.processor_vendor())
+
+
 def release_kept_memory() -> int:
     """Give the memory kept for large results back to the system; return its bytes, 0 without a library."""
     return 0 if LIBRARY is None else int(LIBRARY.release_kept_memory())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastedit.deltas import StackedDelta
 from fastedit.objectives import Losses
-from fastedit.ops import adam_step_
+from fastedit.ops import adam_step_, workspace
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> list[F
     """
     size, device = stacked.size, stacked.flat.device
     state = {
-        "exp_avg": torch.zeros_like(stacked.flat),
-        "exp_avg_sq": torch.zeros_like(stacked.flat),
+        "exp_avg": workspace(stacked.flat, stacked.flat.shape).zero_(),
+        "exp_avg_sq": workspace(stacked.flat, stacked.flat.shape).zero_(),
         "step": torch.zeros(size, dtype=torch.long, device=device),
     }
     active = torch.ones(size, dtype=torch.bool, device=device)

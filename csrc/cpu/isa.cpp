@@ -12,6 +12,11 @@ Isa best_isa() {
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::none;
 }
 
+const char* processor_vendor() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : "other";
+}
+
 static std::atomic<Isa> chosen{best_isa()};
 
 Isa current_isa() {

@@ -10,6 +10,9 @@ enum class Isa { none, avx2, avx512 };
 // The best set this processor has, among those that the kernels are compiled for.
 Isa best_isa();
 
+// Who made this processor: "intel", "amd" or "other".
+const char* processor_vendor();
+
 // The set in use: the best one, unless the tests chose a smaller one.
 Isa current_isa();
 void use_isa(Isa isa);

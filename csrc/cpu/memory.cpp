@@ -1,6 +1,7 @@
 #include "cpu/memory.h"
 
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -16,9 +17,9 @@ namespace fastedit {
 namespace {
 
 constexpr int64_t kPage = int64_t{2} << 20;
-constexpr int64_t kLeast = 2 * kPage;          // smaller ones are the C library's business
-constexpr int64_t kMost = int64_t{512} << 20;  // bytes kept at a time
-constexpr int kWaste = 2;                      // a kept block serves requests of half its size and more
+constexpr int64_t kLeast = 2 * kPage;        // smaller ones are the C library's business
+constexpr int64_t kMost = int64_t{1} << 30;  // bytes kept at a time
+constexpr int kWaste = 2;                    // a kept block serves requests of half its size and more
 
 struct Block {
   void* begin;
@@ -104,7 +105,8 @@ at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const Block block = Kept::get().take(bytes);
   at::Tensor made = at::from_blob(block.begin, sizes, [block](void*) { Kept::get().give(block); }, options);
   const auto& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+  const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (fill && at::isFloatingType(made.scalar_type())) {
     made.fill_(std::numeric_limits<double>::quiet_NaN());
   }
   return made;
@@ -112,6 +114,10 @@ at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 int64_t release_kept_memory() {
   return Kept::get().release();
+}
+
+TORCH_LIBRARY_IMPL(fastedit, CPU, m) {
+  m.impl("workspace", [](const at::Tensor& like, at::IntArrayRef size) { return recycled(size, like.options()); });
 }
 
 }  // namespace fastedit

@@ -16,6 +16,7 @@ from torch import nn
 from .adapters import check_family, make_adapter
 from .model import EditableModel
 from .processors import load_processor
+from .products import LINEAR, choose_linear, use_onednn
 from .prompts import check_template
 from .quantization import QUANTIZATIONS, Quantizer
 from .random_models import make_random
@@ -49,6 +50,7 @@ def load(
     keep: Sequence[int | str] = (),
     seed: int = 0,
     image_cache_mib: int = 1024,
+    linear: str = "auto",
 ) -> EditableModel:
     """Return a frozen multimodal model that can be edited.
 
@@ -65,6 +67,8 @@ def load(
         keep: what stays unquantized besides: decoder layers by number, modules by dotted path.
         seed: of random weights.
         image_cache_mib: memory for image features, and as much for preprocessed images.
+        linear: who multiplies frozen float32 weights on a CPU: "torch", "onednn", or "auto", which takes oneDNN where
+            torch's own library does not use the processor's full width (AVX-512 that is not Intel's).
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong, with the value, the rule and the nearest known name.
     """
@@ -74,10 +78,12 @@ def load(
         _check_choice("dtype", dtype, tuple(DTYPES))
     if attention is not None:
         _check_choice("attention", attention, ATTENTIONS)
+    _check_choice("linear", linear, LINEAR)
     check_template(template)
     if image_cache_mib < 0:
         raise ValueError(f"load: image_cache_mib must not be negative (got image_cache_mib={image_cache_mib})")
     place = torch.device(device) if device is not None else _default_device()
+    choose_linear(linear, DTYPES[dtype or "float32"], place)
     if name.startswith(RANDOM_PREFIX):
         shape_name = name.removeprefix(RANDOM_PREFIX)
         _check_choice("random shape", shape_name, tuple(SHAPES))
@@ -95,6 +101,9 @@ def load(
         source = _resolve(name)
         hf, processor, quantizer = _load_checkpoint(name, source, quantize, dtype, place, attention, keep)
     quantizer.cure(hf)
+    multiplied_by = choose_linear(linear, _float_dtype(hf), place)
+    if multiplied_by == "onednn":
+        use_onednn(hf)
     return EditableModel(
         hf,
         processor,
@@ -105,6 +114,7 @@ def load(
         template=template,
         end_token_ids=_end_tokens(hf, processor.tokenizer),
         image_cache_mib=image_cache_mib,
+        linear=multiplied_by,
     )
 
 

@@ -36,6 +36,7 @@ class EditableModel:
         template: prompt template, or None for the processor's own.
         end_token_ids: tokens that end an answer; the first is the one that encoded answers end with.
         image_cache_mib: memory for image features on the model's device, and as much for pixels.
+        linear: who multiplies frozen weights, "torch" or "onednn".
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EditableModel:
         template: str | None,
         end_token_ids: Sequence[int],
         image_cache_mib: int,
+        linear: str = "torch",
     ) -> None:
         self.hf = hf.eval().requires_grad_(False)
         self.processor = processor
@@ -58,6 +60,7 @@ class EditableModel:
         self.name = name
         self.quantize = quantize
         self.dtype = dtype
+        self.linear = linear
         self.template = template
         self.end_token_ids = tuple(end_token_ids)
         self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import Site
+from fastedit.ops import workspace
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ class FlatStack:
         self.spec = spec
         self.shapes = dict(shapes)
         self.trainable = trainable
-        width = sum(_numel(shape) for shape in shapes.values())
-        self.flat = torch.zeros(size, width, dtype=dtype, device=device)
-        self.grad = torch.zeros(size, width if trainable else 0, dtype=dtype, device=device)
+        width = sum(math.prod(shape) for shape in shapes.values())
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.flat = workspace(like, (size, width)).zero_()
+        self.grad = workspace(like, (size, width if trainable else 0)).zero_()
         # Autograd needs one input that requires a gradient; it never receives one.
         self.anchor = torch.zeros((), dtype=dtype, device=device, requires_grad=trainable)
         self.parts: dict[str, Tensor] = {}
@@ -169,7 +172,7 @@ class FlatStack:
         self._pending: list[Tensor] = []
         start = 0
         for name, shape in shapes.items():
-            end = start + _numel(shape)
+            end = start + math.prod(shape)
             self.parts[name] = self.flat[:, start:end].view(size, *shape)
             if trainable:
                 self.part_grads[name] = self.grad[:, start:end].view(size, *shape)
@@ -258,13 +261,6 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         ctx.stack.receive(ctx.name, grad)
         return None, None, None, None
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def new_stack(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastedit.backbone.products import choose_linear, onednn_product
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack, Rows
 
 
@@ -24,6 +25,7 @@ class FullDelta(FlatStack):
     ) -> None:
         shapes = {f"{site.layer}.{site.name}:delta": (site.d_out, site.d_in) for site in spec.sites}
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
+        self.products = _OneDnn if choose_linear("auto", dtype, self.flat.device) == "onednn" else _Torch
 
     def delta(self, site: int, x: Tensor, rows: Rows) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
@@ -33,19 +35,68 @@ class FullDelta(FlatStack):
         if self.trainable and torch.is_grad_enabled():
             changed: Tensor = _PerEditLinear.apply(self.anchor, x, self, name, offsets)  # type: ignore[no-untyped-call]
             return changed
-        return _per_edit_product(x, self.parts[name].transpose(1, 2), offsets)
+        return self.products.outputs(x, self.parts[name], offsets)
 
 
-def _per_edit_product(x: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
-    """x (T, i) times the matrix (B, i, o) of its edit: (T, o)."""
-    if _uniform(offsets):
-        # (B, n, i) x (B, i, o): one batched product
-        return torch.bmm(x.view(matrices.shape[0], -1, x.shape[-1]), matrices).view(x.shape[0], -1)
-    out = x.new_empty(x.shape[0], matrices.shape[-1])
-    for b, (start, end) in enumerate(pairwise(offsets)):
-        if end > start:
-            torch.mm(x[start:end], matrices[b], out=out[start:end])
-    return out
+class _Torch:
+    """Products of tokens (T, ...) with the matrices (B, o, i) of their edits, by torch."""
+
+    @staticmethod
+    def outputs(x: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """x (T, i) through its edit's matrix: (T, o)."""
+        return _Torch.inputs(x, matrices.transpose(1, 2), offsets)
+
+    @staticmethod
+    def inputs(y: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """y (T, o) times its edit's matrix: (T, i)."""
+        if _uniform(offsets) and offsets[-1] > 0:
+            # (B, n, o) x (B, o, i): one batched product
+            return torch.bmm(y.view(matrices.shape[0], -1, y.shape[-1]), matrices).view(y.shape[0], -1)
+        out = y.new_empty(y.shape[0], matrices.shape[-1])
+        for b, (start, end) in enumerate(pairwise(offsets)):
+            if end > start:
+                torch.mm(y[start:end], matrices[b], out=out[start:end])
+        return out
+
+    @staticmethod
+    def outer(y: Tensor, x: Tensor, offsets: list[int], out: Tensor, *, add: bool) -> None:
+        """Sums over an edit's tokens of y_t x_t^T, stored in or added to out (B, o, i)."""
+        beta = 1.0 if add else 0.0
+        if _uniform(offsets) and offsets[-1] > 0:
+            # (B, o, n) x (B, n, i)
+            by_edit = y.view(out.shape[0], -1, y.shape[-1]).transpose(1, 2)
+            torch.baddbmm(out, by_edit, x.view(out.shape[0], -1, x.shape[-1]), beta=beta, out=out)
+            return
+        for b, (start, end) in enumerate(pairwise(offsets)):
+            if end > start:
+                torch.addmm(out[b], y[start:end].T, x[start:end], beta=beta, out=out[b])
+            elif not add:
+                out[b].zero_()
+
+
+class _OneDnn:
+    """The same edit by edit through oneDNN, where that is faster than torch's own products."""
+
+    @staticmethod
+    def outputs(x: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """x (T, i) through its edit's matrix: (T, o)."""
+        parts = [onednn_product(x[s:e], matrices[b]) for b, (s, e) in enumerate(pairwise(offsets)) if e > s]
+        return torch.cat(parts) if parts else x.new_empty(0, matrices.shape[1])
+
+    @staticmethod
+    def inputs(y: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """y (T, o) times its edit's matrix: (T, i)."""
+        return _OneDnn.outputs(y, matrices.transpose(1, 2), offsets)
+
+    @staticmethod
+    def outer(y: Tensor, x: Tensor, offsets: list[int], out: Tensor, *, add: bool) -> None:
+        """Sums over an edit's tokens of y_t x_t^T, stored in or added to out (B, o, i)."""
+        for b, (start, end) in enumerate(pairwise(offsets)):
+            if end > start:
+                product = onednn_product(y[start:end].T, x[start:end].T)
+                _ = out[b].add_(product) if add else out[b].copy_(product)
+            elif not add:
+                out[b].zero_()
 
 
 def _uniform(offsets: list[int]) -> bool:
@@ -59,26 +110,16 @@ class _PerEditLinear(torch.autograd.Function):
     def forward(ctx: Any, _anchor: Tensor, x: Tensor, stack: FullDelta, name: str, offsets: list[int]) -> Tensor:
         ctx.stack, ctx.name, ctx.offsets = stack, name, offsets
         ctx.save_for_backward(x)
-        return _per_edit_product(x, stack.parts[name].transpose(1, 2), offsets)
+        return stack.products.outputs(x, stack.parts[name], offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         stack, offsets = ctx.stack, ctx.offsets
         grad = grad.contiguous()
-        target, first = stack.part_grads[ctx.name], stack.first_gradient(ctx.name)
-        if _uniform(offsets) and offsets[-1] > 0:
-            # (B, o, n) x (B, n, i)
-            g = grad.view(stack.size, -1, grad.shape[-1]).transpose(1, 2)
-            xs = x.view(stack.size, -1, x.shape[-1])
-            torch.baddbmm(target, g, xs, beta=0.0 if first else 1.0, out=target)
-        else:
-            for b, (start, end) in enumerate(pairwise(offsets)):
-                if end > start:
-                    torch.addmm(target[b], grad[start:end].T, x[start:end], beta=0.0 if first else 1.0, out=target[b])
-                elif first:
-                    target[b].zero_()
-        grad_x = _per_edit_product(grad, stack.parts[ctx.name], offsets) if ctx.needs_input_grad[1] else None
+        first = stack.first_gradient(ctx.name)
+        stack.products.outer(grad, x, offsets, stack.part_grads[ctx.name], add=not first)
+        grad_x = stack.products.inputs(grad, stack.parts[ctx.name], offsets) if ctx.needs_input_grad[1] else None
         return None, grad_x, None, None, None
 
 

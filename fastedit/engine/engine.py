@@ -24,6 +24,7 @@ from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.views import TrainingView, ViewSource
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import EditPlan, resolve
+from fastedit.ops import release_workspaces
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome, SolverConfig, fit
 
@@ -94,7 +95,10 @@ def edit(
     work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype)
 
     run_mode = _single if mode == "single" else _sequential
-    deltas, outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
+    try:
+        deltas, outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
+    finally:
+        release_workspaces()
     notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
     scores = summarise(scored, seed=seed) if evaluate else {}
     return Run(deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
@@ -205,6 +209,7 @@ def _provenance(
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantize": model.quantize,
+            "linear": model.linear,
             "device": str(model.device),
             "template": model.template,
         },

@@ -10,6 +10,7 @@ from fastedit.ops.mmd2 import mmd2
 from fastedit.ops.nearest_keys import nearest_keys
 from fastedit.ops.risk import Kind, risk
 from fastedit.ops.topk_agreement import topk_agreement
+from fastedit.ops.workspace import release_workspaces, workspace
 
 __all__ = [
     "Activation",
@@ -21,6 +22,8 @@ __all__ = [
     "low_rank",
     "mmd2",
     "nearest_keys",
+    "release_workspaces",
     "risk",
     "topk_agreement",
+    "workspace",
 ]

@@ -23,7 +23,8 @@ MODELS = ("random:qwen2vl-tiny", "random:llava-tiny", "random:blip2-tiny")
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> EditableModel:
-    return load(request.param)
+    # the counter knows torch's own products
+    return load(request.param, linear="torch")
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -145,7 +146,7 @@ def test_first_and_last_layer_differ_by_what_is_constant(model: EditableModel) -
 
 
 def test_causal_attention_counts_less_and_windows_less_still() -> None:
-    model = load("random:llava-next-tiny")
+    model = load("random:llava-next-tiny", linear="torch")
     spec = feed_forward(model, [0], ("down",))
     dense, causal = FlopCounter(model, spec, causal=False), FlopCounter(model, spec)
     n, width = 30, model.sites([0], ["q"])[0].d_out
@@ -182,7 +183,7 @@ def _labels(encoded: Encoded) -> list[list[int]]:
 
 
 def test_text_only_rows_have_no_vision() -> None:
-    model = load(MODELS[0])
+    model = load(MODELS[0], linear="torch")
     encoded = model.encode([Query("what is red", None, "a cup")], answers=True)
     assert FlopCounter(model, feed_forward(model, [0])).vision(encoded) == 0
 
