@@ -37,4 +37,9 @@ T* data(const at::Tensor& tensor) {
   }
 }
 
+// Rows contiguous, any stride between them; the dtype stays.
+inline at::Tensor with_unit_stride(const at::Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+}
+
 }  // namespace fastedit

@@ -49,10 +49,6 @@ std::vector<Piece> pieces_of(const int64_t* offsets, int64_t edits) {
   return pieces;
 }
 
-Tensor with_unit_stride(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
-
 // n neurons, m rows of keys: n, or 2n with a gate.
 struct Shapes {
   int64_t tokens, edits, d, n, m, o;

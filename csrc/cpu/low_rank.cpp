@@ -37,11 +37,6 @@ std::vector<Piece> pieces_of(const int64_t* offsets, int64_t edits) {
   return pieces;
 }
 
-// Rows contiguous, any stride between them; 16-bit floats stay as they are.
-Tensor with_unit_stride(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
-
 struct Shapes {
   int64_t tokens, edits, d, r, o;
 };

@@ -309,11 +309,6 @@ void backward_large(const Inputs<T, A>& in, int64_t g, A on_value, A on_env, T* 
   }
 }
 
-// Rows contiguous, any stride between them; 16-bit floats stay as they are.
-Tensor with_unit_stride(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
-
 // Checks the offsets and calls body.operator()<T, A>(inputs).
 template <class Body>
 void with_inputs(const Tensor& x_in, const Tensor& y_in, const Tensor& x_offsets_in, const Tensor& y_offsets_in,

@@ -203,10 +203,6 @@ struct Search {
   }
 };
 
-Tensor with_unit_stride(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
-
 std::tuple<Tensor, Tensor> nearest_keys(const Tensor& queries_in, const Tensor& keys_in, int64_t k,
                                         std::string_view metric) {
   const Tensor queries = with_unit_stride(queries_in), keys = with_unit_stride(keys_in);

@@ -16,10 +16,6 @@ namespace {
 
 using at::Tensor;
 
-Tensor with_unit_stride(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
-
 template <class T, class A>
 void agree(const Tensor& before, const Tensor& after, int64_t k, double* top1, double* ranked) {
   const T *before_data = data<const T>(before), *after_data = data<const T>(after);

@@ -1,6 +1,6 @@
 #include "cpu/simd/mmd2.h"
 
-#include "cpu/simd/exp.h"
+#include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 
 namespace fastedit::FASTEDIT_ISA {
@@ -82,7 +82,7 @@ void kernel_sums(const Tile<A>& tile, const Scales<A>& scales, double* sums) {
       V kappa = V::zero(), first_derivative = V::zero(), term = V::zero();
       for (int64_t q = 0; q < scales.count; ++q) {
         const V beta = V::set(scales.beta[q]);
-        term = scales.squared[q] ? term * term : exp_negative(V::zero() - beta * D);
+        term = scales.squared[q] ? term * term : exp(V::zero() - beta * D);
         kappa = kappa + term;
         first_derivative = fma(beta, term, first_derivative);
       }
@@ -107,7 +107,7 @@ void kernel_weights(const Tile<A>& tile, const Scales<A>& scales, const Upstream
       V s1 = V::zero(), s2 = V::zero(), term = V::zero();
       for (int64_t q = 0; q < scales.count; ++q) {
         const V beta = V::set(scales.beta[q]);
-        term = scales.squared[q] ? term * term : exp_negative(V::zero() - beta * D);
+        term = scales.squared[q] ? term * term : exp(V::zero() - beta * D);
         const V weighted = beta * term;
         s1 = s1 + weighted;
         s2 = fma(beta, weighted, s2);
