@@ -4,7 +4,7 @@ from fastedit.deltas.base import DeltaSpec, EditDelta, Rows, StackedDelta, accum
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.install import installed
 from fastedit.deltas.low_rank import LowRankDelta
-from fastedit.deltas.storage import load_deltas, save_deltas
+from fastedit.deltas.storage import StoredDeltas, load_deltas, save_deltas
 
 __all__ = [
     "DeltaSpec",
@@ -13,6 +13,7 @@ __all__ = [
     "LowRankDelta",
     "Rows",
     "StackedDelta",
+    "StoredDeltas",
     "accumulate",
     "installed",
     "load_deltas",

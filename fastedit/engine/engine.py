@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastedit.backbone import EditableModel, held_inputs
 from fastedit.data import fingerprint
-from fastedit.deltas import EditDelta, Rows, accumulate, installed, stack
+from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, stack
 from fastedit.deltas.base import DeltaSpec, new_stack
 from fastedit.engine import provenance
 from fastedit.engine.batch import BatchProblem, prepare, split_point
 from fastedit.engine.evaluate import Evaluator
+from fastedit.engine.memory import is_out_of_memory, release_memory
 from fastedit.engine.progress import progress
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
@@ -43,6 +46,15 @@ class _Work:
     views: ViewSource
     timer: PhaseTimer
     delta_dtype: torch.dtype
+    deltas: list[EditDelta] | StoredDeltas
+
+    def keep(self, deltas: Sequence[EditDelta]) -> None:
+        """Add the deltas of a batch to those of the run."""
+        if isinstance(self.deltas, StoredDeltas):
+            with self.timer.phase("store"):
+                self.deltas.append(deltas)
+        else:
+            self.deltas += deltas
 
 
 def edit(
@@ -58,6 +70,7 @@ def edit(
     evaluate: bool = True,
     seed: int = 0,
     show_progress: bool | None = None,
+    deltas_folder: str | Path | None = None,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -66,7 +79,8 @@ def edit(
         model: from ``fastedit.load``.
         edits: what to change.
         method: "ft", "lora", or one of them under another objective: "kl+ft", "odedit+lora" ...
-        batch_size: edits fitted together; results do not depend on it.
+        batch_size: edits fitted together; results do not depend on it. Where memory runs out in a batch, it is tried
+            again in halves and the run goes on with those; finished edits are kept.
         mode: "single" fits and scores every edit alone on the base model; "sequential" lets edits accumulate in order
             (each is fitted on top of the earlier ones) and scores all of them after the last.
         pool: records to draw locality views and paraphrases from, for objectives that use them (a train split).
@@ -75,6 +89,8 @@ def edit(
         evaluate: score every edit under both protocols.
         seed: of the views and of score intervals.
         show_progress: None shows a progress line with the time left on a terminal.
+        deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
+            thousands of edits would fill; a new or empty folder.
         overrides: fields of the method's and the objective's config.
     Returns:
         Run.
@@ -92,42 +108,64 @@ def edit(
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
     source.check(plan.objective.build(plan.objective_config, solver.steps).roles)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype)
+    kept: list[EditDelta] | StoredDeltas = [] if deltas_folder is None else StoredDeltas(deltas_folder)
+    if len(kept):
+        raise ValueError(f"edit: deltas_folder is new or empty (got {deltas_folder} with {len(kept)} deltas)")
+    work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype, kept)
 
     run_mode = _single if mode == "single" else _sequential
     try:
-        deltas, outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
+        outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
     finally:
         release_workspaces()
     notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
     scores = summarise(scored, seed=seed) if evaluate else {}
-    return Run(deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
+    return Run(work.deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
 
 
 def _single(
     work: _Work, batch_size: int, evaluate: bool, show: bool | None
-) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
-    deltas: list[EditDelta] = []
+) -> tuple[list[FitOutcome], list[EditScores]]:
     outcomes: list[FitOutcome] = []
     scored: list[EditScores] = []
     evaluator = Evaluator(work.model, work.spec, work.timer)
+    start, size = 0, batch_size
     with progress("editing", len(work.edits), show) as line:
-        for start in range(0, len(work.edits), batch_size):
-            chosen = range(start, min(start + batch_size, len(work.edits)))
-            fitted, ended = _fit(work, chosen, committed=None)
-            deltas += fitted
-            outcomes += ended
-            if evaluate:
-                stacked = stack(fitted, device=work.model.device)
-                scored += evaluator.scores([work.edits[i] for i in chosen], stacked)
-            line.advance(len(chosen))
-    return deltas, outcomes, scored
+        while start < len(work.edits):
+            chosen = range(start, min(start + size, len(work.edits)))
+            try:
+                fitted, ended, found = _one_batch(work, chosen, evaluator if evaluate else None)
+            except Exception as error:
+                if len(chosen) == 1 or not is_out_of_memory(error):
+                    raise
+                size = len(chosen) // 2
+                told = f"edit: memory ran out in a batch of {len(chosen)}; going on with batches of {size}"
+                warnings.warn(told, RuntimeWarning, stacklevel=3)
+            else:
+                work.keep(fitted)
+                outcomes += ended
+                scored += found
+                start = chosen.stop
+                line.advance(len(chosen))
+                continue
+            # outside of the handler: the traceback holds the tensors of the batch
+            release_memory(work.model)
+    return outcomes, scored
+
+
+def _one_batch(
+    work: _Work, chosen: range, evaluator: Evaluator | None
+) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
+    fitted, ended = _fit(work, chosen, committed=None)
+    if evaluator is None:
+        return fitted, ended, []
+    stacked = stack(fitted, device=work.model.device)
+    return fitted, ended, evaluator.scores([work.edits[i] for i in chosen], stacked)
 
 
 def _sequential(
     work: _Work, batch_size: int, evaluate: bool, show: bool | None
-) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
-    deltas: list[EditDelta] = []
+) -> tuple[list[FitOutcome], list[EditScores]]:
     outcomes: list[FitOutcome] = []
     scored: list[EditScores] = []
     committed: EditDelta | None = None
@@ -135,7 +173,7 @@ def _sequential(
     with progress("editing in sequence", len(work.edits), show) as line:
         for index in range(len(work.edits)):
             fitted, ended = _fit(work, range(index, index + 1), committed)
-            deltas += fitted
+            work.keep(fitted)
             outcomes += ended
             committed = accumulate([committed, *fitted] if committed else fitted)
             line.advance()
@@ -146,7 +184,7 @@ def _sequential(
                 chosen = list(work.edits[start : start + batch_size])
                 scored += evaluator.scores(chosen, final, shared=True)
                 line.advance(len(chosen))
-    return deltas, outcomes, scored
+    return outcomes, scored
 
 
 def _fit(work: _Work, chosen: range, committed: EditDelta | None) -> tuple[list[EditDelta], list[FitOutcome]]:

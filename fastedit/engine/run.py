@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastedit.deltas import EditDelta, load_deltas, save_deltas
+from fastedit.deltas import EditDelta, StoredDeltas, load_deltas, save_deltas
 from fastedit.evaluation import EditScores, Score
 from fastedit.solver import FitOutcome
 
@@ -38,7 +39,8 @@ class Run:
     """What ``fastedit.edit`` returns.
 
     Args:
-        deltas: one EditDelta per edit, in the order of the edits.
+        deltas: one EditDelta per edit, in the order of the edits; read from files when asked for, where the run
+            wrote them to a folder.
         outcomes: how each fit ended.
         scores: protocol -> score name -> Score; empty when the run was not evaluated.
         edit_scores: per edit, the values behind the scores and the answers given.
@@ -56,22 +58,32 @@ class Run:
     def record(self) -> dict[str, Any]:
         """Scores, timing, outcomes and provenance as plain values (NaN as None)."""
         scored: Sequence[EditScores | None] = self.edit_scores or [None] * len(self.deltas)
+        stored = isinstance(self.deltas, StoredDeltas)
+        ids = self.deltas.request_ids if stored else [delta.request_id for delta in self.deltas]  # type: ignore[attr-defined]
         data = {
             "scores": {p: {k: asdict(s) for k, s in table.items()} for p, table in self.scores.items()},
             "timing": asdict(self.timing),
             "provenance": dict(self.provenance),
             "edits": [
-                {"id": delta.request_id, **asdict(outcome), **(asdict(scores) if scores else {})}
-                for delta, outcome, scores in zip(self.deltas, self.outcomes, scored, strict=True)
+                {"id": own, **asdict(outcome), **(asdict(scores) if scores else {})}
+                for own, outcome, scores in zip(ids, self.outcomes, scored, strict=True)
             ],
         }
         return plain(data)  # type: ignore[no-any-return]
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``scores.json`` and ``deltas.safetensors`` into a folder, made if needed. Returns the folder."""
+        """Write ``scores.json`` and the deltas into a folder, made if needed. Returns the folder.
+
+        The deltas go to ``deltas.safetensors``; those that a run wrote to files stay where they are if that is the
+        folder's ``deltas/``, and are copied there if not.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_deltas(self.deltas, folder / "deltas.safetensors")
+        if isinstance(self.deltas, StoredDeltas):
+            if self.deltas.folder.resolve() != (folder / "deltas").resolve():
+                shutil.copytree(self.deltas.folder, folder / "deltas")
+        else:
+            save_deltas(self.deltas, folder / "deltas.safetensors")
         partial = folder / "scores.json.partial"
         partial.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(folder / "scores.json")
@@ -87,9 +99,15 @@ class Run:
         """
         folder = Path(folder)
         data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        deltas = load_deltas(folder / "deltas.safetensors")
+        deltas: Sequence[EditDelta]
+        if (folder / "deltas").is_dir():
+            deltas = StoredDeltas(folder / "deltas")
+            ids = deltas.request_ids
+        else:
+            deltas = load_deltas(folder / "deltas.safetensors")
+            ids = [delta.request_id for delta in deltas]
         edits = data["edits"]
-        if [edit["id"] for edit in edits] != [delta.request_id for delta in deltas]:
+        if [edit["id"] for edit in edits] != ids:
             raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
         outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
         scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
