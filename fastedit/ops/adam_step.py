@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, define, fail
+from fastedit.ops._library import check_floating, define, fail, serve_with_triton
 from fastedit.reference import adam_step as reference
 from fastedit.reference._precision import accumulation_dtype
 
@@ -35,6 +35,7 @@ define(
     reference.adam_step_,
     _fake,
 )
+serve_with_triton("adam_step_", "adam_step")
 
 
 def adam_step_(

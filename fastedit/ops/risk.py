@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail
+from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
 from fastedit.reference import risk as reference
 from fastedit.reference._precision import accumulation_dtype
 
@@ -53,6 +53,8 @@ define(
     reference.risk_backward,
     _fake_backward,
 )
+serve_with_triton("risk", "risk")
+serve_with_triton("risk_backward", "risk")
 torch.library.register_autograd("fastedit::risk", _backward, setup_context=_save)
 
 
@@ -79,7 +81,8 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     Returns:
         value (S,), env_grad (S,), float32 (float64 for float64). A segment without tokens has 0 in both.
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a label or a segment is out of range.
+        ValueError: shapes, dtypes or devices disagree; on the CPU also where a label or a segment is out of range (a
+            GPU is not asked, that would wait for it).
     """
     if kind not in KINDS:
         fail("risk", f"kind is one of {', '.join(KINDS)}", kind=kind)

@@ -1,5 +1,8 @@
 """The op adam_step_: every implementation against its definition, the definition against torch.optim.AdamW."""
 
+import importlib
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,8 @@ from fastedit.testing import adam_step_inputs, assert_close, providers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # odd, empty and size-one shapes: rows, size; the last spans several blocks of work
 SHAPES = ((3, 33), (1, 1), (0, 7), (4, 0), (5, 1000), (2, 70_001))
+# the interpreter is slow: two programs a row, of several blocks
+SHORT_SHAPES = (*SHAPES[:4], (2, 9001))
 
 
 def _run(function, inputs, **kwargs):
@@ -71,9 +76,9 @@ def test_equals_torch_adamw(weight_decay, clip):
 )
 def test_equals_reference(provider, dtype, settings_, available):
     available(provider)
-    for seed, shape in enumerate(SHAPES):
+    for seed, shape in enumerate(SHORT_SHAPES if "interpreted" in provider.id else SHAPES):
         inputs = adam_step_inputs(*shape, dtype, seed=seed, device=provider.device)
-        for grads in (inputs[1], inputs[1].to(inputs[2].dtype)):
+        for grads in {t.dtype: t for t in (inputs[1], inputs[1].to(inputs[2].dtype))}.values():
             given_ = (inputs[0], grads, *inputs[2:])
             norm, *written = _run(provider.function(), given_, **settings_)
             wide = tuple(t.double() if t.is_floating_point() else t for t in given_)
@@ -124,6 +129,79 @@ def test_rows_of_a_wider_buffer(provider, available):
     assert torch.equal(buffer[:, 10:50], goal[1])
     assert (buffer[:, :10] == 7.0).all()
     assert (buffer[:, 50:] == 7.0).all()
+
+
+@pytest.mark.parametrize("provider", [p for p in providers("adam_step_") if p.id.startswith("triton")], ids=str)
+def test_parts_of_a_row(provider, available, monkeypatch):
+    """However a row is cut, and whether the norm is there before the update or after it."""
+    available(provider)
+    module = importlib.import_module("fastedit.kernels.adam_step")
+    inputs = adam_step_inputs(2, 1000, torch.float32, device=provider.device)
+    goals = _run(reference.adam_step_, [t.double() if t.is_floating_point() else t for t in inputs], clip=0.3)
+    for tile, part, most, parts in ((2048, 8192, 1024, 1), (64, 64, 1024, 16), (64, 64, 3, 3)):
+        for name, number in (("TILE", tile), ("PART", part), ("MOST", most)):
+            monkeypatch.setattr(module, name, number)
+        assert module._parts(1000)[0] == parts
+        norm, *written = _run(provider.function(), inputs, clip=0.3)
+        assert_close(norm, goals[0], length=1000, name="norm")
+        for one, other in zip(written[:3], goals[1:4], strict=True):
+            assert_close(one, other, length=1, scale=1.0)
+        assert torch.equal(_run(provider.function(), inputs)[0], norm)
+
+
+@pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_nan_stays_nan(provider, clip, available):
+    """A NaN in a gradient breaks its own entry, under a clip its row, and no other row; no radius hides it."""
+    available(provider)
+    inputs = adam_step_inputs(2, 50, torch.float32, device=provider.device)
+    inputs[1][0, 7] = float("nan")
+    norm, params, first, second, _ = _run(provider.function(), inputs, clip=clip, radius=0.5)
+    assert norm.isnan().tolist() == [True, False]
+    for written in (params, first, second):
+        assert written.isnan().sum(1).tolist() == [1 if clip is None else 50, 0]
+        assert written[0, 7].isnan()
+
+
+@pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_two_calls_are_equal(provider, clip, available):
+    available(provider)
+    inputs = adam_step_inputs(3, 9001, torch.bfloat16, device=provider.device)
+    calls = [_run(provider.function(), inputs, clip=clip) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*calls, strict=True))
+
+
+@pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
+def test_vectors_with_strides(provider, available):
+    """step, lr and active need not lie side by side."""
+    available(provider)
+    params, grads, first, second, step, lr, active = adam_step_inputs(3, 40, torch.float32, device=provider.device)
+    goal = _run(provider.function(), (params, grads, first, second, step, lr[:1].repeat(3), active))
+    wide_step, wide_active = step.repeat_interleave(2), active.repeat_interleave(2)
+    given_ = (params, grads, first, second, wide_step[::2], lr[:1].expand(3), wide_active[::2])
+    norm = provider.function()(*given_, 0.9, 0.999, 1e-8, 0.01, None, None)
+    for one, other in zip((norm, params, first, second, wide_step[::2]), goal, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(wide_step[1::2], step)
+
+
+@pytest.mark.parametrize("provider", [p for p in providers("adam_step_") if p.device == "cpu"], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_rows_further_apart_than_two_to_the_31(provider, clip, available):
+    available(provider)
+    # memory that nobody touches takes no room
+    room = mmap.mmap(-1, 2 * (2**31 + 2**13), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    inputs = list(adam_step_inputs(3, 30, torch.float16))
+    inputs[6] = torch.ones(3, dtype=torch.bool)
+    goal = _run(provider.function(), inputs, clip=clip)
+    space = torch.frombuffer(room, dtype=torch.float16)
+    for at, place in enumerate((0, 100)):
+        far = space[place:].as_strided((3, 30), (2**30 + 64, 1))
+        inputs[at] = far.copy_(inputs[at])
+    norm = provider.function()(*inputs, 0.9, 0.999, 1e-8, 0.01, clip, None)
+    for one, other in zip((norm, inputs[0], *inputs[2:5]), goal, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("case", ["plain", "strided"])
