@@ -62,8 +62,8 @@ def _sums_kernel(
         # a NaN stays one
         zs = tl.where(zs < -1e15, -1e15, zs)
         block_top = tl.max(zs, axis=0)
-        if first + start == 0:
-            zc = block_top
+        # until a block has a logit that is not -inf
+        zc = tl.where(zc > -1e15, zc, block_top)
         new_top = tl.maximum(top_z, block_top)
         shrink_z = tl.exp(top_z - new_top)
         e_z = tl.where(inside, tl.exp(zs - new_top), 0.0)
@@ -209,6 +209,7 @@ def _finish(sums: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     u, w, a, mixed = u / weight, w / weight, a / weight, mixed / weight
     lse_r = top_r + sum_r.log()
     close = torch.log1p(w) - u
+    apart = (top_u > FAR) | (w < -0.9)
     if kind == "reverse_kl":
         env_grad = u * a - mixed
         far = c - u - lse + lse_r
@@ -216,10 +217,10 @@ def _finish(sums: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     else:
         env_grad = (mixed - w * a) / (1.0 + w)
         # E_q[z] = zc + E_q[a]
-        env_grad = torch.where(top_u > FAR, mean_a - a, env_grad)
+        env_grad = torch.where(apart, mean_a - a, env_grad)
         far = lse - lse_r - u - c
         stats[:, 2] = lse_r
-    return torch.where((top_u > FAR) | (w < -0.9), far, close), env_grad, stats
+    return torch.where(apart, far, close), env_grad, stats
 
 
 def linear_risk(
@@ -239,7 +240,7 @@ def linear_risk(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     segments, target = segments.contiguous(), target.contiguous() if kind == "ce" else target
     sums = torch.zeros(tokens, SUMS, dtype=wide, device=hidden.device)
-    sums[:, 0] = sums[:, 4] = sums[:, 11] = -1e15
+    sums[:, 0] = sums[:, 3] = sums[:, 4] = sums[:, 11] = -1e15
     rows, columns = _tiles(tokens, vocabulary, 1 if kind == "ce" else 2, wide.itemsize, budget)
     settings = {"KIND": _KINDS[kind], "BLOCK_V": BLOCK_V, "ACC": tl.float64 if wide == torch.float64 else tl.float32}
     for t in range(0, tokens, rows):

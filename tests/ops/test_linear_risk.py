@@ -202,6 +202,74 @@ def test_small_drift_is_accurate(provider, available):
 
 
 @pytest.mark.parametrize("provider", providers("linear_risk"), ids=str)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_far_reference(provider, kind, available):
+    """Drifts whose exponentials overflow or leave nothing, in the first chunk and in later ones."""
+    available(provider)
+    inputs = list(linear_risk_inputs(8, 12, 700, 1, kind, torch.float32, form="logits", budget=SMALL))
+    z = inputs[0] @ inputs[1].T
+    drift = 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(4))
+    drift[0, 3] += 200.0
+    drift[1, 400] += 150.0
+    drift[2] *= 800.0
+    drift[3] += 300.0
+    drift[4] -= 300.0
+    drift[4, 650] += 500.0
+    drift[5, 500] -= 200.0
+    # one side's mass lies in a later chunk, where the other one has little
+    best = z[6:, 256:].argmax(1) + 256
+    drift[[6, 7], best] += torch.tensor([-25.0, 25.0])
+    # a segment a token
+    inputs[3], inputs[6], inputs[7] = z + drift, torch.arange(8), 8
+    goals = reference.linear_risk(*_wide(inputs))
+    on = torch.linspace(0.5, 1.5, 8), torch.linspace(-1.0, 1.0, 8)
+    stored = (*_wide(inputs)[:7], goals[2], kind, SMALL, [True, False, False])
+    goal = reference.linear_risk_backward(*(t.double() for t in on), *stored)[0]
+    inputs = [t.to(provider.device) if isinstance(t, torch.Tensor) else t for t in inputs]
+    value, env_grad, stats = provider.function()(*inputs)
+    # every token by the size of its own terms
+    size = 20.0 + drift.abs().amax(1).double()
+    assert ((value.cpu() - goals[0]).abs() < 5e-7 * size).all()
+    assert ((env_grad.cpu() - goals[1]).abs() < 5e-7 * size).all()
+    stored = (*inputs[:7], stats, kind, SMALL, [True, False, False])
+    got = provider.function("linear_risk_backward")(*(t.to(provider.device) for t in on), *stored)[0]
+    assert ((got.cpu() - goal).abs().amax(1) < 5e-7 * size).all()
+
+
+@pytest.mark.parametrize("provider", providers("linear_risk"), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_impossible_tokens(provider, kind, available):
+    """Biases of -inf: single logits, a chunk, and the whole first chunk."""
+    available(provider)
+    inputs = list(linear_risk_inputs(7, 12, 1500, 2, kind, torch.float32, bias=True, budget=SMALL))
+    closed = torch.zeros(1500, dtype=torch.bool)
+    closed[[700, 1499]] = closed[300:600] = True
+    first = torch.arange(1500) < 200
+    infinite = torch.tensor(-float("inf"))
+    # what the model that weighs has no probability for, the other one may have
+    inputs[2] = torch.where(closed if kind == "forward_kl" else closed | first, infinite, inputs[2])
+    if kind == "ce":
+        inputs[3] = torch.full_like(inputs[3], 250)
+    else:
+        inputs[5] = torch.where(closed | first, infinite, inputs[5])
+    goals = reference.linear_risk(*_wide(inputs))
+    on = torch.ones(2)
+    goal_grads = reference.linear_risk_backward(
+        on.double(), on.double(), *_wide(inputs)[:7], goals[2], kind, SMALL, NEEDS
+    )
+    inputs = [t.to(provider.device) if isinstance(t, torch.Tensor) else t for t in inputs]
+    on = on.to(provider.device)
+    value, env_grad, stats = provider.function()(*inputs)
+    assert 0.01 < float(goals[0][0]) < 50
+    for one, goal in zip((value, env_grad), goals, strict=False):
+        assert_close(one, goal, length=64, scale=10.0, name=kind)
+    grads = provider.function("linear_risk_backward")(on, on, *inputs[:7], stats, kind, SMALL, NEEDS)
+    for grad, goal in zip(grads, goal_grads, strict=True):
+        assert_close(grad, goal, length=1500, scale=1.0, name=f"{kind} gradient")
+    assert not grads[2][closed].any()
+
+
+@pytest.mark.parametrize("provider", providers("linear_risk"), ids=str)
 def test_ignored_tokens_touch_nothing(provider, available):
     available(provider)
     inputs = linear_risk_inputs(40, 12, 300, 2, "ce", torch.float32, device=provider.device, budget=SMALL)
