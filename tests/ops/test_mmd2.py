@@ -132,6 +132,47 @@ def test_any_bandwidths(provider, variances, n, available):
         assert_close(grad, goal, length=10, scale=0.01, name="gradient")
 
 
+@pytest.mark.parametrize("provider", providers("mmd2"), ids=str)
+@pytest.mark.parametrize("n", [5, 40])
+def test_weak_pairs_beside_a_row_itself(provider, n, available):
+    """The kernel of a row with itself, 1, drowns no gradient of pairs whose kernels are 1e-6 and less."""
+    available(provider)
+    x, y, x_offsets, y_offsets, _ = mmd2_inputs((n,), (n + 3,), 10, torch.float32, device=provider.device)
+    sigma = torch.tensor([0.5], device=provider.device).sqrt()
+    wide = (x.double(), y.double(), x_offsets, y_offsets, sigma.double(), False)
+    on = torch.ones(1, device=provider.device)
+    value, _ = provider.function()(x, y, x_offsets, y_offsets, sigma, False)
+    assert abs(float(value) - float(reference.mmd2(*wide)[0])) < 1e-6
+    grads = provider.function("mmd2_backward")(on, -on, x, y, x_offsets, y_offsets, sigma, False)
+    for grad, goal in zip(grads, reference.mmd2_backward(on.double(), -on.double(), *wide), strict=True):
+        # an exponent of 20 carries its rounding into the kernel
+        assert (grad - goal).abs().max() < 2e-5 * goal.abs().max()
+
+
+@pytest.mark.parametrize("provider", providers("mmd2"), ids=str)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_rounded_distances_give_no_kernel_above_one(provider, unbiased, available):
+    """Bandwidths below the rounding of squared distances: a row has none to itself, other rows no negative one."""
+    available(provider)
+    make = torch.Generator().manual_seed(0)
+    x, y = (1000.0 * torch.randn(rows, 200, generator=make).to(provider.device) for rows in (21, 18))
+    starts = offsets([21], provider.device), offsets([18], provider.device)
+    sigma = torch.tensor([0.05, 0.1], device=provider.device)
+    on = torch.ones(1, device=provider.device)
+    value, env = provider.function()(x, y, *starts, sigma, unbiased)
+    goal = 0.0 if unbiased else 2.0 / 21 + 2.0 / 18
+    assert abs(float(value) - goal) < 1e-6
+    assert float(env) == 0.0
+    for grad in provider.function("mmd2_backward")(on, on, x, y, *starts, sigma, unbiased):
+        assert not grad.any()
+    # rows that x and y share: their distance is rounding, of either sign before it is cut off
+    y[:9] = x[:9]
+    value, env = provider.function()(x, y, *starts, sigma, unbiased)
+    # at most two kernels of 1 a pair; 2 D beta exp(-D beta) is at most 2 / e
+    assert abs(float(value)) <= 4.0
+    assert abs(float(env)) <= 6.0
+
+
 @pytest.mark.parametrize("provider", [p for p in providers("mmd2") if "csrc" in p.id], ids=str)
 def test_more_rows_than_weights_are_kept(provider, available):
     """Beyond some rows the weights of all pairs are made band by band: the gradients are the same."""

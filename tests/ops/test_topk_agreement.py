@@ -54,6 +54,26 @@ def test_unusual_logits(provider, available):
     assert goal[1][[3, 6]].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("provider", providers("topk_agreement"), ids=str)
+@pytest.mark.parametrize("vocabulary", [2049, 4500])
+def test_every_block_is_looked_at(provider, vocabulary, available):
+    """Ascending logits, so that each block is better than all before it; and a NaN in one block only."""
+    available(provider)
+    before = torch.arange(vocabulary).float().repeat(3, 1).to(provider.device)
+    after = before.clone()
+    after[1, -2:] = after[1, -2:].flip(0)
+    after[2] = after[2].flip(0)
+    for k in (3, 8):
+        top1, ranked = provider.function()(before, after, k)
+        assert top1.tolist() == [1.0, 0.0, 0.0]
+        assert ranked.tolist() == [1.0, (k - 2) / k, 0.0]
+    for place in (0, 2047, vocabulary - 1):
+        broken = before.clone()
+        broken[1, place] = float("nan")
+        for pair in ((broken, before), (before, broken)):
+            assert _same(provider.function()(*pair, 3), (torch.tensor([1.0, 0.0, 1.0]).double(),) * 2)
+
+
 def test_opcheck():
     before, after = topk_agreement_inputs(5, 40, torch.float32)
     torch.library.opcheck(torch.ops.fastedit.topk_agreement.default, (before, after, 4))
