@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Bounds of sizes that are scaled down.
-LEAST, MOST = 2, 1024
+LEAST, MOST = 2, 256
 
 
 @dataclass(frozen=True)
