@@ -71,7 +71,7 @@ def _agreement_kernel(
     count = tl.sum(tl.sum(same.to(tl.int32), axis=1), axis=0) * sound
     leads = tl.sum(tl.sum((same & (first_rank == 0)[:, None]).to(tl.int32), axis=1), axis=0) * sound
     tl.store(top1 + token, leads.to(tl.float64))
-    tl.store(ranked + token, count.to(tl.float64) / k.to(tl.float64))
+    tl.store(ranked + token, count.to(tl.float64) / k)
 
 
 def topk_agreement(before: Tensor, after: Tensor, k: int) -> tuple[Tensor, Tensor]:
