@@ -25,6 +25,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
+#include "cpu/products.h"
 #include "cpu/simd/risk.h"
 
 namespace fastedit {
@@ -33,10 +34,11 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t kTokens = 1024;   // tokens of a chunk at most
-constexpr int64_t kColumns = 2048;  // logits of a token in a chunk at most: a chunk stays in the caches
-constexpr int64_t kFewest = 128;    // and at least
-constexpr int64_t kSpare = 16;      // columns after a chunk's: the first takes what risk writes at a label elsewhere
+constexpr int64_t kTokens = 1024;      // tokens of a chunk at most
+constexpr int64_t kColumns = 2048;     // logits of a token in a chunk at most: a chunk stays in the caches
+constexpr int64_t kFewest = 128;       // and at least
+constexpr int64_t kSpare = 16;         // columns after a chunk's: the first takes what risk writes at a label elsewhere
+constexpr int64_t kRoom = 16LL << 20;  // a smaller budget has no room for the library's own buffers
 constexpr int kStats = 5;
 constexpr double kFar = 60;  // drifts apart by more are compared by their log-sum-exps
 
@@ -78,7 +80,8 @@ struct Tokens {
 struct Source {
   Tensor rows, weight, bias;  // rows: hidden states of the kept tokens, or their logits where there is no weight
   at::ScalarType wide;
-  Tensor widened;  // of 16-bit weights
+  bool fast = false;  // products by the faster library
+  Tensor widened;     // of 16-bit weights
 
   Source(const Tensor& rows_in, const Maybe& weight_in, const Maybe& bias_in, at::ScalarType dtype)
       : rows(rows_in), wide(dtype) {
@@ -106,7 +109,9 @@ struct Source {
     }
     const Tensor part = head(first, columns);
     if (head_out) *head_out = part;
-    if (bias.defined()) {
+    if (fast) {
+      out.copy_(product(own, part, bias.defined() ? Maybe(bias) : std::nullopt));
+    } else if (bias.defined()) {
       at::addmm_out(out, bias.narrow(0, first, columns), own, part.t());
     } else {
       at::mm_out(out, own, part.t());
@@ -119,18 +124,24 @@ struct Work {
   Source z;
   std::optional<Source> r;
   int64_t tokens, columns, vocabulary;
+  bool fast;
   Tensor z_chunk, r_chunk;
 
   Work(const Tokens& kept, const Tensor& hidden, const Tensor& weight, const Maybe& bias, const Tensor& target,
        const Maybe& target_weight, const Maybe& target_bias, at::ScalarType wide, int64_t budget)
       : z(kept.of(hidden), weight, bias, wide), vocabulary(weight.size(0)) {
     if (target.dim() == 2) r.emplace(kept.of(target), target_weight, target_bias, wide);
-    const int64_t planes = r ? 2 : 1, numbers = budget / (wide == at::kDouble ? 8 : 4);
-    const int64_t per_column = z.per_column() + (r ? r->per_column() : 0);
+    const int64_t numbers = budget / (wide == at::kDouble ? 8 : 4);
+    // a fast product is made beside its chunk, of a copy without gaps, and may lay the weight out anew
+    fast = budget >= kRoom && has_fast_product(wide, kept.size());
+    const int64_t planes = (r ? 2 : 1) + (fast ? 2 : 0);
+    const int64_t per_column = z.per_column() + (r ? r->per_column() : 0) + (fast ? weight.size(1) : 0);
     tokens = std::clamp<int64_t>(numbers / (kFewest * planes) - per_column / planes, 1, kTokens);
     tokens = std::min(tokens, std::max<int64_t>(kept.size(), 1));
     columns = std::clamp<int64_t>(numbers / (tokens * planes + per_column) - kSpare, kFewest, kColumns);
     columns = std::min(columns, vocabulary);
+    z.fast = fast;
+    if (r) r->fast = fast;
     const auto options = hidden.options().dtype(wide);
     z_chunk = at::empty({tokens, columns + kSpare}, options);
     if (r) r_chunk = at::empty({tokens, columns + kSpare}, options);
@@ -337,7 +348,14 @@ void backward(Work& work, const Tokens& kept, const int64_t* labels, const Tenso
       }
     });
     const Tensor grad = work.z_chunk.narrow(0, 0, rows).narrow(1, 0, columns);
-    if (out.hidden.defined()) out.hidden.narrow(0, first, rows).addmm_(grad, head);
+    if (out.hidden.defined()) {
+      Tensor own = out.hidden.narrow(0, first, rows);
+      if (work.fast) {
+        own.add_(product(grad, head.t(), std::nullopt));
+      } else {
+        own.addmm_(grad, head);
+      }
+    }
     if (out.weight.defined()) {
       out.weight.narrow(0, column, columns).addmm_(grad.t(), work.z.rows.narrow(0, first, rows));
     }
