@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,20 +13,17 @@ from torch import Tensor
 from fastedit.backbone import EditableModel
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec, Rows, StackedDelta, installed
-from fastedit.engine.batch import split_point
+from fastedit.engine.batch import Layout, head_at, split_point
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
     EvaluationView,
     evaluation_views,
     exact_match,
-    kl_divergence,
     mean_by_name,
-    ranked_agreement,
-    token_accuracy,
     token_f1,
-    top_ids,
 )
+from fastedit.ops import risk, topk_agreement
 from fastedit.requests import EditRequest, Query
 
 TOP_K = 10
@@ -121,22 +119,33 @@ class Evaluator:
         rows = [row for row, _ in forced]
         encoded = self.model.encode([replace(row.view.query, answer=answer) for row, answer in forced], answers=True)
         state = self.model.prefix(encoded, *split_point(self.spec))
-        positions = encoded.label_positions()
-        mask = positions >= 0
-        labels = encoded.labels.gather(1, positions.clamp(min=0))
-        before = self.model.head(self.model.tail(state, positions=positions))
+        layout = Layout.of(encoded)
+        before = head_at(self.model, state, layout)[1]
         with installed(self.model, stacked, where if shared else _rows_of(rows, stacked.size)):
-            after = self.model.head(self.model.tail(state, positions=positions))
-        best_before, best_after = top_ids(before, TOP_K), top_ids(after, TOP_K)
-        found: dict[str, Tensor] = {
-            "accuracy": token_accuracy(best_after[..., 0], labels, mask),
-            "top1": ranked_agreement(best_before[..., :1], best_after[..., :1], mask),
-            "top10": ranked_agreement(best_before, best_after, mask),
-        }
-        divergence = kl_divergence(before, after, mask).tolist()
+            after = head_at(self.model, state, layout)[1]
+        found = _token_scores(before, after, layout.labels)
+        means = {name: _row_means(values, layout.row_of_token, len(rows)) for name, values in found.items()}
         for number, row in enumerate(rows):
-            row.legacy = {name: float(values[number]) for name, values in found.items()}
-            row.kl = float(divergence[number])
+            row.legacy = {name: means[name][number] for name in ("accuracy", "top1", "top10")}
+            row.kl = means["kl"][number]
+
+
+def _token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Legacy scores and KL(before || after) of every token (T,), float64, of logits (T, V) and labels (T,)."""
+    top1, top10 = topk_agreement(before, after, TOP_K)
+    tokens = torch.arange(len(labels), device=labels.device)
+    divergence = risk(after, before, tokens, len(labels), "forward_kl")[0].double()
+    # a diverged model is never right
+    broken = divergence.isnan()
+    right = (after.argmax(-1) == labels) & ~broken
+    return {"accuracy": right.double(), "top1": top1, "top10": top10, "kl": divergence.masked_fill(broken, math.inf)}
+
+
+def _row_means(values: Tensor, row_of_token: Tensor, n_rows: int) -> list[float]:
+    """Means over the tokens of every row."""
+    total = values.new_zeros(n_rows).index_add_(0, row_of_token, values)
+    means: list[float] = (total / torch.bincount(row_of_token, minlength=n_rows)).tolist()
+    return means
 
 
 LONG_ANSWER = 24

@@ -10,7 +10,16 @@ import torch
 import fastedit
 from fastedit import EditRequest, Query
 from fastedit.backbone import EditableModel
-from fastedit.evaluation import MUST_CHANGE, MUST_STAY, evaluation_views
+from fastedit.engine.evaluate import _row_means, _token_scores
+from fastedit.evaluation import (
+    MUST_CHANGE,
+    MUST_STAY,
+    evaluation_views,
+    kl_divergence,
+    ranked_agreement,
+    token_accuracy,
+    top_ids,
+)
 
 
 @torch.no_grad()
@@ -100,3 +109,27 @@ def test_the_unedited_model_is_asked_once(
     assert first == again
     assert in_the_first > rows, "before and after"
     assert sum(asked) - in_the_first == rows, "the second time only the edited model is asked"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_token_scores_are_the_metrics_of_the_evaluation_package(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(3)
+    before = torch.randn(4, 3, 50, generator=make).to(dtype)
+    after = (before + 0.2 * torch.randn(4, 3, 50, generator=make).to(dtype)).to(dtype)
+    after[1, 1, 7] = float("nan")
+    after[2, 0] = 1.0  # ties: the lowest id is first
+    labels = torch.randint(50, (4, 3), generator=make)
+    labels[0], labels[2, 0] = after[0].argmax(-1), 0
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [False, True, True]])
+    found = _token_scores(before[mask], after[mask], labels[mask])
+    means = {name: _row_means(values, mask.nonzero()[:, 0], 4) for name, values in found.items()}
+    best_before, best_after = top_ids(before, 10), top_ids(after, 10)
+    goal = {
+        "accuracy": token_accuracy(best_after[..., 0], labels, mask),
+        "top1": ranked_agreement(best_before[..., :1], best_after[..., :1], mask),
+        "top10": ranked_agreement(best_before, best_after, mask),
+        "kl": kl_divergence(before, after, mask),
+    }
+    for name, values in goal.items():
+        assert means[name] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-7), name
+    assert means["kl"][1] == float("inf")
