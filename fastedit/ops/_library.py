@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -9,6 +11,12 @@ import torch
 
 # op -> the devices that Triton serves; filled while the op modules are imported and constant afterwards
 _TRITON: dict[str, set[str]] = {}
+
+# Who serves CUDA tensors where both can: csrc, the compiled library, or triton. Read when the ops are imported.
+PREFER = "FASTEDIT_CUDA"
+_PREFERRED = os.environ.get(PREFER, "csrc")
+if _PREFERRED not in ("csrc", "triton"):
+    raise ValueError(f"{PREFER} is csrc or triton (got {PREFER}={_PREFERRED})")
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -22,15 +30,25 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
 
 
 def serve_with_triton(name: str, stem: str) -> None:
-    """Let ``name`` of kernels/<stem>.py serve CUDA tensors where Triton is installed, imported at the first call."""
-    if importlib.util.find_spec("triton") is None:
+    """Let ``name`` of kernels/<stem>.py serve CUDA tensors where Triton is installed, imported at the first call.
+
+    Where the compiled library serves them already it stays in place, unless FASTEDIT_CUDA prefers Triton.
+    """
+    if importlib.util.find_spec("triton") is None or (_PREFERRED == "csrc" and _compiled(name, "cuda")):
         return
 
     def launch(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"fastedit.kernels.{stem}"), name)(*arguments)
 
-    torch.library.impl(f"fastedit::{name}", "cuda", launch)
+    with warnings.catch_warnings():
+        # taking the compiled kernel's place was asked for
+        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
+        torch.library.impl(f"fastedit::{name}", "cuda", launch)
     _TRITON[name].add("cuda")
+
+
+def _compiled(name: str, device: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastedit::{name}", device.upper()))
 
 
 def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
@@ -40,7 +58,7 @@ def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
 def implementations() -> dict[str, dict[str, str]]:
     """Return who serves each op on each device: ``csrc`` (compiled), ``triton`` or ``reference`` (plain torch).
 
-    For example ``{"risk": {"cpu": "csrc", "cuda": "reference"}, ...}``.
+    For example ``{"risk": {"cpu": "csrc", "cuda": "triton"}, ...}``.
     """
     public = sorted(name for name in _TRITON if not name.endswith("_backward"))
     return {name: {device: _server(name, device) for device in ("cpu", "cuda")} for name in public}
@@ -49,8 +67,7 @@ def implementations() -> dict[str, dict[str, str]]:
 def _server(name: str, device: str) -> str:
     if device in _TRITON[name]:
         return "triton"
-    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastedit::{name}", device.upper())
-    return "csrc" if own else "reference"
+    return "csrc" if _compiled(name, device) else "reference"
 
 
 def fail(op: str, rule: str, **got: object) -> NoReturn:

@@ -1,0 +1,60 @@
+"""How an op finds its kernels: who serves CUDA tensors where the compiled library and Triton both can."""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastedit.ops import _library
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+_NUMBERS = itertools.count()
+
+
+def _compiled_op(monkeypatch, compiled, preferred):
+    """Define an op of its own name, with a kernel for CUDA as the compiled library would register it."""
+    monkeypatch.setattr(_library, "_TRITON", {})
+    monkeypatch.setattr(_library, "_PREFERRED", preferred)
+    name = f"served_{next(_NUMBERS)}"
+    _library.define(name, "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like)
+    library = torch.library.Library("fastedit", "FRAGMENT")
+    if compiled:
+        library.impl(name, lambda x: x + 2, "CUDA")
+    _library.serve_with_triton(name, "low_rank")
+    return name, library
+
+
+@pytest.mark.parametrize(
+    ("compiled", "preferred", "server"),
+    [(True, "csrc", "csrc"), (True, "triton", "triton"), (False, "csrc", "triton"), (False, "triton", "triton")],
+)
+@pytest.mark.filterwarnings("error")
+def test_one_kernel_serves(monkeypatch, compiled, preferred, server):
+    name, library = _compiled_op(monkeypatch, compiled, preferred)
+    assert _library.implementations() == {name: {"cpu": "reference", "cuda": server}}
+    del library
+
+
+# registers a kernel for CUDA before the ops are imported, as the compiled library does
+PROGRAM = """
+import torch
+library = torch.library.Library("fastedit", "FRAGMENT")
+library.impl("low_rank", lambda *arguments: None, "CUDA")
+from fastedit import ops
+print(ops.implementations()["low_rank"]["cuda"])
+"""
+
+
+@pytest.mark.parametrize(("chosen", "served"), [("csrc", "csrc"), ("triton", "triton"), ("cuda", "")])
+def test_the_choice_is_read_at_the_import(chosen, served):
+    environment = {**os.environ, "FASTEDIT_CUDA": chosen}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == served, done.stderr
+    if not served:
+        assert "ValueError: FASTEDIT_CUDA is csrc or triton (got FASTEDIT_CUDA=cuda)" in done.stderr
