@@ -58,8 +58,10 @@ def _needs(inputs):
 def _cases(dtype, provider):
     # the interpreter is slow: it gets the shapes that cross a block in every dimension, in both layouts
     interpreted = "interpreted" in provider.id
-    for seed, shape in enumerate(SHAPES[1:4] if interpreted else SHAPES):
-        for activation, gated, bias in KINDS[seed % 5 : seed % 5 + 1] if interpreted else KINDS:
+    for seed, shape in enumerate(SHAPES[1:5] if interpreted else SHAPES):
+        # one kind a shape, and all of them in the shape of several blocks
+        few = interpreted and shape != SHAPES[3]
+        for activation, gated, bias in KINDS[seed % 5 : seed % 5 + 1] if few else KINDS:
             yield key_value_inputs(*shape, dtype, gated=gated, bias=bias, seed=seed), activation
     if dtype in (torch.bfloat16, torch.float16):
         yield key_value_inputs(*SHAPES[3], dtype, gated=True, weight_dtype=torch.float32), "silu"
@@ -221,6 +223,29 @@ def test_nothing_leaks_between_edits(provider, available):
     for grad in grads[1:]:
         assert torch.isfinite(grad[[0, 2]]).all()
         assert torch.isnan(grad[1]).any()
+
+
+@pytest.mark.parametrize("provider", providers("key_value"), ids=str)
+def test_relu_is_flat_at_zero(provider, available):
+    """Tokens of zeros enter as exactly 0, where the slope is 0; beside them one that enters above."""
+    available(provider)
+    inputs = key_value_inputs((3,), 4, 2, 5, torch.float32, bias=False, device=provider.device)
+    inputs[0][:2] = 0.0
+    inputs[1][:] = inputs[1].abs()
+    inputs[0][2] = inputs[0][2].abs()
+    _, entering = _call(provider.function(), inputs, "relu")
+    assert (entering[:2] == 0).all()
+    assert (entering[2] > 0).all()
+    grad = torch.ones(3, 5, device=provider.device)
+    needs = [True, True, True, True, False, False]
+    # entering values as rows of a wider tensor
+    wider = torch.cat([entering, entering], 1)[:, :2]
+    got = _call_backward(provider.function("key_value_backward"), grad, inputs, wider, "relu", needs)
+    goal = _call_backward(reference.key_value_backward, grad, inputs, entering, "relu", needs)
+    assert not got[0][:2].any()
+    assert got[0][2].any()
+    for one, other in zip(got, goal, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("provider", providers("key_value"), ids=str)
