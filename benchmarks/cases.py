@@ -100,6 +100,7 @@ class Case:
 
 
 _LARGE: dict[str, Any] = {"edits": 32, "batch_size": 32, "layers": 3, "dtype": "bfloat16", "steps": 20, "repeats": 2}
+_LARGE |= {"device": "cuda"}
 _LARGE_LORA = _LARGE | {"method": "lora"}
 #: Weights, gradients and both moments of an edit of a 7B model are 4 to 7 GB: a batch of 32 fits no GPU.
 _LARGE_FT = _LARGE | {"edits": 16, "batch_size": 8}

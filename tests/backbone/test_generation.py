@@ -37,7 +37,7 @@ def stock_tokens(model: EditableModel, row: Encoded) -> list[int]:
 
 def extended(row: Encoded, tokens: list[int]) -> Encoded:
     """One row with tokens appended."""
-    new = torch.tensor([tokens], dtype=torch.long)
+    new = torch.tensor([tokens], dtype=torch.long, device=row.input_ids.device)
     return dataclasses.replace(
         row,
         input_ids=torch.cat([row.input_ids, new], dim=1),
@@ -109,9 +109,9 @@ def test_hooks_change_their_own_row_only_and_see_every_step() -> None:
 
     def hook(_module, inputs, output):
         shapes.append(tuple(inputs[0].shape[:2]))
-        push = torch.zeros(len(queries), 1, 1)
+        push = torch.zeros(len(queries), 1, 1, device=output.device)
         push[1] = 40.0
-        return output + push * torch.linspace(-1, 1, output.shape[-1])
+        return output + push * torch.linspace(-1, 1, output.shape[-1], device=output.device)
 
     handle = model.module(model.sites([1], ["down"])[0]).register_forward_hook(hook)
     try:

@@ -129,7 +129,7 @@ def test_hooks_on_every_site_fire_on_rows_and_carry_gradients(name: str) -> None
     for site in sites:
         module = model.module(site)
         assert (site.d_out, site.d_in) == tuple(module.weight.shape)
-        scale = torch.ones(len(encoded), 1, 1, requires_grad=True)
+        scale = torch.ones(len(encoded), 1, 1, device=model.device, requires_grad=True)
         scales[site.module_path] = scale
 
         def hook(_module, inputs, output, path=site.module_path, scale=scale):
@@ -159,7 +159,7 @@ def test_gradient_at_chosen_positions_equals_that_of_the_stock_forward(name: str
     model = cached_model(name, dtype="float64")
     encoded = model.encode([mixed_queries()[1]], answers=True)
     site = model.sites([model.n_layers - 2], ["v"])[0]
-    shift = torch.zeros(site.d_out, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(site.d_out, dtype=torch.float64, device=model.device, requires_grad=True)
     handle = model.module(site).register_forward_hook(lambda _m, _i, output: output + shift)
     try:
         if hasattr(getattr(model.hf, "model", None), "rope_deltas"):
@@ -181,8 +181,8 @@ def test_model_is_frozen_and_describes_itself() -> None:
     assert not any(parameter.requires_grad for parameter in model.hf.parameters())
     assert (model.n_layers, model.hidden_size, model.vocab_size) == (4, 64, 640)
     assert model.dtype == torch.float32
-    assert model.device.type == "cpu"
-    assert model.head(torch.zeros(2, 3, 64)).shape == (2, 3, 640)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert model.head(torch.zeros(2, 3, 64, device=model.device)).shape == (2, 3, 640)
 
 
 def test_wrong_places_are_refused() -> None:
