@@ -51,12 +51,24 @@ class OneDnnLinear(nn.Linear):
         few = x.numel() < _FEW_ROWS * self.in_features
         if few or x.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.requires_grad:
             return super().forward(x)
-        product: Tensor = _Product.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return product
+        return onednn_product(x, self.weight, self.bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x (..., i) times weight (o, i), of any strides, plus bias (o,): float32 on the CPU.
+
+    Weight and bias are constants: a gradient goes to x alone.
+    """
+    product: Tensor
+    if torch.is_grad_enabled() and x.requires_grad:
+        product = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 class _Product(torch.autograd.Function):
-    """x times constant weights; the gradient goes to x alone."""
+    """The product; torch's op has no derivative of its own and would pass for a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,12 +79,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return onednn_product(grad.contiguous(), weight.T), None, None
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x (..., i) times weight (o, i), of any strides, plus bias (o,): float32 on the CPU, not differentiable."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
 
 
 def use_onednn(root: nn.Module) -> int:

@@ -52,11 +52,8 @@ class _Torch:
         if _uniform(offsets) and offsets[-1] > 0:
             # (B, n, o) x (B, o, i): one batched product
             return torch.bmm(y.view(matrices.shape[0], -1, y.shape[-1]), matrices).view(y.shape[0], -1)
-        out = y.new_empty(y.shape[0], matrices.shape[-1])
-        for b, (start, end) in enumerate(pairwise(offsets)):
-            if end > start:
-                torch.mm(y[start:end], matrices[b], out=out[start:end])
-        return out
+        parts = [y[start:end] @ matrices[b] for b, (start, end) in enumerate(pairwise(offsets)) if end > start]
+        return torch.cat(parts) if parts else y.new_empty(0, matrices.shape[-1])
 
     @staticmethod
     def outer(y: Tensor, x: Tensor, offsets: list[int], out: Tensor, *, add: bool) -> None:

@@ -37,8 +37,8 @@ class _Row:
 
     edit: int
     view: EvaluationView
-    before: str
-    after: str = ""
+    before: str = ""
+    after: str | None = None  # not known yet
     legacy: dict[str, float] | None = None
     kl: float | None = None
 
@@ -79,17 +79,16 @@ class Evaluator:
             n EditScores.
         """
         with self.timer.phase("evaluation"), torch.no_grad():
-            views = [evaluation_views(request) for request in requests]
-            self._ask_before([view.query for each in views for view in each])
-            rows = [
-                _Row(edit, view, self._answers[self._key(view.query)])
-                for edit, each in enumerate(views)
-                for view in each
-            ]
-            for part in _parts(rows, self.row_limit):
-                where = Rows() if shared else _rows_of(part, stacked.size)
-                self._teacher_forced(part, stacked, where, shared)
-                with installed(self.model, stacked, where):
+            rows = [_Row(edit, view) for edit, request in enumerate(requests) for view in evaluation_views(request)]
+            # Given answers are fed first: where every token of one, its end included, is the argmax, greedy decoding
+            # gives it, and it need not be decoded
+            self._feed([row for row in rows if _has_text(row.view.query.answer)], stacked, shared)
+            self._ask_before([row.view.query for row in rows])
+            for row in rows:
+                row.before = self._answers[self._key(row.view.query)]
+            self._feed([row for row in rows if row.legacy is None and _has_text(row.before)], stacked, shared)
+            for part in _parts([row for row in rows if row.after is None], self.row_limit):
+                with installed(self.model, stacked, Rows() if shared else _rows_of(part, stacked.size)):
                     generated = self._generate([row.view.query for row in part])
                 for row, text in zip(part, generated, strict=True):
                     row.after = text
@@ -111,23 +110,32 @@ class Evaluator:
         for key in list(self._answers)[: max(0, len(self._answers) - MOST_ANSWERS)]:
             del self._answers[key]
 
-    def _teacher_forced(self, part: Sequence[_Row], stacked: StackedDelta, where: Rows, shared: bool) -> None:
-        """Fill ``legacy`` and ``kl`` of rows that have an answer to be fed."""
-        forced = [(row, answer) for row in part if (answer := row.view.query.answer or row.before).strip()]
-        if not forced:
-            return
-        rows = [row for row, _ in forced]
-        encoded = self.model.encode([replace(row.view.query, answer=answer) for row, answer in forced], answers=True)
+    def _feed(self, rows: list[_Row], stacked: StackedDelta, shared: bool) -> None:
+        for part in _parts(rows, self.row_limit):
+            self._teacher_forced(part, stacked, Rows() if shared else _rows_of(part, stacked.size))
+
+    def _teacher_forced(self, rows: Sequence[_Row], stacked: StackedDelta, where: Rows) -> None:
+        """Fill ``legacy`` and ``kl``; and the generated answers, where they are the one that is fed."""
+        fed = [replace(row.view.query, answer=row.view.query.answer or row.before) for row in rows]
+        encoded = self.model.encode(fed, answers=True)
         state = self.model.prefix(encoded, *split_point(self.spec))
         layout = Layout.of(encoded)
         before = head_at(self.model, state, layout)[1]
-        with installed(self.model, stacked, where if shared else _rows_of(rows, stacked.size)):
+        with installed(self.model, stacked, where):
             after = head_at(self.model, state, layout)[1]
         found = _token_scores(before, after, layout.labels)
         means = {name: _row_means(values, layout.row_of_token, len(rows)) for name, values in found.items()}
         for number, row in enumerate(rows):
             row.legacy = {name: means[name][number] for name in ("accuracy", "top1", "top10")}
             row.kl = means["kl"][number]
+            *answer, _end = layout.labels[layout.row_of_token == number].tolist()
+            if len(answer) > self.max_new_tokens:
+                continue
+            text = self.model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+            if means["accuracy"][number] == 1.0:
+                row.after = text
+            if means["accuracy_before"][number] == 1.0:
+                self._answers.setdefault(self._key(row.view.query), text)
 
 
 def _token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -138,7 +146,13 @@ def _token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Te
     # a diverged model is never right
     broken = divergence.isnan()
     right = (after.argmax(-1) == labels) & ~broken
-    return {"accuracy": right.double(), "top1": top1, "top10": top10, "kl": divergence.masked_fill(broken, math.inf)}
+    return {
+        "accuracy_before": (before.argmax(-1) == labels).double(),
+        "accuracy": right.double(),
+        "top1": top1,
+        "top10": top10,
+        "kl": divergence.masked_fill(broken, math.inf),
+    }
 
 
 def _row_means(values: Tensor, row_of_token: Tensor, n_rows: int) -> list[float]:
@@ -149,6 +163,10 @@ def _row_means(values: Tensor, row_of_token: Tensor, n_rows: int) -> list[float]
 
 
 LONG_ANSWER = 24
+
+
+def _has_text(text: str | None) -> bool:
+    return bool((text or "").strip())
 
 
 def _is_long(text: str | None) -> bool:
@@ -179,18 +197,18 @@ def _edit_scores(rows: Sequence[_Row]) -> EditScores:
     strict: list[tuple[str, float]] = []
     target = next(row.view.query.answer or "" for row in rows if row.view.score == "reliability")
     for row in rows:
-        name, wanted = row.view.score, row.view.query.answer or ""
+        name, wanted, after = row.view.score, row.view.query.answer or "", row.after or ""
         if row.view.changes:
-            right = float(exact_match(row.after, wanted))
+            right = float(exact_match(after, wanted))
             strict.append((name, right))
             if row.view.query.kind:
                 # Portability questions of different kinds are not one score: steps the base model cannot take are 0
                 strict.append((f"{name}[{row.view.query.kind}]", right))
-            strict.append((f"{name}_f1", token_f1(row.after, wanted)))
+            strict.append((f"{name}_f1", token_f1(after, wanted)))
         else:
-            strict.append((name, float(row.after == row.before)))
+            strict.append((name, float(after == row.before)))
         if name in ("near", "blind") and not exact_match(row.before, target):
-            strict.append(("blindness", float(exact_match(row.after, target))))
+            strict.append(("blindness", float(exact_match(after, target))))
         if row.legacy is not None:
             legacy += _legacy_values(row, row.legacy)
             if not row.view.changes and row.kl is not None:

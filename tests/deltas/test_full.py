@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastedit.deltas import full
+from fastedit.backbone import Site
+from fastedit.deltas import DeltaSpec, Rows, full
 from fastedit.testing import assert_close
 
 WAYS = [full._Torch, full._OneDnn]
@@ -32,3 +33,21 @@ def test_products_equal_the_loop_in_float64(way, offsets):
     assert_close(out, outer, length=9)
     way.outer(y, x, offsets, out, add=True)
     assert_close(out, 2 * outer, length=18)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_gradients_pass_through_a_delta_that_does_not_learn(way):
+    """As through the edits committed earlier, in a sequence."""
+    if way is full._OneDnn and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN")
+    make = torch.Generator().manual_seed(1)
+    spec = DeltaSpec("full", (Site(0, "up", "up", 34, 21),))
+    fixed = full.FullDelta(spec, 2, dtype=torch.float32, device="cpu", trainable=False)
+    fixed.products = way
+    fixed.flat.copy_(torch.randn(fixed.flat.shape, generator=make))
+    x = torch.randn(9, 34, generator=make, requires_grad=True)
+    up = torch.randn(9, 21, generator=make)
+    (grad,) = torch.autograd.grad(fixed.delta(0, x, Rows((1, 2))), x, up)
+    matrices = fixed.parts["0.up:delta"].double()[[0] * 3 + [1] * 6]
+    assert_close(grad, torch.einsum("toi,to->ti", matrices, up.double()), length=21)

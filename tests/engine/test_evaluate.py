@@ -133,3 +133,34 @@ def test_token_scores_are_the_metrics_of_the_evaluation_package(dtype: torch.dty
     for name, values in goal.items():
         assert means[name] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-7), name
     assert means["kl"][1] == float("inf")
+
+
+def test_answers_are_decoded_only_where_they_are_not_the_one_that_was_fed(
+    exact_model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[Query]] = []
+    real = type(exact_model).generate
+    settings = {"steps": 10, "lr": 3e-3, "layers": 2, "batch_size": 3}
+    # what the model says before: fed as the expected answer, it is what greedy decoding gives
+    said = [exact_model.answer(edit.image, edit.locality_prompt, max_new_tokens=48) for edit in edits[:3]]
+    known = [dataclasses.replace(e, locality_answer=text) for e, text in zip(edits[:3], said, strict=True) if text]
+    assert known
+    plain = fastedit.edit(exact_model, known, "ft", **settings)
+
+    def spy(model: EditableModel, queries: list[Query], **options: int) -> list[str]:
+        asked.append(list(queries))
+        return real(model, queries, **options)
+
+    monkeypatch.setattr(type(exact_model), "generate", spy)
+    exact_model.reference_answers.clear()
+    again = fastedit.edit(exact_model, known, "ft", **settings)
+    questions = sum(len(evaluation_views(edit)) for edit in known)
+    assert sum(len(queries) for queries in asked) < 2 * questions
+    for first, second in zip(plain.edit_scores, again.edit_scores, strict=True):
+        assert first.answers == second.answers
+    # every answer, fed or decoded, is the one that decoding alone gives
+    for edit, delta, scored in zip(known, again.deltas, again.edit_scores, strict=True):
+        queries = [view.query for view in evaluation_views(edit)]
+        assert [a["before"] for a in scored.answers] == real(exact_model, queries, max_new_tokens=48)
+        with fastedit.applied(exact_model, delta):
+            assert [a["after"] for a in scored.answers] == real(exact_model, queries, max_new_tokens=48)
