@@ -99,6 +99,37 @@ def test_ties_by_lower_index(provider, metric, count, available):
 
 
 @pytest.mark.parametrize("provider", providers("nearest_keys"), ids=str)
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_ties_across_parts(provider, metric, available):
+    """So many keys that they are searched in parts: ties between parts go to the lower index, too."""
+    available(provider)
+    make = torch.Generator().manual_seed(0)
+    queries = torch.randint(-2, 3, (2, 6), generator=make).float().to(provider.device)
+    keys = torch.randint(-2, 3, (8500, 6), generator=make).float().to(provider.device)
+    # of the best some lie in the last part
+    keys[[8300, 8499]] = queries
+    keys[8400:8403] = 3.0 * queries[0]
+    values, indices = provider.function()(queries, keys, 20, metric)
+    goal_values, goal_indices = reference.nearest_keys(queries.double(), keys.double(), 20, metric)
+    assert torch.equal(values.double(), goal_values)
+    assert torch.equal(indices, goal_indices)
+    assert indices.min() < 2000
+    assert indices.max() > 8000
+
+
+@pytest.mark.parametrize("provider", providers("nearest_keys"), ids=str)
+def test_equal_distances_far_from_zero(provider, available):
+    """Whole numbers whose squares are rounded but whose differences are not: equal distances keep their order."""
+    available(provider)
+    make = torch.Generator().manual_seed(1)
+    queries, keys = (5001.0 + torch.randint(-1, 2, (rows, 4), generator=make).float() for rows in (3, 40))
+    values, indices = provider.function()(queries.to(provider.device), keys.to(provider.device), 40, "l2")
+    goal_values, goal_indices = reference.nearest_keys(queries.double(), keys.double(), 40, "l2")
+    assert torch.equal(values.cpu().double(), goal_values)
+    assert torch.equal(indices.cpu(), goal_indices)
+
+
+@pytest.mark.parametrize("provider", providers("nearest_keys"), ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("count", [2, 12])
 def test_nan_ranks_last(provider, metric, count, available):
