@@ -68,6 +68,8 @@ def _cases(dtype, provider):
     inputs = key_value_inputs(*SHAPES[0], dtype, gated=True)
     permuted = [t if t is None or t.dim() == 1 else t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
     yield tuple(permuted), "silu"
+    # a bias of the gate alone, laid out otherwise
+    yield (*inputs[:2], None, *inputs[3:6], inputs[6].t().contiguous().t()), "gelu"
     # rows of a wider tensor, as a slice of a packed projection gives
     yield (torch.cat([inputs[0], inputs[0]], 1)[:, : inputs[0].shape[1]], *inputs[1:]), "gelu"
 
