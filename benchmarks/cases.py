@@ -31,7 +31,7 @@ class Case:
         dtype, quantize, device, attention: of the model.
         words: words of a made-up question, for longer rows.
         evaluate: score the edits as well, and count that time.
-        baselines: "plain_loop", "peft"; the first is what ratios refer to.
+        baselines: "plain_loop", "peft", "plain_onednn" (the plain loop multiplying as the engine does); the first is what ratios refer to.
         repeats: timed runs of each implementation.
         gate_model: model of the float64 equality check where the case's own is too large for it; "" is the case's own.
         options: further fields of the method's config.
@@ -112,9 +112,9 @@ CASES: Mapping[str, Case] = {
         Case(),
         Case("quick", "random:qwen2vl-tiny", steps=5, edits=4, batch_size=4),
         Case("ft-last2-10", steps=10),
-        Case("ft-last2", **_STEPS_20),
+        Case("ft-last2", baselines=("plain_loop", "plain_onednn"), **_STEPS_20),
         Case("ft-last1", layers=1, **_STEPS_20),
-        Case("lora-last2", method="lora", baselines=("plain_loop", "peft"), **_STEPS_20),
+        Case("lora-last2", method="lora", baselines=("plain_loop", "peft", "plain_onednn"), **_STEPS_20),
         Case("lora-last1", method="lora", layers=1, baselines=("plain_loop", "peft"), **_STEPS_20),
         Case("ft-last2-evaluated", evaluate=True, **_STEPS_20),
         Case("lora-last2-evaluated", method="lora", evaluate=True, **_STEPS_20),

@@ -9,6 +9,7 @@ from benchmarks.baselines import peft_loop, plain_loop
 from benchmarks.cases import Case
 from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel
+from fastedit.backbone.products import torch_products
 from fastedit.requests import EditRequest
 
 Implementation = Callable[[EditableModel, Sequence[EditRequest], Case], Fitted]
@@ -32,16 +33,28 @@ def engine(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fi
 
 
 def plain(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
-    """The plain loop."""
-    return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+    """The plain loop, on the model as transformers runs it."""
+    with torch_products(model.hf):
+        return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
 
 
 def peft(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
     """Transformers and peft."""
-    return peft_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+    with torch_products(model.hf):
+        return peft_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {ENGINE: engine, "plain_loop": plain, "peft": peft}
+def plain_onednn(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
+    """The plain loop with the engine's products: what is left is not theirs."""
+    return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    ENGINE: engine,
+    "plain_loop": plain,
+    "peft": peft,
+    "plain_onednn": plain_onednn,
+}
 
 
 def forget(model: EditableModel) -> None:

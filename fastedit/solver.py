@@ -90,11 +90,12 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> list[F
         One FitOutcome per edit.
     """
     size, device = stacked.size, stacked.flat.device
-    state = {
-        "exp_avg": workspace(stacked.flat, stacked.flat.shape).zero_(),
-        "exp_avg_sq": workspace(stacked.flat, stacked.flat.shape).zero_(),
-        "step": torch.zeros(size, dtype=torch.long, device=device),
-    }
+    with problem.phase("setup"):
+        state = {
+            "exp_avg": workspace(stacked.flat, stacked.flat.shape).zero_(),
+            "exp_avg_sq": workspace(stacked.flat, stacked.flat.shape).zero_(),
+            "step": torch.zeros(size, dtype=torch.long, device=device),
+        }
     active = torch.ones(size, dtype=torch.bool, device=device)
     status = ["max_steps"] * size
     record = torch.full((size, 2), float("nan"), dtype=torch.float64, device=device)

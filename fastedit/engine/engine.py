@@ -27,7 +27,6 @@ from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.views import TrainingView, ViewSource
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import EditPlan, resolve
-from fastedit.ops import release_workspaces
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome, SolverConfig, fit
 
@@ -114,10 +113,7 @@ def edit(
     work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype, kept)
 
     run_mode = _single if mode == "single" else _sequential
-    try:
-        outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
-    finally:
-        release_workspaces()
+    outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
     notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
     scores = summarise(scored, seed=seed) if evaluate else {}
     return Run(work.deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
@@ -194,7 +190,8 @@ def _fit(work: _Work, chosen: range, committed: EditDelta | None) -> tuple[list[
     with work.timer.phase("encode"):
         views = [work.views.views(index, objective.roles) for index in chosen]
     prepared = prepare(work.model, work.spec, views, work.timer)
-    stacked = new_stack(work.spec, len(views), dtype=work.delta_dtype, device=work.model.device)
+    with work.timer.phase("setup"):
+        stacked = new_stack(work.spec, len(views), dtype=work.delta_dtype, device=work.model.device)
     with ExitStack() as entered:
         held = entered.enter_context(held_inputs(work.model, *split_point(work.spec)))
         holder = entered.enter_context(installed(work.model, stacked, Rows()))

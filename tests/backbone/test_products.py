@@ -7,7 +7,7 @@ from torch import nn
 import fastedit
 from fastedit import _native
 from fastedit.backbone import products
-from fastedit.backbone.products import OneDnnLinear, choose_linear, use_onednn
+from fastedit.backbone.products import OneDnnLinear, choose_linear, torch_products, use_onednn
 from fastedit.requests import Query
 from fastedit.testing import assert_close
 
@@ -58,6 +58,20 @@ def test_subclasses_keep_their_own_forward():
     assert use_onednn(layers) == 1
     assert type(layers[0]) is Other
     assert isinstance(layers[1], OneDnnLinear)
+
+
+def test_the_stock_model_is_back_inside_the_block():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    use_onednn(layers)
+    inside = []
+    try:
+        with torch_products(layers):
+            inside.append(type(layers[0]))
+            raise KeyError
+    except KeyError:
+        pass
+    assert inside == [nn.Linear]
+    assert type(layers[0]) is OneDnnLinear
 
 
 def test_choice(monkeypatch):

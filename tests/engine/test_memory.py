@@ -109,8 +109,12 @@ def test_a_folder_with_deltas_is_not_mixed_with_others(
         StoredDeltas(tmp_path)
 
 
-def test_a_run_leaves_no_workspace_behind(exact_model: EditableModel, edits: list[EditRequest]) -> None:
+def test_memory_that_ran_out_is_given_back_before_the_next_try(
+    exact_model: EditableModel, edits: list[EditRequest], small_memory: list[int]
+) -> None:
     large = fastedit.ops.workspace(torch.zeros(0), (4 << 20,))
     del large
-    run(exact_model, edits[:1])
+    with pytest.warns(RuntimeWarning):
+        run(exact_model, edits[:3])
+    assert small_memory == [3, 1, 1, 1]
     assert fastedit.ops.release_workspaces() == 0
