@@ -31,7 +31,8 @@ class Case:
         dtype, quantize, device, attention: of the model.
         words: words of a made-up question, for longer rows.
         evaluate: score the edits as well, and count that time.
-        baselines: "plain_loop", "peft", "plain_onednn" (the plain loop multiplying as the engine does); the first is what ratios refer to.
+        baselines: "plain_loop", "peft", "plain_onednn" (the plain loop multiplying as the engine does); the first is
+            what ratios refer to.
         repeats: timed runs of each implementation.
         gate_model: model of the float64 equality check where the case's own is too large for it; "" is the case's own.
         options: further fields of the method's config.

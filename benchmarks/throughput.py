@@ -127,7 +127,7 @@ def make_case(name: str, changes: dict[str, Any], baselines: str | None) -> Case
         made = replace(made, baselines=())
     elif made.method != "lora":
         made = replace(made, baselines=tuple(b for b in made.baselines if b != "peft"))
-    known = ("plain_loop", "peft")
+    known = ("plain_loop", "peft", "plain_onednn")
     for baseline in made.baselines:
         if baseline not in known:
             raise ValueError(f"throughput: baselines are {', '.join(known)} (got {baseline!r})")

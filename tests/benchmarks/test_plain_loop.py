@@ -140,4 +140,4 @@ def test_deltas_of_the_loop_apply_to_the_model(exact: EditableModel, two_edits: 
 
 
 def test_every_implementation_has_a_name() -> None:
-    assert set(IMPLEMENTATIONS) == {"engine", "plain_loop", "peft"}
+    assert set(IMPLEMENTATIONS) == {"engine", "plain_loop", "peft", "plain_onednn"}
