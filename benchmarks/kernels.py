@@ -80,6 +80,7 @@ def extra_memory(stem: str, name: str, implementation: str) -> float:
 def _release() -> None:
     """Give freed memory back to the system, where the C library can."""
     gc.collect()
+    ops.release_workspaces()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:

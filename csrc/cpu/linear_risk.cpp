@@ -166,8 +166,19 @@ struct Work {
 
 // One chunk's part of a token's risk.
 struct Part {
-  double lse, mean, drift, value, env_grad, drift_mean;
+  double lse, mean, drift, value, env_grad, drift_mean, lse_r;
 };
+
+// Logits below are -inf lifted to a finite floor: differences from them have no digits left.
+constexpr double kClosed = -1e14;
+
+template <class A>
+double log_sum_exp(const A* r, int64_t n) {
+  const double top = *std::max_element(r, r + n);
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += std::exp(r[i] - top);
+  return top > kClosed ? top + std::log(sum) : kClosed;
+}
 
 // Accumulates the chunks of one token. Scalars in double: there are few chunks.
 template <RiskKind kind, class A>
@@ -175,16 +186,18 @@ struct Token {
   std::vector<Part> parts;
   double label_logit = 0;
 
-  void add(const TokenRisk<A>& risk) {
+  void add(const TokenRisk<A>& risk, const A* r, int64_t columns) {
     const RiskStats<A>& s = risk.stats;
-    Part part{s.max + std::log(static_cast<double>(s.sum)), s.mean, 0, risk.value, risk.env_grad, 0};
+    Part part{s.max + std::log(static_cast<double>(s.sum)), s.mean, 0, risk.value, risk.env_grad, 0, 0};
     if constexpr (kind == RiskKind::reverse_kl) {
       // KL(p_c || q_c) = E_c[z - r] - lse_z + lse_r
       part.drift_mean = s.fourth;
       part.drift = part.drift_mean - part.value;
+      part.lse_r = part.lse > kClosed ? part.lse - part.drift : log_sum_exp(r, columns);
     }
     if constexpr (kind == RiskKind::forward_kl) {
-      part.drift = part.lse - (s.fourth + std::log(static_cast<double>(s.fifth)));
+      part.lse_r = s.fourth + std::log(static_cast<double>(s.fifth));
+      part.drift = part.lse - part.lse_r;
     }
     parts.push_back(part);
   }
@@ -195,14 +208,14 @@ struct Token {
   };
 
   Result finish() const {
-    double top = parts[0].lse, top_r = parts[0].lse - parts[0].drift, sum = 0, sum_r = 0, mean = 0;
+    double top = parts[0].lse, top_r = parts[0].lse_r, sum = 0, sum_r = 0, mean = 0;
     for (const Part& c : parts) {
       top = std::max(top, c.lse);
-      top_r = std::max(top_r, c.lse - c.drift);
+      top_r = std::max(top_r, c.lse_r);
     }
     for (const Part& c : parts) {
       sum += std::exp(c.lse - top);
-      sum_r += std::exp(c.lse - c.drift - top_r);
+      sum_r += std::exp(c.lse_r - top_r);
     }
     for (const Part& c : parts) mean += std::exp(c.lse - top) / sum * c.mean;
     Result out{};
@@ -217,7 +230,7 @@ struct Token {
     double within = 0, env = 0, drift = 0, between = 0, drift_mean = 0;
     // pi of the chunks for reverse_kl, rho for forward_kl, and the mean under it of the chunks' drift
     const auto weight = [&](const Part& c) {
-      return kind == RiskKind::reverse_kl ? std::exp(c.lse - top) / sum : std::exp(c.lse - c.drift - top_r) / sum_r;
+      return kind == RiskKind::reverse_kl ? std::exp(c.lse - top) / sum : std::exp(c.lse_r - top_r) / sum_r;
     };
     for (const Part& c : parts) {
       within += weight(c) * c.value;
@@ -230,7 +243,9 @@ struct Token {
     double farthest = 0;
     for (const Part& c : parts) {
       between += weight(c) * std::expm1(std::min(kFar, sign * (c.drift - drift)));
-      if (weight(c) > 0 || c.lse > top + std::log(1e-300)) farthest = std::max(farthest, sign * (c.drift - drift));
+      // a chunk that only the other distribution has any of counts too
+      const double other = kind == RiskKind::reverse_kl ? c.lse_r - top_r : c.lse - top;
+      if (weight(c) > 0 || other > std::log(1e-300)) farthest = std::max(farthest, sign * (c.drift - drift));
     }
     const double lead = top + std::log(sum) - top_r - std::log(sum_r);
     out.value = within + (farthest > kFar ? sign * (lead - drift) : std::log1p(between));
@@ -276,7 +291,8 @@ void forward(Work& work, const Tokens& kept, const int64_t* labels, Tensor& valu
       for (int64_t i = begin; i < end; ++i) {
         Token<kind, A>& token = tokens[first + i];
         const A* own = z + i * stride;
-        token.add(FASTEDIT_SIMD(token_risk, (kind, A, A), own, r ? r + i * stride : nullptr, int64_t{0}, columns));
+        const A* other = r ? r + i * stride : nullptr;
+        token.add(FASTEDIT_SIMD(token_risk, (kind, A, A), own, other, int64_t{0}, columns), other, columns);
         if (!labels) continue;
         const int64_t label = labels[kept.places[first + i]] - column;
         if (label >= 0 && label < columns) token.label_logit = own[label];

@@ -251,7 +251,7 @@ def test_impossible_tokens(provider, kind, available):
     if kind == "ce":
         inputs[3] = torch.full_like(inputs[3], 250)
     else:
-        inputs[5] = torch.where(closed | first, infinite, inputs[5])
+        inputs[5] = torch.where(closed | first if kind == "forward_kl" else closed, infinite, inputs[5])
     goals = reference.linear_risk(*_wide(inputs))
     on = torch.ones(2)
     goal_grads = reference.linear_risk_backward(
