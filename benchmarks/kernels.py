@@ -37,6 +37,7 @@ from benchmarks.kernel_timing import OURS, Clock, Contexts, extra_on_device, run
 from benchmarks.memory import _reset_peak, _status_mib
 from benchmarks.record import Row
 from benchmarks.roofline import measure_peak
+from fastedit import ops
 from fastedit.engine import provenance
 from fastedit.engine.flops import Peak
 
