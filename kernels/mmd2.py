@@ -7,33 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.kernels.low_rank import _product, _tile, _tiles
+
 BLOCK_T = 16  # rows of one sample that a program works on, and rows they are compared with at a time
 BLOCK_D = 32  # features read at a time
-
-
-@triton.jit
-def _product(a, b, acc, USE_DOT: tl.constexpr):
-    # (M, K) (K, N) added to acc. Tensor cores have no float64 on every target, so that goes by broadcasting.
-    if USE_DOT:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return acc + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-
-
-@triton.jit
-def _tile(offsets, groups, pid, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
-    # Tiles are counted group by group; every program finds its own among the cumulated counts.
-    index = tl.arange(0, BLOCK_B)
-    start = tl.load(offsets + index, mask=index < groups, other=0)
-    stop = tl.load(offsets + index + 1, mask=index < groups, other=0)
-    tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
-    until = tl.cumsum(tiles, axis=0)
-    group = tl.sum((until <= pid).to(tl.int32), axis=0)
-    own = index == group
-    before = tl.sum(tl.where(own, until - tiles, 0), axis=0)
-    first = tl.sum(tl.where(own, start, 0), axis=0) + (pid - before) * BLOCK_T
-    last = tl.sum(tl.where(own, stop, 0), axis=0)
-    return group.to(tl.int64), first, last
 
 
 @triton.jit
@@ -286,11 +263,6 @@ def _prepare(
         grid = (groups, triton.cdiv(d, settings["BLOCK_D"]))
         _centre_kernel[grid](x, y, x_offsets, y_offsets, centre, d, *x.stride(), *y.stride(), **shared)
     return centre, beta, 0 if beta.dim() == 1 else beta.shape[1], settings
-
-
-def _tiles(rows: int, groups: int, block: int) -> int:
-    # every group leaves at most one block unfilled; programs beyond the last tile return at once
-    return triton.cdiv(rows, block) + groups
 
 
 def mmd2(
