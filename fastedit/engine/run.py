@@ -82,6 +82,8 @@ class Run:
         if isinstance(self.deltas, StoredDeltas):
             if self.deltas.folder.resolve() != (folder / "deltas").resolve():
                 shutil.copytree(self.deltas.folder, folder / "deltas")
+            # of an earlier run: load would take it for this one's
+            (folder / "deltas.safetensors").unlink(missing_ok=True)
         else:
             save_deltas(self.deltas, folder / "deltas.safetensors")
         partial = folder / "scores.json.partial"
@@ -100,7 +102,7 @@ class Run:
         folder = Path(folder)
         data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         deltas: Sequence[EditDelta]
-        if (folder / "deltas").is_dir():
+        if (folder / "deltas").is_dir() and not (folder / "deltas.safetensors").exists():
             deltas = StoredDeltas(folder / "deltas")
             ids = deltas.request_ids
         else:

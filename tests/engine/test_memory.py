@@ -89,6 +89,17 @@ def test_deltas_in_files_are_those_in_memory(
         assert again.scores.keys() == stored.scores.keys()
 
 
+def test_what_an_earlier_run_left_in_a_folder_is_not_loaded(
+    exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
+) -> None:
+    kept = run(exact_model, edits[:2])
+    stored = run(exact_model, edits[:2], steps=1, deltas_folder=tmp_path / "deltas")
+    for saved in (kept, stored, kept):
+        again = Run.load(saved.save(tmp_path))
+        assert largest_difference(list(again.deltas), list(saved.deltas)) == 0
+    assert largest_difference(list(kept.deltas), list(stored.deltas)) > 0
+
+
 def test_sequential_deltas_go_to_files_too(
     exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
 ) -> None:
