@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastedit.backbone import EditableModel, Encoded, Site
+from fastedit.backbone.products import torch_products
 from fastedit.deltas import DeltaSpec
 from fastedit.solver import FitOutcome
 
@@ -193,7 +194,8 @@ class FlopCounter:
         """Operations of the vision side on every distinct image of the rows.
 
         Counted by running the model's own vision side once per shape of image under ``torch.utils.flop_counter``, so
-        every tower and projector is counted from its modules, attention by its dense products.
+        every tower and projector is counted from its modules, attention by its dense products. The counter knows
+        torch's own products, not oneDNN's.
         """
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -206,7 +208,8 @@ class FlopCounter:
             shape += tuple((name, tuple(t.flatten().tolist())) for name, t in image.tensors.items() if t.numel() <= 8)
             if shape not in self._vision:
                 # The plain backend decomposes into products that the counter knows on every device.
-                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+                counted = FlopCounterMode(display=False)
+                with torch.no_grad(), torch_products(self.model.hf), sdpa_kernel(SDPBackend.MATH), counted:
                     self.model.adapter.image_features([image])
                 self._vision[shape] = int(counted.get_total_flops())
             total += self._vision[shape]

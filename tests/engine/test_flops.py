@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastedit.backbone import EditableModel, Encoded, load
+from fastedit.backbone.products import OneDnnLinear
 from fastedit.deltas import DeltaSpec
 from fastedit.engine.flops import FlopCounter, NecessaryFlops, Peak, nfu
 from fastedit.requests import Query
@@ -186,6 +187,20 @@ def test_text_only_rows_have_no_vision() -> None:
     model = load(MODELS[0], linear="torch")
     encoded = model.encode([Query("what is red", None, "a cup")], answers=True)
     assert FlopCounter(model, feed_forward(model, [0])).vision(encoded) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vision_counts_products_whoever_multiplies(name: str) -> None:
+    # oneDNN's products are unknown to torch's counter: the tower would nearly vanish.
+    try:
+        served = load(name, linear="onednn")
+    except ValueError:
+        pytest.skip("torch without oneDNN")
+    counts = []
+    for model in (load(name, linear="torch"), served):
+        counts.append(FlopCounter(model, feed_forward(model, [0])).vision(encode(model)))
+    assert counts[0] == counts[1] > 0
+    assert any(type(module) is OneDnnLinear for module in served.hf.modules()), "the model multiplies as before"
 
 
 def test_nfu_is_one_at_the_peak() -> None:
