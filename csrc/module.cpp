@@ -49,5 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return name(fastedit::current_isa()); }, "Instruction set in use.");
   m.def("release_kept_memory", &fastedit::release_kept_memory,
         "Give memory kept for large results back to the system; returns its bytes.");
+  m.def("keep_freed_memory", &fastedit::keep_freed_memory,
+        "Let the C library keep freed memory up to so many bytes; false where it cannot.");
   m.def("use_isa", &use_isa, "Choose an instruction set, for tests.");
 }

@@ -84,6 +84,11 @@ def release_kept_memory() -> int:
     return 0 if LIBRARY is None else int(LIBRARY.release_kept_memory())
 
 
+def keep_freed_memory(limit_bytes: int) -> bool:
+    """Let the C library keep freed memory up to so many bytes; False where it cannot, or without a library."""
+    return LIBRARY is not None and bool(LIBRARY.keep_freed_memory(limit_bytes))
+
+
 def use_instruction_set(name: str) -> None:
     """Choose the instruction set of the compiled kernels; for tests and benchmarks.
 

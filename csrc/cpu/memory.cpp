@@ -7,11 +7,16 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
 #include <new>
 #include <vector>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace fastedit {
 namespace {
@@ -113,7 +118,23 @@ at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
 }
 
 int64_t release_kept_memory() {
-  return Kept::get().release();
+  const int64_t bytes = Kept::get().release();
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+  return bytes;
+}
+
+bool keep_freed_memory([[maybe_unused]] int64_t bytes) {
+#if defined(__GLIBC__)
+  // what glibc before 2.35 allows; later ones take any
+  constexpr int kLargest = 32 << 20;
+  const int limit = static_cast<int>(std::min<int64_t>(bytes, std::numeric_limits<int>::max()));
+  if (mallopt(M_TRIM_THRESHOLD, limit) == 0) return false;
+  return mallopt(M_MMAP_THRESHOLD, limit) != 0 || mallopt(M_MMAP_THRESHOLD, std::min(limit, kLargest)) != 0;
+#else
+  return false;
+#endif
 }
 
 TORCH_LIBRARY_IMPL(fastedit, CPU, m) {

@@ -12,7 +12,12 @@ namespace fastedit {
 // first touch of a plane of logits costs as much as computing what is written there, at every step of every edit.
 at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Gives kept memory back to the system; returns its bytes.
+// Gives kept memory back to the system, and what the C library keeps; returns the bytes of the former.
 int64_t release_kept_memory();
+
+// Lets the C library keep freed memory up to so many bytes instead of giving it back, and take blocks up to that size
+// from it: activations are freed and taken again at every step, and every page given back costs a fault when it is
+// touched again. For the whole process. False where the C library is not glibc, or refuses.
+bool keep_freed_memory(int64_t bytes);
 
 }  // namespace fastedit

@@ -10,13 +10,14 @@ from fastedit.ops.mmd2 import mmd2
 from fastedit.ops.nearest_keys import nearest_keys
 from fastedit.ops.risk import Kind, risk
 from fastedit.ops.topk_agreement import topk_agreement
-from fastedit.ops.workspace import release_workspaces, workspace
+from fastedit.ops.workspace import keep_freed_memory, release_workspaces, workspace
 
 __all__ = [
     "Activation",
     "Kind",
     "adam_step_",
     "implementations",
+    "keep_freed_memory",
     "key_value",
     "linear_risk",
     "low_rank",

@@ -1,5 +1,6 @@
 """``workspace``: large buffers whose memory is used again once they are dropped."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from fastedit import _native
 from fastedit.ops._library import define, fail
 from fastedit.reference import workspace as reference
+
+MALLOC = "FASTEDIT_MALLOC"
 
 define("workspace", "(Tensor like, SymInt[] size) -> Tensor", reference.workspace, reference.workspace)
 
@@ -32,5 +35,28 @@ def workspace(like: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def release_workspaces() -> int:
-    """Give the memory kept on the CPU back to the system; return its bytes."""
+    """Give the memory kept on the CPU back to the system, the C library's too; return the bytes of dropped buffers."""
     return _native.release_kept_memory()
+
+
+def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
+    """Let the C library keep freed memory for what is allocated next; return whether it does from now on.
+
+    glibc gives freed blocks of some MiB back to the system, and every page of the next one is a fault: activations are
+    freed and taken again at every step of a fit. This holds for the whole process and cannot be taken back;
+    ``release_workspaces`` gives what is kept at the time back. The environment variable ``FASTEDIT_MALLOC=system``
+    leaves the C library as it is.
+
+    Args:
+        limit_bytes: most that is kept, and the largest block that is taken from it.
+    Returns:
+        False where the variable says so, the C library is not glibc, or there is no compiled library.
+    Raises:
+        ValueError: a limit that is not positive, or another value of the variable.
+    """
+    if limit_bytes < 1:
+        fail("keep_freed_memory", "limit_bytes is positive", limit_bytes=limit_bytes)
+    wanted = os.environ.get(MALLOC, "") or "keep"
+    if wanted not in ("keep", "system"):
+        fail("keep_freed_memory", f"{MALLOC} is keep or system", FASTEDIT_MALLOC=wanted)
+    return wanted == "keep" and _native.keep_freed_memory(limit_bytes)

@@ -1,9 +1,14 @@
 """The op workspace: memory of dropped buffers serves later ones, and never two at once."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fastedit import ops
+from fastedit import _native, ops
 from fastedit.testing import providers
 
 SHAPES = ((3, 5), (0,), (0, 7), (), (1, 1), (1000, 3001))
@@ -51,3 +56,74 @@ def test_release_returns_bytes():
     del buffer
     served = ops.implementations()["workspace"]["cpu"]
     assert ops.release_workspaces() == (16 << 20 if served == "csrc" else 0)
+
+
+# Page faults of fifty more allocations of 8 MB, all touched, once a few have been freed; then resident MiB before and
+# after giving back what is kept
+FAULTS = """
+import resource, torch
+from fastedit import ops
+torch.set_num_threads(1)
+kept = ops.keep_freed_memory()
+def touch():
+    parts = [torch.empty(2 << 20).fill_(1) for _ in range(3)]
+for _ in range(5):
+    touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    touch()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) // 256
+held = resident()
+ops.release_workspaces()
+print(kept, faults, held - resident())
+"""
+
+
+def faults(malloc: str) -> tuple[str, int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "FASTEDIT_MALLOC": malloc},
+    )
+    kept, count, given_back = done.stdout.split()
+    return kept, int(count), int(given_back)
+
+
+needs_glibc = pytest.mark.skipif(
+    _native.LIBRARY is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
+    reason="needs the compiled library and glibc",
+)
+
+
+@needs_glibc
+def test_freed_memory_is_kept_and_given_back_when_asked():
+    kept, count, given_back = faults("")
+    assert kept == "True"
+    # 6144 pages would be touched anew each of the fifty times
+    assert count < 100
+    assert given_back >= 20
+
+
+@needs_glibc
+def test_the_variable_leaves_the_c_library_alone():
+    kept, count, _ = faults("system")
+    assert kept == "False"
+    assert count > 10_000
+
+
+def test_refused_limits_and_variables(monkeypatch):
+    with pytest.raises(ValueError, match=r"keep_freed_memory: limit_bytes is positive \(got limit_bytes=0\)"):
+        ops.keep_freed_memory(0)
+    monkeypatch.setenv("FASTEDIT_MALLOC", "jemalloc")
+    with pytest.raises(ValueError, match=r"FASTEDIT_MALLOC is keep or system \(got FASTEDIT_MALLOC='?jemalloc"):
+        ops.keep_freed_memory()
+
+
+def test_without_a_compiled_library_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(_native, "LIBRARY", None)
+    assert ops.keep_freed_memory() is False
