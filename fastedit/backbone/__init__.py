@@ -1,6 +1,7 @@
 """Backbones: Hugging Face multimodal models behind one interface, split into prefix and tail at any layer."""
 
 from .adapters import FAMILIES, Adapter
+from .expansion import expanded_layers
 from .fingerprint import weights_hash
 from .hold import Held, held_inputs
 from .loading import load
@@ -19,6 +20,7 @@ __all__ = [
     "ImageInputs",
     "PrefixState",
     "Site",
+    "expanded_layers",
     "held_inputs",
     "load",
     "weights_hash",

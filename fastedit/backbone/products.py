@@ -50,10 +50,17 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., d_in) times the weights: (..., d_out)."""
-        few = x.numel() < _FEW_ROWS * self.in_features
-        if few or x.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.requires_grad:
+        if self.weight.requires_grad:
             return super().forward(x)
-        return onednn_product(x, self.weight, self.bias)
+        return frozen_product(x, self.weight, self.bias, "onednn")
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, by: str) -> Tensor:
+    """Return x (..., i) times a constant weight (o, i), plus a constant bias: by "torch", or "onednn" where it can."""
+    few = x.numel() < _FEW_ROWS * weight.shape[1]
+    if by == "torch" or few or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return nn.functional.linear(x, weight, bias)
+    return onednn_product(x, weight, bias)
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

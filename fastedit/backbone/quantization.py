@@ -16,7 +16,7 @@ from .random_models import EmptyOnMeta
 QUANTIZATIONS: tuple[str, ...] = ("none", "nf4", "int8")
 
 
-def _bitsandbytes() -> Any:
+def library() -> Any:
     """Import bitsandbytes, or say what to install."""
     # On import it warns about a kernel package that it would fetch from the network and does not need.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -52,7 +52,7 @@ class Quantizer:
         self._kept_layers = {entry for entry in keep if isinstance(entry, int)}
         self.skipped += [entry for entry in keep if isinstance(entry, str)]
         if self.active:
-            self._library = _bitsandbytes()
+            self._library = library()
 
     @property
     def active(self) -> bool:
