@@ -31,8 +31,8 @@ class Case:
         dtype, quantize, device, attention: of the model.
         words: words of a made-up question, for longer rows.
         evaluate: score the edits as well, and count that time.
-        baselines: "plain_loop", "peft", "plain_onednn" (the plain loop multiplying as the engine does); the first is
-            what ratios refer to.
+        baselines: "plain_loop", "peft", "plain_onednn" (the plain loop multiplying as the engine does), or the engine
+            run otherwise (see ``variants``); the first is what ratios refer to.
         repeats: timed runs of each implementation.
         gate_model: model of the float64 equality check where the case's own is too large for it; "" is the case's own.
         options: further fields of the method's config.
@@ -106,6 +106,9 @@ _LARGE_LORA = _LARGE | {"method": "lora"}
 #: Weights, gradients and both moments of an edit of a 7B model are 4 to 7 GB: a batch of 32 fits no GPU.
 _LARGE_FT = _LARGE | {"edits": 16, "batch_size": 8}
 _STEPS_20: dict[str, Any] = {"steps": 20, "edits": 16, "batch_size": 16}
+_REPHRASED: Mapping[str, Any] = {"kl_rephrases": True}
+#: NLL + KL on the views that ODEdit is fitted on
+_KL_REPHRASED = "engine:kl+lora/kl_rephrases=true"
 
 CASES: Mapping[str, Case] = {
     case.name: case
@@ -122,8 +125,27 @@ CASES: Mapping[str, Case] = {
         Case("lora-last2-bf16", method="lora", dtype="bfloat16", **_STEPS_20),
         Case("ft-last2-bf16", dtype="bfloat16", **_STEPS_20),
         Case("lora-last2-nf4", method="lora", quantize="nf4", **_STEPS_20),
+        Case("lora-last2-after-image", method="lora", options={"positions": "after_image"}, **_STEPS_20),
+        # What an objective costs: beside another on the same five views, in the same run
+        Case("kl-lora-last2", method="kl+lora", options=_REPHRASED, baselines=("engine:lora",), **_STEPS_20),
+        Case("odedit-lora-last2", method="odedit+lora", baselines=(_KL_REPHRASED, "engine:lora"), **_STEPS_20),
+        # What a dtype or quantization costs: the same edits, both models in memory
+        Case("lora-last2-fp32-of-bf16", method="lora", dtype="bfloat16", baselines=("engine@float32",), **_STEPS_20),
+        Case("lora-last2-fp32-of-nf4", method="lora", quantize="nf4", baselines=("engine@float32",), **_STEPS_20),
         Case("pocket-ft", "pocket-llava", "pocket-vqa", layers=1, steps=20, stop_loss=0.02, edits=64, batch_size=64),
         Case("pocket-lora", "pocket-llava", "pocket-vqa", "lora", steps=20, stop_loss=0.02, edits=64, batch_size=64),
+        # Batch scaling in one run: a rate is per edit, so that the singles may be fewer
+        Case(
+            "pocket-lora-256",
+            "pocket-llava",
+            "pocket-vqa",
+            "lora",
+            steps=20,
+            stop_loss=0.02,
+            edits=256,
+            batch_size=64,
+            baselines=("engine/batch=1/edits=32",),
+        ),
         Case("llava-1.5-7b-lora", "random:llava-1.5-7b", gate_model="random:llava-tiny", **_LARGE_LORA),
         Case("qwen2.5-vl-7b-lora", "random:qwen2.5-vl-7b", gate_model="random:qwen2.5vl-tiny", **_LARGE_LORA),
         Case("blip2-opt-2.7b-lora", "random:blip2-opt-2.7b", gate_model="random:blip2-tiny", **_LARGE_LORA),
@@ -232,24 +254,57 @@ def edits_of(case: Case) -> list[EditRequest]:
     return found
 
 
+#: Baselines that are no form of the engine, and the methods that each can fit.
+PLAIN_BASELINES: Mapping[str, tuple[str, ...]] = {
+    "plain_loop": ("ft", "lora"),
+    "peft": ("lora",),
+    "plain_onednn": ("ft", "lora"),
+}
+
+
+def can_fit(baseline: str, case: Case) -> bool:
+    """Whether a baseline can do the work of a case: only the engine has objectives beyond the plain one."""
+    if baseline not in PLAIN_BASELINES:
+        return True
+    # Peft's adapters act at every position.
+    everywhere = (case.options or {}).get("positions") != "after_image"
+    return case.method in PLAIN_BASELINES[baseline] and (baseline != "peft" or everywhere)
+
+
+def one_batch(case: Case) -> int:
+    """Edits of a batch of the engine; at least two where locality views are drawn from a run's other edits."""
+    return min(case.edits, max(case.batch_size, 2 if "+" in case.method else 1))
+
+
+def fitting(case: Case) -> Case:
+    """The case with only the baselines that can do its work."""
+    return replace(case, baselines=tuple(name for name in case.baselines if can_fit(name, case)))
+
+
+_SWEPT_NUMBERS = ("layers", "edits", "batch_size", "words", "steps")
+_SWEPT_TEXTS = ("model", "method", "quantize", "dtype")
+
+
 def sweep(case: Case, field: str, values: Sequence[str]) -> list[Case]:
-    """One case per value of a field, named after it.
+    """One case per value of a field, named after it; baselines that cannot do a value's work are left out.
 
     Raises:
         ValueError: no such field, or a value that it cannot take.
     """
-    kinds = {"layers": int, "edits": int, "batch_size": int, "words": int, "steps": int}
-    texts = {"model", "method", "quantize", "dtype"}
-    if field not in kinds and field not in texts:
-        raise ValueError(f"sweep: field is one of {', '.join(sorted([*kinds, *texts]))} (got {field!r})")
+    if field not in _SWEPT_NUMBERS and field not in _SWEPT_TEXTS:
+        known = ", ".join(sorted([*_SWEPT_NUMBERS, *_SWEPT_TEXTS]))
+        raise ValueError(f"sweep: field is one of {known} (got {field!r})")
     made = []
     for value in values:
-        converted = kinds[field](value) if field in kinds else value
+        if field in _SWEPT_NUMBERS and not value.isdigit():
+            raise ValueError(f"sweep: values of {field} are numbers (got {value!r})")
+        converted = int(value) if field in _SWEPT_NUMBERS else value
         changes: dict[str, Any] = {field: converted, "name": f"{case.name}/{field}={value}"}
         if field == "batch_size":
             # A batch is never larger than the number of edits.
             changes["edits"] = max(case.edits, int(value))
         if field == "model":
             changes["gate_model"] = GATE_MODELS.get(value, "")
-        made.append(replace(case, **changes))
+        made.append(fitting(replace(case, **changes)))
+        made[-1].plan()
     return made

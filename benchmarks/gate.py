@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,10 @@ import torch
 import fastedit
 from benchmarks import implementations
 from benchmarks.baselines.evaluation import stock_inputs, stock_model
-from benchmarks.baselines.plain_loop import beside
+from benchmarks.baselines.plain_loop import beside, first_slot
 from benchmarks.cases import GATE_MODELS, Case, edits_of, made_up_edits
 from benchmarks.outcome import Fitted
+from benchmarks.variants import same_work
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
 from fastedit.evaluation import EditScores
@@ -35,16 +36,27 @@ class GateReport:
     """What was found equal in float64.
 
     Args:
-        largest: implementation -> largest difference to the first baseline's deltas.
+        largest: implementation -> largest difference to the deltas of the reference.
         model: on which model.
+        reference: the baseline that the others were compared with.
     """
 
     largest: Mapping[str, float]
     model: str
+    reference: str = ""
+
+
+def compared(case: Case) -> list[str]:
+    """The implementations that must agree, the reference first and the engine last; empty without a baseline.
+
+    A form of the engine with another method or in another dtype does other work, and is left out.
+    """
+    names = [name for name in case.baselines if same_work(case, name)]
+    return [*names, implementations.ENGINE] if names else []
 
 
 def check_exact(case: Case) -> GateReport:
-    """Compare all implementations of a case with its first baseline on a couple of edits, in float64.
+    """Compare all implementations of a case that do the same work on a couple of edits, in float64.
 
     Deltas are equal to DELTA_TOLERANCE, fits end alike, and scores are equal where the case is evaluated. The model is
     the case's own, or its small stand-in of the same family.
@@ -52,16 +64,17 @@ def check_exact(case: Case) -> GateReport:
     Raises:
         GateError: something differs.
     """
-    if not case.baselines:
+    names = compared(case)
+    if not names:
         return GateReport({}, "")
-    names = [*case.baselines, implementations.ENGINE]
     name = case.gate_model or GATE_MODELS.get(case.model, case.model)
     exact = replace(case, model=name, dtype="float64", quantize="none", edits=EDITS, batch_size=EDITS)
     model = fastedit.load(exact.model, **exact.loading())
     edits = edits_of(exact) if name == case.model else made_up_edits(EDITS, seed=case.seed)
-    fitted = {each: implementations.IMPLEMENTATIONS[each](model, edits, exact) for each in names}
+    fitted = {each: implementations.run(each, model, edits, exact) for each in names}
     reference = fitted[names[0]]
-    return GateReport({each: compare(each, fitted[each], names[0], reference) for each in names[1:]}, name)
+    largest = {each: compare(each, fitted[each], names[0], reference) for each in names[1:]}
+    return GateReport(largest, name, names[0])
 
 
 def check_scores(case: Case, model: EditableModel) -> dict[str, float]:
@@ -72,15 +85,15 @@ def check_scores(case: Case, model: EditableModel) -> dict[str, float]:
     Raises:
         GateError: they are not.
     """
-    if not case.baselines:
+    names = compared(case)
+    if not names:
         return {}
-    names = [*case.baselines, implementations.ENGINE]
     small = replace(case, edits=EDITS, batch_size=EDITS, evaluate=False)
     edits = edits_of(small)
     right = {}
     for name in names:
-        deltas = implementations.IMPLEMENTATIONS[name](model, edits, small).deltas
-        right[name] = [_right_tokens(model, edit, delta) for edit, delta in zip(edits, deltas, strict=True)]
+        deltas = implementations.run(name, model, edits, small).deltas
+        right[name] = [right_tokens(model, edit, delta) for edit, delta in zip(edits, deltas, strict=True)]
     allowed = 0 if case.dtype in ("float32", "float64") and case.quantize == "none" else 1
     for name in names[1:]:
         for number, (found, wanted) in enumerate(zip(right[name], right[names[0]], strict=True)):
@@ -146,11 +159,18 @@ def _compare_scores(name: str, found: EditScores, reference_name: str, wanted: E
 
 
 @torch.no_grad()
-def _right_tokens(model: EditableModel, request: EditRequest, delta: EditDelta) -> tuple[int, int]:
+def right_tokens(model: EditableModel, request: EditRequest, delta: EditDelta) -> tuple[int, int]:
     """How many target tokens a stock forward with the delta predicts, of how many."""
     encoded = model.encode([request.query], answers=True)
     inputs = stock_inputs(model, encoded)
-    with beside(model, delta.spec, {part: tensor.to(model.device) for part, tensor in delta.tensors.items()}):
+    parts = {part: tensor.to(model.device) for part, tensor in delta.tensors.items()}
+    with beside(model, delta.spec, parts, first_slot(delta.spec, encoded)):
         logits = stock_model(model, inputs)(**inputs, use_cache=False).logits
     predicted, labels = logits[encoded.label_mask].argmax(-1), encoded.labels[encoded.label_mask]
     return int((predicted == labels).sum()), len(labels)
+
+
+def token_accuracy(model: EditableModel, edits: Sequence[EditRequest], deltas: Sequence[EditDelta]) -> float:
+    """Share of all target tokens that stock forwards with the deltas predict."""
+    right = [right_tokens(model, edit, delta) for edit, delta in zip(edits, deltas, strict=True)]
+    return sum(found for found, _ in right) / sum(n for _, n in right)

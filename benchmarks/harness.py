@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import fastedit
-from benchmarks import gate, memory, record
-from benchmarks.cases import Case, edits_of
-from benchmarks.implementations import ENGINE, IMPLEMENTATIONS, forget
+from benchmarks import gate, implementations, memory, record
+from benchmarks.cases import Case, edits_of, one_batch
+from benchmarks.implementations import ENGINE, forget
 from benchmarks.outcome import Fitted
 from benchmarks.record import Row
 from benchmarks.roofline import measure_peak
+from benchmarks.variants import as_run, is_variant
 from fastedit.backbone import EditableModel
+from fastedit.deltas import EditDelta
 from fastedit.engine import provenance
 from fastedit.engine.flops import FlopCounter, NecessaryFlops, Peak, nfu
 from fastedit.engine.views import ViewSource
@@ -24,6 +28,7 @@ from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome
 
 WARM_UP_STEPS = 2
+NOTHING = NecessaryFlops(0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -33,18 +38,32 @@ class Timed:
     Args:
         seconds: wall-clock time of each run over all edits.
         phases: seconds by phase of each run.
-        outcomes: how the fits ended (of the last run).
+        outcomes, deltas: how the fits ended, and what they made (of the last run).
         memory: None where it was not measured.
+        edits: how many a run makes.
+        necessary: operations of these edits. peak: of the machine, in the dtype of this implementation.
+        accuracy: share of the target tokens that its edits made right; None where it was not asked for.
     """
 
     seconds: list[float] = field(default_factory=list)
     phases: list[Mapping[str, float]] = field(default_factory=list)
     outcomes: Sequence[FitOutcome] = ()
+    deltas: Sequence[EditDelta] = ()
     memory: memory.PeakMemory | None = None
+    edits: int = 1
+    necessary: NecessaryFlops = NOTHING
+    peak: Peak | None = None
+    accuracy: float | None = None
 
-    def edits_per_s(self, edits: int) -> list[float]:
+    def edits_per_s(self) -> list[float]:
         """Of each run."""
-        return [edits / seconds for seconds in self.seconds]
+        return [self.edits / seconds for seconds in self.seconds]
+
+    def nfu(self) -> list[float]:
+        """Of each run, over the time of editing (evaluation is not counted)."""
+        assert self.peak is not None
+        spent = [s - phases.get("evaluation", 0.0) for s, phases in zip(self.seconds, self.phases, strict=True)]
+        return [nfu(self.necessary.total, seconds, self.peak) for seconds in spent]
 
     def phase_names(self) -> list[str]:
         """In order of first appearance."""
@@ -56,96 +75,157 @@ class Comparison:
     """A finished case.
 
     Args:
-        case: as it was run. gate: what was found equal. peak: of the machine, in this run.
-        load_s: seconds to load the model. necessary: operations of all edits.
+        case: as it was run. gate: what was found equal.
+        load_s: seconds to load the model. parameters: how many the model has.
         timed: implementation -> runs, in the order in which they alternated.
         device: "cpu" or "cuda". rows: everything of it, as rows.
     """
 
     case: Case
     gate: gate.GateReport
-    peak: Peak
     load_s: float
-    necessary: NecessaryFlops
+    parameters: int
     timed: Mapping[str, Timed]
     device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
 
-    def nfu(self, implementation: str) -> list[float]:
-        """Of each run, over the time of editing (evaluation is not counted)."""
-        runs = self.timed[implementation]
-        spent = [s - phases.get("evaluation", 0.0) for s, phases in zip(runs.seconds, runs.phases, strict=True)]
-        return [nfu(self.necessary.total, seconds, self.peak) for seconds in spent]
+    @property
+    def peak(self) -> Peak:
+        """Of the machine, in the dtype of the case."""
+        peak = self.timed[ENGINE].peak
+        assert peak is not None
+        return peak
+
+    @property
+    def necessary(self) -> NecessaryFlops:
+        """Operations of all edits of the case."""
+        return self.timed[ENGINE].necessary
 
 
-def run_case(case: Case, *, with_memory: bool = True, say: Callable[[str], None] = lambda _line: None) -> Comparison:
+class Models:
+    """The case's model, and those of variants in another dtype, each loaded once.
+
+    Args:
+        case: whose model.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._loaded: dict[str, EditableModel] = {}
+
+    def of(self, implementation: str) -> EditableModel:
+        """The model that an implementation runs on."""
+        wanted = as_run(self.case, implementation)
+        key = json.dumps(wanted.loading())
+        if key not in self._loaded:
+            self._loaded[key] = fastedit.load(wanted.model, **wanted.loading())
+        return self._loaded[key]
+
+
+def run_case(
+    case: Case,
+    *,
+    with_memory: bool = True,
+    gate_with: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _line: None,
+) -> Comparison:
     """Run a case from start to end.
 
     Args:
         case: what to run.
         with_memory: also measure peak memory, each implementation in a process of its own.
+        gate_with: baselines that the gate compares with but that are not timed.
         say: told what happens now, in a few words.
     Raises:
         gate.GateError: implementations disagree; nothing was timed.
     """
     case.plan()
     edits = edits_of(case)
+    gated = replace(case, baselines=(*gate_with, *case.baselines))
     say("checking that all implementations fit the same deltas")
-    report = gate.check_exact(case)
+    report = gate.check_exact(gated)
     gc.collect()
     say(f"loading {case.model}")
     # Libraries were imported for the check: only the model is timed.
+    models = Models(case)
     start = time.perf_counter()
-    model = fastedit.load(case.model, **case.loading())
+    model = models.of(ENGINE)
     load_s = time.perf_counter() - start
     say("checking that all implementations score alike")
-    gate.check_scores(case, model)
-    say("measuring the machine")
-    peak = measure_peak(case.dtype, model.device)
+    gate.check_scores(gated, model)
     names = [ENGINE, *case.baselines]
+    say("measuring the machine")
+    dtypes = {as_run(case, name).dtype for name in names}
+    peaks = {dtype: measure_peak(dtype, model.device) for dtype in dtypes}
     say("warming up")
-    _warm_up(model, edits, case, names)
+    _warm_up(models, edits, case)
     timed = {name: Timed() for name in names}
     for repeat in range(case.repeats):
         for name in names:
             say(f"run {repeat + 1} of {case.repeats}: {name}")
-            _run_once(model, edits, case, name, timed[name])
+            _run_once(models.of(name), edits, case, name, timed[name])
     # A peak is the most that was seen: a machine that was busy once does not lower it.
-    peak = max(peak, measure_peak(case.dtype, model.device), key=lambda each: each.matmul_gflop_per_s)
-    necessary = count_necessary(model, edits, case, timed[ENGINE].outcomes)
-    device = model.device.type
+    again = {dtype: measure_peak(dtype, model.device) for dtype in dtypes}
+    for name in names:
+        best = [found[as_run(case, name).dtype] for found in (peaks, again)]
+        timed[name].peak = max(best, key=lambda each: each.matmul_gflop_per_s)
+    _count_work(models, edits, case, timed)
+    device, parameters = model.device.type, count_parameters(model)
     if with_memory and device == "cuda":
         for name in names:
             say(f"peak memory: {name}")
-            timed[name].memory = memory.on_device(model, case, name)
+            timed[name].memory = memory.on_device(models.of(name), case, name)
     # The worker processes need the memory.
-    del model
+    del model, models
     gc.collect()
     if with_memory and device != "cuda":
         for name in names:
             say(f"peak memory: {name}")
             timed[name].memory = memory.measure(case, name)
-    found = Comparison(case, report, peak, load_s, necessary, timed, device)
+    found = Comparison(case, report, load_s, parameters, timed, device)
     found.rows = rows_of(found)
     return found
 
 
-def _warm_up(model: EditableModel, edits: Sequence[EditRequest], case: Case, names: Sequence[str]) -> None:
+def _warm_up(models: Models, edits: Sequence[EditRequest], case: Case) -> None:
     """A whole batch for the engine, one edit for the others: every code path and buffer size once."""
-    short = replace(case, steps=min(case.steps, WARM_UP_STEPS))
-    for name in names:
-        count = case.batch_size if name == ENGINE else 1
-        IMPLEMENTATIONS[name](model, edits[:count], short)
+    for name in (ENGINE, *case.baselines):
+        own = as_run(case, name)
+        count = one_batch(own) if name == ENGINE or is_variant(name) else 1
+        implementations.run(name, models.of(name), edits[:count], replace(case, steps=min(case.steps, WARM_UP_STEPS)))
 
 
 def _run_once(model: EditableModel, edits: Sequence[EditRequest], case: Case, name: str, timed: Timed) -> None:
     forget(model)
     gc.collect()
     start = time.perf_counter()
-    fitted: Fitted = IMPLEMENTATIONS[name](model, edits, case)
+    fitted: Fitted = implementations.run(name, model, edits, case)
     timed.seconds.append(time.perf_counter() - start)
     timed.phases.append(dict(fitted.seconds))
-    timed.outcomes = fitted.outcomes
+    timed.outcomes, timed.deltas, timed.edits = fitted.outcomes, fitted.deltas, len(fitted.deltas)
+
+
+def _count_work(models: Models, edits: Sequence[EditRequest], case: Case, timed: Mapping[str, Timed]) -> None:
+    """Necessary operations of everyone's edits; and how right they are where they may differ in that."""
+    other_dtypes = any(as_run(case, name).loading() != case.loading() for name in timed)
+    for name, runs in timed.items():
+        # Of what the engine does, the plain loops do no less: operations are counted by how the engine's fits ended.
+        ended = runs.outcomes if is_variant(name) else timed[ENGINE].outcomes
+        own = as_run(case, name)
+        runs.necessary = count_necessary(models.of(name), edits[: own.edits], own, ended)
+        if other_dtypes:
+            runs.accuracy = gate.token_accuracy(models.of(name), edits[: own.edits], runs.deltas)
+        # A full delta of every edit is much to hold on to.
+        runs.deltas = ()
+
+
+def count_parameters(model: EditableModel) -> int:
+    """How many parameters a model has; packed ones are counted as what they stand for."""
+    total = 0
+    for parameter in model.hf.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        total += parameter.numel() if shape is None else math.prod(shape)
+    return total
 
 
 def count_necessary(
@@ -156,7 +236,7 @@ def count_necessary(
     counter = FlopCounter(model, plan.method.spec(model, plan.config))
     objective = plan.objective.build(plan.objective_config, case.steps)
     source = ViewSource(edits, None, seed=case.seed)
-    total = NecessaryFlops(0, 0, 0, 0, 0)
+    total = NOTHING
     for first in range(0, len(edits), case.batch_size):
         batch = range(first, min(first + case.batch_size, len(edits)))
         views = [(i - first, view) for i in batch for view in source.views(i, objective.roles)]
@@ -184,11 +264,19 @@ def rows_of(found: Comparison) -> list[Row]:
         row("machine", "copy_bandwidth_gib_per_s", [found.peak.copy_gib_per_s]),
         row("machine", "necessary_gflop", [found.necessary.total / 1e9]),
         row("machine", "load_s", [found.load_s]),
+        row("machine", "parameters", [found.parameters]),
     ]
     for name, runs in found.timed.items():
-        rows.append(row(name, "edits_per_s", runs.edits_per_s(case.edits)))
+        rows.append(row(name, "edits_per_s", runs.edits_per_s()))
         rows.append(row(name, "run_s", runs.seconds))
-        rows.append(row(name, "nfu", found.nfu(name)))
+        rows.append(row(name, "nfu", runs.nfu()))
+        if is_variant(name):
+            rows.append(row(name, "necessary_gflop", [runs.necessary.total / 1e9]))
+            peak = runs.peak
+            if peak is not None and peak.dtype != found.peak.dtype:
+                rows.append(row(name, "matmul_peak_gflop_per_s", [peak.matmul_gflop_per_s]))
+        if runs.accuracy is not None:
+            rows.append(row(name, "token_accuracy", [runs.accuracy]))
         for phase in runs.phase_names():
             rows.append(row(name, f"phase_{phase}_s", [phases.get(phase, 0.0) for phases in runs.phases]))
         if runs.memory is not None:

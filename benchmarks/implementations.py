@@ -1,4 +1,4 @@
-"""The implementations that are compared, under one signature."""
+"""The implementations that are compared, under one signature; and the engine run otherwise, by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import fastedit
 from benchmarks.baselines import peft_loop, plain_loop
 from benchmarks.cases import Case
 from benchmarks.outcome import Fitted
+from benchmarks.variants import as_run, is_variant
 from fastedit.backbone import EditableModel
 from fastedit.backbone.products import torch_products
 from fastedit.requests import EditRequest
@@ -55,6 +56,19 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "peft": peft,
     "plain_onednn": plain_onednn,
 }
+
+
+def run(name: str, model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
+    """Run an implementation or a variant of the engine.
+
+    Args:
+        name: of the implementation.
+        model: the case's; for a variant with another dtype, that one's.
+        edits: of the case; a variant may take fewer.
+        case: as it is, also for a variant.
+    """
+    own = as_run(case, name)
+    return IMPLEMENTATIONS[ENGINE if is_variant(name) else name](model, edits[: own.edits], own)
 
 
 def forget(model: EditableModel) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     import _package  # noqa: F401
 
-from benchmarks.cases import Case, edits_of
+from benchmarks.cases import Case, edits_of, one_batch
+from benchmarks.variants import as_run, is_variant
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
@@ -57,16 +58,16 @@ def measure(case: Case, implementation: str, *, timeout_s: float = 600.0) -> Pea
 
 def _worker(case: Case, implementation: str) -> PeakMemory:
     import fastedit
-    from benchmarks.implementations import IMPLEMENTATIONS
+    from benchmarks import implementations
 
     small = _one_batch(case, implementation)
     edits = edits_of(small)
-    model = fastedit.load(small.model, **small.loading())
+    model = fastedit.load(small.model, **as_run(case, implementation).loading())
     if model.device.type == "cuda":
         return on_device(model, case, implementation)
     before = _status_mib("VmRSS")
     _reset_peak()
-    IMPLEMENTATIONS[implementation](model, edits, small)
+    implementations.run(implementation, model, edits, small)
     peak = _status_mib("VmHWM")
     return PeakMemory(peak, max(0.0, peak - before))
 
@@ -75,7 +76,9 @@ def _one_batch(case: Case, implementation: str) -> Case:
     """One batch of the engine; one edit is as much as the others ever hold."""
     from benchmarks.implementations import ENGINE
 
-    count = min(case.edits, case.batch_size) if implementation == ENGINE else 1
+    own = as_run(case, implementation)
+    batched = implementation == ENGINE or is_variant(implementation)
+    count = one_batch(own) if batched else 1
     return replace(case, edits=count, steps=min(case.steps, STEPS))
 
 
@@ -83,15 +86,15 @@ def on_device(model: EditableModel, case: Case, implementation: str) -> PeakMemo
     """Run one batch of a case's edits on a model that is on a GPU and return the peak of that GPU's memory."""
     import torch
 
-    from benchmarks.implementations import IMPLEMENTATIONS, forget
+    from benchmarks import implementations
 
     small = _one_batch(case, implementation)
     edits = edits_of(small)
-    forget(model)
+    implementations.forget(model)
     gc.collect()
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
-    IMPLEMENTATIONS[implementation](model, edits, small)
+    implementations.run(implementation, model, edits, small)
     peak = torch.cuda.max_memory_allocated(model.device)
     return PeakMemory(peak / 2**20, (peak - before) / 2**20)
 

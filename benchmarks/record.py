@@ -30,6 +30,8 @@ METRICS: Mapping[str, str] = {
     "copy_bandwidth_gib_per_s": "GiB/s",
     "copy_fraction": "1",
     "matmul_fraction": "1",
+    "parameters": "1",
+    "token_accuracy": "1",
 }
 PHASE_METRIC = re.compile(r"phase_[a-z0-9_]+_s")
 #: Largest relative difference between a stored ratio and the ratio of the stored values.
@@ -46,7 +48,8 @@ class Row:
 
     Args:
         case: name of what was run.
-        implementation: "engine", "plain_loop", "peft" or "machine" (numbers of the machine itself).
+        implementation: "engine", "plain_loop", "peft", "engine@float32" ... or "machine" (numbers of the machine and of
+            the work itself).
         metric, unit: see METRICS.
         value: median over repeats; p20, p80: percentiles over repeats.
         baseline: implementation that ``ratio`` = value / (value of the baseline's row of the same run) refers to; both
@@ -75,6 +78,15 @@ class Row:
         """What a row shares with the baseline row of its run."""
         config = json.dumps(self.config, sort_keys=True)
         return (self.case, self.metric, config, self.commit, self.seed, self.time)
+
+
+_EDITS = re.compile(r".*/edits=(\d+)(?:/.*)?")
+
+
+def edits_of(row: Row) -> int:
+    """How many edits a run of the row's implementation made; 0 where a row is not about edits."""
+    named = _EDITS.fullmatch(row.implementation)
+    return int(named[1]) if named else int(row.config.get("edits", 0))
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -23,7 +23,7 @@ def show(found: Comparison, console: Console) -> None:
     if found.gate.largest:
         parts = ", ".join(f"{name} {largest:.1e}" for name, largest in found.gate.largest.items())
         console.print(
-            f"equal to {case.baselines[0]}: deltas in float64 within {parts} ({found.gate.model}); equal scores"
+            f"equal to {found.gate.reference}: deltas in float64 within {parts} ({found.gate.model}); equal scores"
         )
     peak = found.peak
     console.print(
@@ -33,6 +33,9 @@ def show(found: Comparison, console: Console) -> None:
     )
     console.print(_speed(found))
     console.print(_phases(found))
+    right = {name: runs.accuracy for name, runs in found.timed.items() if runs.accuracy is not None}
+    if right:
+        console.print("target tokens right: " + ", ".join(f"{name} {share:.3f}" for name, share in right.items()))
 
 
 def _speed(found: Comparison) -> Table:
@@ -50,7 +53,7 @@ def _speed(found: Comparison) -> Table:
             f"{row.p20:.3f}",
             f"{row.p80:.3f}",
             "1" if row.ratio is None else f"{row.ratio:.2f}",
-            f"{spread(found.nfu(name))[0]:.3f}",
+            f"{spread(runs.nfu())[0]:.3f}",
             "-" if memory is None else f"{memory.peak_mib:,.0f}",
             style="bold" if name == ENGINE else "",
         )
@@ -63,11 +66,11 @@ def _phases(found: Comparison) -> Table:
     table = Table("ms per edit", title="where the time goes", title_justify="left")
     for name in found.timed:
         table.add_column(name, justify="right")
-    scale = 1000.0 / found.case.edits
     for phase in [*names, "other", "all"]:
         cells = []
         for runs in found.timed.values():
             values = [_phase(phase, phases, total) for phases, total in zip(runs.phases, runs.seconds, strict=True)]
+            scale = 1000.0 / runs.edits
             known = phase in ("other", "all") or phase in runs.phase_names()
             cells.append(f"{spread(values)[0] * scale:,.1f}" if known else "-")
         table.add_row(phase, *cells, style="bold" if phase == "all" else "")

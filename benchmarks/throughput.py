@@ -3,7 +3,8 @@
     python benchmarks/throughput.py                             the default case, about two minutes on two cores
     python benchmarks/throughput.py --quick                     a tiny model: does it all work
     python benchmarks/throughput.py --case lora-last2 --record  a named case, appended to benchmarks/results/
-    python benchmarks/throughput.py --sweep batch_size=1,4,16   one case per value
+    python benchmarks/throughput.py --sweep batch_size=1,4,16   one case per value; several sweeps in one run
+    python benchmarks/throughput.py --html page.html            the rows of this run as a page with figures
     python benchmarks/throughput.py compare --base COMMIT       stored ratios of two commits
 
 Nothing is timed before all implementations were seen to do the same; when they do not, it exits with 2 and the reason.
@@ -11,6 +12,7 @@ Nothing is timed before all implementations were seen to do the same; when they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +24,15 @@ if __name__ == "__main__":
     import _package  # noqa: F401
 
 from benchmarks import cases, record
-from benchmarks.cases import CASES, GATE_MODELS, Case
+from benchmarks.cases import CASES, GATE_MODELS, PLAIN_BASELINES, Case
+from benchmarks.variants import as_run, is_variant
 
 app = typer.Typer(add_completion=False, help="Edits per second: the engine beside a plain loop.", rich_markup_mode=None)
 console = Console()
 
 DISAGREE, WRONG, SLOWER = 2, 1, 3
+#: What the engine must equal before it is timed, also where it is timed alone.
+GATE_BASELINE = "plain_loop"
 #: A ratio that falls by more than this is a regression.
 ALLOWED_LOSS = 0.1
 
@@ -50,14 +55,19 @@ def run(
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if absent", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="of made-up edits")] = None,
     repeats: Annotated[int | None, typer.Option(help="timed runs of each", min=1)] = None,
-    baselines: Annotated[str | None, typer.Option(help="plain_loop,peft or none; ratios refer to the first")] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="plain_loop,peft,engine/batch=1 ... or none; ratios refer to the first")
+    ] = None,
     evaluate: Annotated[bool | None, typer.Option("--evaluate/--no-evaluate", help="score the edits too")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="measure peak memory")] = True,
-    sweep: Annotated[str | None, typer.Option(help="field=value,value: one case per value")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="field=value,value: one case per value; may be given several times")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the quick case: a tiny model, one thread")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="top operators and a Chrome trace as well")] = False,
     profile_dir: Annotated[Path, typer.Option(help="where traces go")] = Path("runs/benchmarks"),
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows as a JSON list")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the rows of this run as one page with figures")] = None,
     store: Annotated[
         bool, typer.Option("--record", help="append the rows to benchmarks/results/<device>.jsonl")
     ] = False,
@@ -88,16 +98,18 @@ def run(
     }
     try:
         chosen = make_case("quick" if quick else case, {k: v for k, v in changes.items() if v is not None}, baselines)
-        listed = [chosen]
-        if sweep is not None:
-            field, _, values = sweep.partition("=")
-            listed = cases.sweep(chosen, field, values.split(","))
+        listed = _swept(chosen, sweep) if sweep else [chosen]
         rows = _run_all(listed, with_memory=memory)
     except ValueError as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(WRONG) from error
     if json_path is not None:
         console.print(f"rows: {record.write_json(rows, json_path)}")
+    if html is not None:
+        from benchmarks.plot import figures_of
+        from benchmarks.report import write_page
+
+        console.print(f"page: {write_page(rows, figures_of(rows), html)}")
     if store:
         console.print(f"rows appended to {record.append(rows)}")
     if profile:
@@ -123,18 +135,37 @@ def make_case(name: str, changes: dict[str, Any], baselines: str | None) -> Case
     if baselines is not None:
         wanted = tuple(part for part in baselines.split(",") if part and part != "none")
         made = replace(made, baselines=wanted)
-    elif "+" in made.method:
-        made = replace(made, baselines=())
-    elif made.method != "lora":
-        made = replace(made, baselines=tuple(b for b in made.baselines if b != "peft"))
-    known = ("plain_loop", "peft", "plain_onednn")
+    else:
+        made = cases.fitting(made)
     for baseline in made.baselines:
-        if baseline not in known:
-            raise ValueError(f"throughput: baselines are {', '.join(known)} (got {baseline!r})")
-        if "+" in made.method or (baseline == "peft" and made.method != "lora"):
+        if baseline not in PLAIN_BASELINES and not is_variant(baseline):
+            raise ValueError(
+                f"throughput: baselines are {', '.join(PLAIN_BASELINES)} or engine[:METHOD][@DTYPE][/FIELD=VALUE] "
+                f"(got {baseline!r})"
+            )
+        if not cases.can_fit(baseline, made):
             raise ValueError(f"throughput: {baseline} cannot fit this method (got method={made.method!r})")
+        as_run(made, baseline)
     made.plan()
     return made
+
+
+def _swept(case: Case, sweeps: Sequence[str]) -> list[Case]:
+    """One case per value of every sweep; the sweeps are not crossed."""
+    made = []
+    for each in sweeps:
+        field, _, values = each.partition("=")
+        made += cases.sweep(case, field, values.split(","))
+    return made
+
+
+def _gate_with(listed: Sequence[Case]) -> dict[int, tuple[str, ...]]:
+    """Place of the first case that the plain loop can do -> the plain loop, where it is not compared with anyway."""
+    for number, case in enumerate(listed):
+        if cases.can_fit(GATE_BASELINE, case):
+            alone = not any(name in PLAIN_BASELINES for name in case.baselines)
+            return {number: (GATE_BASELINE,)} if alone else {}
+    return {}
 
 
 def _run_all(listed: list[Case], *, with_memory: bool) -> list[record.Row]:
@@ -143,12 +174,14 @@ def _run_all(listed: list[Case], *, with_memory: bool) -> list[record.Row]:
     from benchmarks.tables import show
 
     rows: list[record.Row] = []
-    for case in listed:
+    gate_with = _gate_with(listed)
+    for number, case in enumerate(listed):
         with console.status(case.name) as status:
             try:
-                found = run_case(case, with_memory=with_memory, say=status.update)
+                extra = gate_with.get(number, ())
+                found = run_case(case, with_memory=with_memory, gate_with=extra, say=status.update)
             except GateError as error:
-                console.print(f"[red]not timed: {error}[/red]", highlight=False)
+                console.print(f"not timed: {error}", style="red", markup=False, highlight=False)
                 raise typer.Exit(DISAGREE) from error
         show(found, console)
         rows += found.rows

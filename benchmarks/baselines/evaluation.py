@@ -32,8 +32,8 @@ from fastedit.requests import EditRequest, Query
 
 TOP_K = 10
 
-#: Lets an edit act for the length of a block.
-Applied = Callable[[], AbstractContextManager[None]]
+#: Lets an edit act on a row for the length of a block.
+Applied = Callable[[Encoded], AbstractContextManager[None]]
 
 
 class PlainEvaluator:
@@ -55,7 +55,7 @@ class PlainEvaluator:
             strict: list[tuple[str, float]] = []
             answers = []
             for view in evaluation_views(request):
-                before, after = self._generated(view.query, nullcontext), self._generated(view.query, applied)
+                before, after = self._generated(view.query, _unedited), self._generated(view.query, applied)
                 strict += _strict_values(view, before, after, request.target)
                 answer = view.query.answer or before
                 if answer.strip():
@@ -68,9 +68,10 @@ class PlainEvaluator:
 
     def _generated(self, query: Query, applied: Applied) -> str:
         """The stock model's greedy answer."""
-        inputs = stock_inputs(self.model, self.model.encode([query], answers=False))
+        encoded = self.model.encode([query], answers=False)
+        inputs = stock_inputs(self.model, encoded)
         asked = inputs["input_ids"][0]
-        with applied():
+        with applied(encoded):
             ids = stock_model(self.model, inputs).generate(
                 **inputs,
                 do_sample=False,
@@ -90,7 +91,7 @@ class PlainEvaluator:
         encoded = self.model.encode([replace(view.query, answer=answer)], answers=True)
         mask, labels = encoded.label_mask, encoded.labels
         before = self._logits(encoded)
-        with applied():
+        with applied(encoded):
             after = self._logits(encoded)
         best_before, best_after = top_ids(before, TOP_K), top_ids(after, TOP_K)
         divergence = float(kl_divergence(before, after, mask))
@@ -106,6 +107,10 @@ class PlainEvaluator:
         inputs = stock_inputs(self.model, encoded)
         logits: Tensor = stock_model(self.model, inputs)(**inputs, use_cache=False).logits
         return logits
+
+
+def _unedited(_encoded: Encoded) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def stock_inputs(model: EditableModel, encoded: Encoded) -> dict[str, Tensor]:

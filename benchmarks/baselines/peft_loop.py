@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.baselines.evaluation import PlainEvaluator
-from benchmarks.baselines.plain_loop import check_plan, fit_one, initial_parameters
+from benchmarks.baselines.plain_loop import AFTER_IMAGE, check_plan, fit_one, initial_parameters
 from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec, EditDelta
@@ -38,6 +38,8 @@ def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, e
     spec, config = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     if spec.kind != "low_rank":
         raise ValueError(f"peft: fits low-rank adapters only (got method={plan.name!r})")
+    if spec.options.get("positions") == AFTER_IMAGE:
+        raise ValueError(f"peft: adapters act at every position (got positions={spec.options['positions']!r})")
     if config.radius is not None:
         raise ValueError(f"peft: knows no radius (got radius={config.radius!r})")
     timer = PhaseTimer(model.device)
@@ -56,7 +58,7 @@ def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, e
             deltas.append(EditDelta(spec, dict(zip(_names(spec), parts, strict=True)), request_id=request.id))
             if evaluate:
                 with wrapper.disable_adapter():
-                    scores.append(evaluator.scores(request, lambda: _enabled(wrapper)))
+                    scores.append(evaluator.scores(request, lambda _encoded: _enabled(wrapper)))
     return Fitted(deltas, outcomes, dict(timer.seconds), scores)
 
 

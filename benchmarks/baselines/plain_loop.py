@@ -10,7 +10,7 @@ filled; an edited weight costs one matrix product (weight plus delta), not two; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from benchmarks.baselines.evaluation import PlainEvaluator, stock_inputs, stock_model
 from benchmarks.outcome import Fitted
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, Encoded
 from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.deltas.base import new_stack
 from fastedit.engine.timing import PhaseTimer
@@ -29,6 +29,8 @@ from fastedit.requests import EditRequest, Query
 from fastedit.solver import FitOutcome, SolverConfig
 
 IGNORED = -100
+#: Value of a delta's option ``positions``: it acts behind the last image token.
+AFTER_IMAGE = "after_image"
 
 
 def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, evaluate: bool = False) -> Fitted:
@@ -49,12 +51,12 @@ def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, e
     deltas, outcomes, scores = [], [], []
     for request in edits:
         parameters = initial_parameters(model, spec)
-        with beside(model, spec, parameters):
+        with beside(model, spec, parameters, _first_slot_of(model, spec, request.query)):
             outcomes.append(fit_one(model, request.query, list(parameters.values()), config, timer))
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         deltas.append(EditDelta(spec, tensors, request_id=request.id))
         if evaluate:
-            scores.append(evaluator.scores(request, partial(beside, model, spec, parameters)))
+            scores.append(evaluator.scores(request, partial(_beside_row, model, spec, parameters)))
     return Fitted(deltas, outcomes, dict(timer.seconds), scores)
 
 
@@ -130,19 +132,45 @@ def initial_parameters(model: EditableModel, spec: DeltaSpec) -> dict[str, nn.Pa
     return {name: nn.Parameter(tensor.to(model.device)) for name, tensor in fresh.tensors.items()}
 
 
+def first_slot(spec: DeltaSpec, encoded: Encoded) -> int:
+    """The first slot of a row at which a delta acts: 0, or the one behind the last image token."""
+    if spec.options.get("positions") != AFTER_IMAGE:
+        return 0
+    slots = encoded.image_mask[0].nonzero()
+    return int(slots.max()) + 1 if len(slots) else 0
+
+
+def _first_slot_of(model: EditableModel, spec: DeltaSpec, query: Query) -> int:
+    if spec.options.get("positions") != AFTER_IMAGE:
+        return 0
+    return first_slot(spec, model.encode([query], answers=True))
+
+
+def _beside_row(
+    model: EditableModel, spec: DeltaSpec, parameters: Mapping[str, Tensor], encoded: Encoded
+) -> AbstractContextManager[None]:
+    """Let one delta act on a row."""
+    return beside(model, spec, parameters, first_slot(spec, encoded))
+
+
 @contextmanager
-def beside(model: EditableModel, spec: DeltaSpec, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let one delta act on the model for the length of the block, differentiably; nothing remains after it."""
+def beside(model: EditableModel, spec: DeltaSpec, parameters: Mapping[str, Tensor], first: int = 0) -> Iterator[None]:
+    """Let one delta act on the model for the length of the block, differentiably; nothing remains after it.
+
+    Args:
+        model, spec, parameters: what acts where.
+        first: it acts at this slot of a row and behind. A step of a generation, a row of one slot, is behind.
+    """
     undo: list[Any] = []
     try:
         for site in spec.sites:
             module: Any = model.module(site)
             name = f"{site.layer}.{site.name}"
-            if spec.kind == "full" and _is_plain(module, parameters[f"{name}:delta"]):
+            if spec.kind == "full" and not first and _is_plain(module, parameters[f"{name}:delta"]):
                 module.forward = _edited_forward(module, parameters[f"{name}:delta"])
                 undo.append(lambda module=module: module.__dict__.pop("forward"))
             else:
-                hook = module.register_forward_hook(_added(spec, name, parameters))
+                hook = module.register_forward_hook(_added(spec, name, parameters, first))
                 undo.append(hook.remove)
         yield
     finally:
@@ -159,11 +187,26 @@ def _edited_forward(module: nn.Linear, delta: Tensor) -> Any:
     return lambda x: functional.linear(x, module.weight + delta, module.bias)
 
 
-def _added(spec: DeltaSpec, name: str, parameters: Mapping[str, Tensor]) -> Any:
+def _added(spec: DeltaSpec, name: str, parameters: Mapping[str, Tensor], first: int) -> Any:
     """A forward hook that adds the delta's change to a module's output."""
-    if spec.kind == "full":
-        delta = parameters[f"{name}:delta"]
-        return lambda _module, args, output: output + functional.linear(args[0].to(delta.dtype), delta).to(output.dtype)
-    down, up = parameters[f"{name}:down"], parameters[f"{name}:up"]
     scale = float(spec.options.get("scale", 1.0))
-    return lambda _module, args, output: output + (args[0].to(down.dtype) @ down @ up * scale).to(output.dtype)
+
+    def change(x: Tensor) -> Tensor:
+        if spec.kind == "full":
+            delta = parameters[f"{name}:delta"]
+            return functional.linear(x.to(delta.dtype), delta)
+        down, up = parameters[f"{name}:down"], parameters[f"{name}:up"]
+        return x.to(down.dtype) @ down @ up * scale
+
+    def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + _behind(change(args[0]), first).to(output.dtype)
+
+    return add
+
+
+def _behind(change: Tensor, first: int) -> Tensor:
+    """The change (1, N, d), zero at the slots before the first."""
+    if not first or change.shape[-2] == 1:
+        return change
+    acts = torch.arange(change.shape[-2], device=change.device) >= first
+    return change * acts[:, None].to(change.dtype)

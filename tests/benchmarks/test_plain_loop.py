@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fastedit
-from benchmarks.baselines import plain_loop
+from benchmarks.baselines import peft_loop, plain_loop
+from benchmarks.baselines.evaluation import stock_inputs, stock_model
 from benchmarks.cases import Case, made_up_edits
 from benchmarks.gate import DELTA_TOLERANCE, compare
 from benchmarks.implementations import IMPLEMENTATIONS, engine, plain
 from fastedit.backbone import EditableModel, load
 from fastedit.deltas import EditDelta
 from fastedit.methods import resolve
-from fastedit.requests import EditRequest
+from fastedit.requests import EditRequest, Query
 
 FAMILIES = ("random:llava-tiny", "random:blip2-tiny", "random:qwen3vl-tiny")
 
@@ -125,6 +127,52 @@ def test_the_whole_model_runs_at_every_step(
             handle.remove()
     length = exact.encode([two_edits[0].query], answers=True).input_ids.shape[1]
     assert seen == [(), (1, length, exact.hidden_size)] * 4
+
+
+@pytest.mark.parametrize("kind", ["ft", "lora"])
+@pytest.mark.parametrize("name", ["random:qwen2vl-tiny", "random:blip2-tiny"])
+def test_deltas_act_behind_the_image_alone(name: str, kind: str, two_edits: list[EditRequest]) -> None:
+    model = load(name, dtype="float64")
+    plan = resolve(kind, {"layers": 1})
+    spec = plan.method.spec(model, plan.config)
+    spec = replace(spec, options={**spec.options, "positions": "after_image"})
+    parameters = plain_loop.initial_parameters(model, spec)
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    with_image = model.encode([two_edits[0].query], answers=True)
+    first = plain_loop.first_slot(spec, with_image)
+    slots = with_image.image_mask[0].nonzero().flatten().tolist()
+    assert first == slots[-1] + 1
+    assert plain_loop.first_slot(replace(spec, options={}), with_image) == 0
+    without = model.encode([Query("what is red", None, "a cup")], answers=True)
+    assert plain_loop.first_slot(spec, without) == 0
+    # In the last layer its inputs do not depend on the delta; hooks run in the order of their making
+    module, outputs = model.module(spec.sites[0]), []
+    handles = [module.register_forward_hook(lambda _m, _a, output: outputs.append(output.detach()))]
+    try:
+        with torch.no_grad(), plain_loop.beside(model, spec, parameters, first):
+            handles.append(module.register_forward_hook(lambda _m, _a, output: outputs.append(output.detach())))
+            inputs = stock_inputs(model, with_image)
+            stock_model(model, inputs)(**inputs, use_cache=False)
+            # A step of a generation is a row of one slot, and behind the image
+            module(torch.randn(1, 1, spec.sites[0].d_in, dtype=torch.float64))
+    finally:
+        for handle in handles:
+            handle.remove()
+    plain, edited, plain_step, edited_step = (output.flatten(0, -2) for output in outputs)
+    assert torch.equal(plain[:first], edited[:first])
+    assert (plain[first:] != edited[first:]).any(-1).all()
+    assert not torch.equal(plain_step, edited_step)
+
+
+def test_peft_refuses_chosen_positions(exact: EditableModel, two_edits: list[EditRequest]) -> None:
+    pytest.importorskip("peft")
+    plan = resolve("lora", {})
+    spec = plan.method.spec(exact, plan.config)
+    spec = replace(spec, options={**spec.options, "positions": "after_image"})
+    method: Any = SimpleNamespace(spec=lambda _m, _c: spec, solver=plan.method.solver)
+    with pytest.raises(ValueError, match="adapters act at every position"):
+        peft_loop.run(exact, two_edits, replace(plan, method=method))
 
 
 def test_other_objectives_are_refused(exact: EditableModel, two_edits: list[EditRequest]) -> None:

@@ -183,6 +183,9 @@ def test_timed_runs_start_with_nothing_but_the_model(tiny: Case) -> None:
 
 def test_cases_are_sound_and_made_up_edits_repeat() -> None:
     for case in CASES.values():
+        if "positions" in (case.options or {}):
+            # In test_variants, where a method without this field is a skip
+            continue
         assert case.plan().name == case.method
         json.dumps(case.config)
     a, b = cases.made_up_edits(3, seed=5), cases.made_up_edits(3, seed=5)
