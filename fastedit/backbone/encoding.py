@@ -50,6 +50,13 @@ def encode_queries(model: EditableModel, queries: Sequence[Query], *, answers: b
     return encoded.to(model.device)
 
 
+def row_size(model: EditableModel, query: Query) -> tuple[int, int]:
+    """Return the tokens and the labels of a row, as `EditableModel.encode` would make it; no labels without answer."""
+    answered = query.answer is not None and bool(query.answer.strip())
+    ids, _, prompt_length, _ = _row(model, 0, query, answered)
+    return (len(ids) - 1, len(ids) - prompt_length) if answered else (len(ids), 0)
+
+
 def _row(
     model: EditableModel, number: int, query: Query, answers: bool
 ) -> tuple[list[int], list[bool], int, ImageInputs | None]:

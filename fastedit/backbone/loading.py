@@ -73,20 +73,20 @@ def load(
         ValueError, FileNotFoundError, ImportError: what is wrong, with the value, the rule and the nearest known name.
     """
     name = os.fspath(name_or_path)
-    _check_choice("quantize", quantize, QUANTIZATIONS)
+    check_choice("quantize", quantize, QUANTIZATIONS)
     if dtype is not None:
-        _check_choice("dtype", dtype, tuple(DTYPES))
+        check_choice("dtype", dtype, tuple(DTYPES))
     if attention is not None:
-        _check_choice("attention", attention, ATTENTIONS)
-    _check_choice("linear", linear, LINEAR)
+        check_choice("attention", attention, ATTENTIONS)
+    check_choice("linear", linear, LINEAR)
     check_template(template)
     if image_cache_mib < 0:
         raise ValueError(f"load: image_cache_mib must not be negative (got image_cache_mib={image_cache_mib})")
-    place = torch.device(device) if device is not None else _default_device()
+    place = torch.device(device) if device is not None else default_device()
     choose_linear(linear, DTYPES[dtype or "float32"], place)
     if name.startswith(RANDOM_PREFIX):
         shape_name = name.removeprefix(RANDOM_PREFIX)
-        _check_choice("random shape", shape_name, tuple(SHAPES))
+        check_choice("random shape", shape_name, tuple(SHAPES))
         model_type = SHAPES[shape_name].model_type
         quantizer = Quantizer(quantize, model_type, keep, DTYPES[dtype or "float32"])
         hf, processor = make_random(
@@ -98,7 +98,7 @@ def load(
             convert=quantizer.convert if quantizer.active else None,
         )
     else:
-        source = _resolve(name)
+        source = resolve_name(name)
         hf, processor, quantizer = _load_checkpoint(name, source, quantize, dtype, place, attention, keep)
     quantizer.cure(hf)
     multiplied_by = choose_linear(linear, _float_dtype(hf), place)
@@ -112,7 +112,7 @@ def load(
         quantize=quantizer.kind,
         dtype=_float_dtype(hf),
         template=template,
-        end_token_ids=_end_tokens(hf, processor.tokenizer),
+        end_token_ids=end_tokens(hf, processor.tokenizer),
         image_cache_mib=image_cache_mib,
         linear=multiplied_by,
     )
@@ -139,7 +139,7 @@ def _load_checkpoint(
         raise ValueError(f"load: no readable configuration (got name_or_path={name!r}): {error}") from error
     check_family(name, config.model_type)
     stored = getattr(config, "quantization_config", None)
-    compute = DTYPES[dtype] if dtype is not None else _stored_dtype(config)
+    compute = DTYPES[dtype] if dtype is not None else stored_dtype(config)
     quantizer = Quantizer(quantize, config.model_type, keep, compute, stored=stored)
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype is not None else "auto"}
     if attention is not None:
@@ -174,7 +174,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _resolve(name: str) -> str:
+def resolve_name(name: str) -> str:
     """Return the folder or Hugging Face id that a name stands for."""
     if Path(name).is_dir():
         return name
@@ -218,7 +218,7 @@ def _check_files(folder: Path) -> None:
         raise FileNotFoundError(f"load: the folder {str(folder)!r} lacks {', '.join(absent)}")
 
 
-def _check_choice(field: str, value: str, known: Sequence[str]) -> None:
+def check_choice(field: str, value: str, known: Sequence[str]) -> None:
     """Refuse a value that is not among the known ones, naming the nearest."""
     if value in known:
         return
@@ -227,11 +227,12 @@ def _check_choice(field: str, value: str, known: Sequence[str]) -> None:
     raise ValueError(f"load: {field} must be one of {', '.join(known)} (got {field}={value!r}{hint})")
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stored_dtype(config: Any) -> torch.dtype:
+def stored_dtype(config: Any) -> torch.dtype:
     """The type that a checkpoint says it was stored in; float32 where it says nothing."""
     for part in (config, getattr(config, "text_config", None)):
         found = getattr(part, "dtype", None)
@@ -248,7 +249,7 @@ def _float_dtype(hf: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _end_tokens(hf: Any, tokenizer: Any) -> list[int]:
+def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a generated answer, the tokenizer's own end token first where it is among them."""
     found: list[int] = []
     for config in (getattr(hf, "generation_config", None), getattr(hf.config, "text_config", None), hf.config):
