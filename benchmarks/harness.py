@@ -255,7 +255,7 @@ def rows_of(found: Comparison) -> list[Row]:
 
     def row(implementation: str, metric: str, values: Sequence[float]) -> Row:
         value, low, high = record.spread(values)
-        unit = record.METRICS.get(metric, "s")
+        unit = record.unit_of(metric)
         shared = (case.config, machine, versions, commit, case.seed, now)
         return Row(case.name, implementation, metric, unit, value, low, high, None, None, *shared)
 

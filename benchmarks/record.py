@@ -32,7 +32,12 @@ METRICS: Mapping[str, str] = {
     "matmul_fraction": "1",
     "parameters": "1",
     "token_accuracy": "1",
+    "rss_mib": "MiB",
+    "rate_drift": "1",
+    "rss_drift": "1",
 }
+#: A score, of the unedited model or under a protocol; ``_low`` and ``_high`` are the bounds of its 95 % interval.
+SCORE_METRIC = re.compile(r"(?:base|legacy|strict)_[a-z0-9_]+")
 PHASE_METRIC = re.compile(r"phase_[a-z0-9_]+_s")
 #: Largest relative difference between a stored ratio and the ratio of the stored values.
 RATIO_TOLERANCE = 1e-6
@@ -121,11 +126,17 @@ def row_problems(data: Mapping[str, Any]) -> list[str]:
     return problems or _metric_problems(data) + _number_problems(data) + _time_problems(data["time"])
 
 
+def unit_of(metric: str) -> str:
+    """The unit of a metric: seconds of a phase, 1 of a score."""
+    return METRICS.get(metric) or ("s" if PHASE_METRIC.fullmatch(metric) else "1")
+
+
 def _metric_problems(data: Mapping[str, Any]) -> list[str]:
     metric, unit = data["metric"], data["unit"]
-    if metric not in METRICS and not PHASE_METRIC.fullmatch(metric):
-        return [f"metric is one of {', '.join(METRICS)} or phase_<name>_s (got metric={metric!r})"]
-    wanted = METRICS.get(metric, "s")
+    if metric not in METRICS and not PHASE_METRIC.fullmatch(metric) and not SCORE_METRIC.fullmatch(metric):
+        known = f"{', '.join(METRICS)}, phase_<name>_s, legacy_<score> or strict_<score>"
+        return [f"metric is one of {known} (got metric={metric!r})"]
+    wanted = unit_of(metric)
     return [] if unit == wanted else [f"unit of {metric} is {wanted!r} (got unit={unit!r})"]
 
 
@@ -274,6 +285,14 @@ def read(path: Path) -> list[Row]:
     if problems:
         raise RowError(f"{path.name}: " + "; ".join(problems))
     return rows
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of every case, implementation and metric, the row measured last."""
+    newest: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: row.time):
+        newest[row.case, row.implementation, row.metric] = row
+    return list(newest.values())
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.plot import latest
-from benchmarks.record import Row
+from benchmarks.canvas import speeds
+from benchmarks.record import Row, latest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,29 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: l
 tr.engine td { font-weight: 600 }
 svg { width: 100%; height: auto } details { margin-top: 1rem } code { font-size: .9em }
 """
-_TITLES = {"speed": "Edits per second", "phases": "Where the time goes", "memory": "Peak memory"}
+_TITLES = {
+    "speed": "Edits per second",
+    "roofline": "How near to the machine's best, and where the rest goes",
+    "phases": "Where the time goes",
+    "memory": "Peak memory",
+}
+_KINDS = {
+    "scaling": "Scaling of",
+    "memory": "Memory of",
+    "sweep": "Edits per second of",
+    "precision": "Scores by precision,",
+    "endurance": "A long run,",
+}
+#: What a figure of a kind shows, where its axes do not say it.
+_NOTES = {
+    "speed": "In brackets the ratio to the first baseline of the same run. The newest cases; sweeps are below.",
+    "roofline": "Dark: necessary operations per second of the engine's editing time. Frame: the matrix-multiply peak "
+    "of the same run. Their ratio is the necessary-FLOP utilisation (NFU); beside it, where the time went.",
+    "scaling": "NFU below, where it was measured. Bands are p20 to p80 over runs.",
+    "memory": "Peak is all that the process (or the device) held; working is what came on top of the loaded model.",
+    "precision": "Bars are 95 % intervals over edits.",
+    "endurance": "Every point is a tenth of the edits of one run.",
+}
 
 
 def write_page(rows: Sequence[Row], figures: Mapping[str, Figure], path: Path) -> Path:
@@ -44,24 +66,33 @@ def page(rows: Sequence[Row], figures: Mapping[str, Figure]) -> str:
     if not rows:
         raise ValueError("report: at least one row (got rows=[])")
     newest = latest(rows)
-    drawn = "".join(f"<h2>{escape(_title(name))}</h2>{_svg(figure)}" for name, figure in figures.items())
+    drawn = "".join(f"<h2>{escape(_title(name))}</h2>{_note(name)}{_svg(figure)}" for name, figure in figures.items())
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastedit throughput</title>"
         f"<style>{_STYLE}</style></head><body><h1>fastedit throughput</h1>"
         "<p class='note'>The engine beside plain loops on the same edits in the same run. Equal results were checked "
-        "before anything was timed. Medians over runs; p20 and p80 beside them.</p>"
+        "before anything was timed. Medians over runs; p20 and p80 beside them. Ratios refer to the case's first "
+        "baseline.</p>"
         f"{_speed_table(newest)}{drawn}{_provenance(newest)}</body></html>\n"
     )
 
 
 def _title(name: str) -> str:
-    return _TITLES.get(name, name.removeprefix("scaling-").replace("-", ", along "))
+    kind, _, rest = name.partition("-")
+    return _TITLES.get(name) or f"{_KINDS.get(kind, kind)} {rest}"
+
+
+def _note(name: str) -> str:
+    note = _NOTES.get(name.partition("-")[0]) if name != "memory" else None
+    return "" if note is None else f"<p class='note'>{escape(note)}</p>"
 
 
 def _speed_table(rows: Sequence[Row]) -> str:
     values = {(row.case, row.implementation, row.metric): row for row in rows}
+    if not speeds(rows):
+        return ""
     lines = []
-    for row in (row for row in rows if row.metric == "edits_per_s"):
+    for row in speeds(rows):
         others = [values.get((row.case, row.implementation, metric)) for metric in ("nfu", "peak_memory_mib")]
         cells = [
             escape(row.case),

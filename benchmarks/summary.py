@@ -18,8 +18,7 @@ if __name__ == "__main__":
 
 from benchmarks import record
 from benchmarks.kernels import OURS, floor_text
-from benchmarks.plot import latest
-from benchmarks.record import Row
+from benchmarks.record import Row, latest
 
 ENGINE = "engine"
 #: Phases of the engine that a line names, the longest first.

@@ -1,0 +1,278 @@
+"""Thousands of edits in one run: whether the last ones are as fast as the first, and whether memory grows.
+
+    python benchmarks/endurance.py                         10,000 edits of the embedded model
+    python benchmarks/endurance.py --edits 2000 --method ft --record
+
+Nothing of the run is changed to watch it: a thread reads the resident memory, and when a batch was done is when the
+file of its deltas was written. Image features are not remembered, so that edits that come round again cost what they
+did before.
+"""
+
+from __future__ import annotations
+
+import bisect
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if __name__ == "__main__":
+    import _package  # noqa: F401
+
+import itertools
+
+import fastedit
+from benchmarks import record
+from benchmarks.memory import _status_mib
+from fastedit.backbone import EditableModel
+from fastedit.deltas import load_deltas
+from fastedit.engine import provenance
+from fastedit.requests import EditRequest
+
+PARTS = 10
+
+
+@dataclass
+class Watch:
+    """Reads the resident memory of this process from a thread, for the length of a block.
+
+    Args:
+        interval_s: between two readings.
+    """
+
+    interval_s: float = 0.25
+    times: list[float] = field(default_factory=list)
+    rss_mib: list[float] = field(default_factory=list)
+
+    def __enter__(self) -> Watch:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._read()
+
+    def _watch(self) -> None:
+        self._read()
+        while not self._ended.wait(self.interval_s):
+            self._read()
+
+    def _read(self) -> None:
+        self.rss_mib.append(_status_mib("VmRSS"))
+        self.times.append(time.time())
+
+    def at(self, moment: float) -> float:
+        """Resident memory at a time: of the reading before it, of the first one where there is none."""
+        return self.rss_mib[max(0, bisect.bisect_right(self.times, moment) - 1)]
+
+
+@dataclass(frozen=True)
+class Endured:
+    """A finished run, in parts of equal numbers of edits.
+
+    Args:
+        edits: how many. seconds: of the whole run.
+        edits_per_s: of every part. rss_mib: resident memory at the end of every part.
+        peak_mib: highest reading.
+    """
+
+    edits: int
+    seconds: float
+    edits_per_s: Sequence[float]
+    rss_mib: Sequence[float]
+    peak_mib: float
+
+    @property
+    def rate_drift(self) -> float:
+        """Speed of the last part over that of the first."""
+        return self.edits_per_s[-1] / self.edits_per_s[0]
+
+    @property
+    def rss_drift(self) -> float:
+        """Resident memory at the end of the last part over that at the end of the first."""
+        return self.rss_mib[-1] / self.rss_mib[0]
+
+
+def cycled(edits: Sequence[EditRequest], count: int) -> list[EditRequest]:
+    """So many edits, from the start again where there are fewer; every one with an id of its own."""
+    return [
+        replace(edits[number % len(edits)], id=f"{edits[number % len(edits)].id}#{number // len(edits)}")
+        for number in range(count)
+    ]
+
+
+def endure(
+    model: EditableModel,
+    edits: Sequence[EditRequest],
+    method: str,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    interval_s: float = 0.25,
+    **overrides: Any,
+) -> Endured:
+    """Make all edits in one call and say how it went along the way.
+
+    Args:
+        model, edits, method, overrides: of ``fastedit.edit``.
+        folder: new or empty, for the deltas.
+        batch_size: edits fitted together.
+        interval_s: between two readings of the memory.
+    Raises:
+        ValueError: fewer edits than parts.
+    """
+    if len(edits) < PARTS:
+        raise ValueError(f"endurance: at least {PARTS} edits (got edits={len(edits)})")
+    with Watch(interval_s) as watch:
+        start = time.time()
+        run = fastedit.edit(
+            model, edits, method, batch_size=batch_size, evaluate=False, deltas_folder=folder, **overrides
+        )
+        end = time.time()
+    if len(run.deltas) != len(edits):
+        raise RuntimeError(f"endurance: {len(run.deltas)} deltas of {len(edits)} edits")
+    done = [(start, 0), *batches(folder)]
+    rates, memory = parts(done, watch, len(edits))
+    return Endured(len(edits), end - start, rates, memory, max(watch.rss_mib))
+
+
+def batches(folder: Path) -> list[tuple[float, int]]:
+    """(when it was written, edits up to and with it) of every file of deltas in a folder."""
+    found, total = [], 0
+    for path in sorted(folder.glob("deltas-*.safetensors")):
+        total += len(load_deltas(path))
+        found.append((path.stat().st_mtime, total))
+    return found
+
+
+def parts(done: Sequence[tuple[float, int]], watch: Watch, edits: int) -> tuple[list[float], list[float]]:
+    """Edits per second within every part, and resident memory at its end.
+
+    Args:
+        done: (when, edits done by then), rising, from (start, 0) on. A part that ends inside a batch ends when that
+            share of the batch's time was over.
+        watch: readings of the memory.
+        edits: all of them.
+    """
+    ends = [_moment(done, edits * number / PARTS) for number in range(PARTS + 1)]
+    rates = [edits / PARTS / (after - before) for before, after in itertools.pairwise(ends)]
+    return rates, [watch.at(end) for end in ends[1:]]
+
+
+def _moment(done: Sequence[tuple[float, int]], wanted: float) -> float:
+    for (before, had), (after, has) in itertools.pairwise(done):
+        if wanted <= has:
+            return before + (after - before) * (wanted - had) / (has - had)
+    return done[-1][0]
+
+
+def rows_of(found: Endured, config: dict[str, Any]) -> list[record.Row]:
+    """One row for every number; a part is a case of its own."""
+    shared = (
+        config,
+        record.machine(),
+        provenance.versions(),
+        record.commit_with_changes(provenance.commit()),
+        int(config["seed"]),
+        provenance.utc_now(),
+    )
+    case = f"endurance({config['model']},{config['method']},edits={found.edits})"
+
+    def row(name: str, metric: str, value: float) -> record.Row:
+        unit = record.METRICS[metric]
+        return record.Row(name, "engine", metric, unit, value, value, value, None, None, *shared)
+
+    rows = [
+        row(case, "edits_per_s", found.edits / found.seconds),
+        row(case, "run_s", found.seconds),
+        row(case, "rate_drift", found.rate_drift),
+        row(case, "rss_drift", found.rss_drift),
+        row(case, "peak_memory_mib", found.peak_mib),
+    ]
+    for number, (rate, rss) in enumerate(zip(found.edits_per_s, found.rss_mib, strict=True), start=1):
+        rows.append(row(f"{case}/tenth={number}", "edits_per_s", rate))
+        rows.append(row(f"{case}/tenth={number}", "rss_mib", rss))
+    return record.check(rows)
+
+
+def show(found: Endured, console: Console) -> None:
+    """Print a finished run."""
+    table = Table("edits", title=f"{found.edits:,} edits in {found.seconds:,.0f} s", title_justify="left")
+    table.add_column("edits/s", justify="right")
+    table.add_column("resident MiB", justify="right")
+    for number, (rate, rss) in enumerate(zip(found.edits_per_s, found.rss_mib, strict=True), start=1):
+        table.add_row(f"to {found.edits * number // PARTS:,}", f"{rate:,.2f}", f"{rss:,.0f}")
+    console.print(table)
+    console.print(
+        f"last tenth over first: speed {found.rate_drift:.3f}, memory {found.rss_drift:.3f}; "
+        f"highest {found.peak_mib:,.0f} MiB"
+    )
+
+
+def main(
+    edits: Annotated[int, typer.Option(help="how many; the train split comes round again", min=PARTS)] = 10_000,
+    method: Annotated[str, typer.Option(help="ft, lora, odedit+lora ...")] = "lora",
+    model: Annotated[str, typer.Option(help="pocket-llava, random:llava-tiny ...")] = "pocket-llava",
+    layers: Annotated[int, typer.Option(help="the last so many layers are edited", min=1)] = 2,
+    steps: Annotated[int, typer.Option(help="most optimiser steps", min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(help="edits fitted together", min=1)] = 64,
+    interval: Annotated[float, typer.Option(help="seconds between two readings of the memory")] = 0.25,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if absent", min=1)] = None,
+    folder: Annotated[Path | None, typer.Option(help="keep the deltas here, a new folder; else they go")] = None,
+    seed: Annotated[int, typer.Option(help="of views")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the rows as a JSON list")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the figure")] = None,
+    store: Annotated[bool, typer.Option("--record", help="append the rows to benchmarks/results/")] = False,
+) -> None:
+    """Edit for a long time, and say whether it gets slower or larger."""
+    console = Console()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    config = {
+        "model": model,
+        "data": "pocket-vqa",
+        "method": method,
+        "layers": layers,
+        "steps": steps,
+        "edits": edits,
+        "batch_size": batch_size,
+        "interval_s": interval,
+        "seed": seed,
+    }
+    wanted = cycled(fastedit.read_edits("pocket-vqa", split="train", limit=edits), edits)
+    loaded = fastedit.load(model, image_cache_mib=0)
+    settings: dict[str, Any] = {"layers": layers, "steps": steps, "seed": seed}
+    # Every library is imported and every buffer of a batch made before the first part.
+    fastedit.edit(loaded, wanted[: max(2, batch_size)], method, batch_size=batch_size, evaluate=False, **settings)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(temporary) / "deltas"
+        found = endure(loaded, wanted, method, place, batch_size=batch_size, interval_s=interval, **settings)
+    show(found, console)
+    rows = rows_of(found, config)
+    if json_path is not None:
+        console.print(f"rows: {record.write_json(rows, json_path)}")
+    if out is not None:
+        from benchmarks.plot import figures_of, write_figures
+
+        console.print(f"figures: {', '.join(map(str, write_figures(figures_of(rows), out)))}")
+    if store:
+        console.print(f"rows appended to {record.append(rows)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
