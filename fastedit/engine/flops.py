@@ -14,6 +14,8 @@ norms, activations, the loss and the optimiser are not: they are overhead here, 
 * Positions: label positions in the head, and in the last layer's queries, output map and feed-forward block; every
   position up to the last label elsewhere, because later attention reads it. Attention counts the (query, key) pairs
   that the causal mask, or the window, lets through.
+* A delta that acts behind the image alone: positions up to the last image token never depend on it. All of their
+  products are prefix, and no gradient goes to them.
 """
 
 from __future__ import annotations
@@ -73,8 +75,13 @@ class NecessaryFlops:
 
 @dataclass(slots=True)
 class _Tally:
-    """Where a product goes: constant inputs count once, others at every evaluation, gradients at every step."""
+    """Where a product goes: constant inputs count once, others at every evaluation, gradients at every step.
 
+    Args:
+        first: positions before this one are constant.
+    """
+
+    first: int = 0
     prefix: int = 0
     forward: int = 0
     backward: int = 0
@@ -103,32 +110,32 @@ class FlopCounter:
             raise ValueError(f"flops: kind is full or low_rank (got kind={spec.kind!r})")
         self.model, self.spec, self.causal = model, spec, causal
         self._edited = {(site.layer, site.name) for site in spec.sites}
-        self._first = min(site.layer for site in spec.sites)
         names = list(model.adapter.text.site_paths)
         self._sites: list[dict[str, Site]] = [
             {site.name: site for site in model.sites([layer], names)} for layer in range(model.n_layers)
         ]
         self._vision: dict[tuple[Any, ...], int] = {}
-        self._rows: dict[tuple[int, tuple[int, ...]], RowFlops] = {}
+        self._rows: dict[tuple[int, tuple[int, ...], int], RowFlops] = {}
 
-    def row(self, tokens: int, labels: Sequence[int]) -> RowFlops:
+    def row(self, tokens: int, labels: Sequence[int], first: int = 0) -> RowFlops:
         """Operations of one row.
 
         Args:
             tokens: length, padding not counted.
             labels: positions that carry loss, rising, below ``tokens``.
+            first: the first position at which the delta acts; those before it are constant.
         Raises:
             ValueError: no label, or one outside the row.
         """
-        key = (tokens, tuple(labels))
+        key = (tokens, tuple(labels), first)
         if not labels or min(labels) < 0 or max(labels) >= tokens:
             raise ValueError(f"flops: labels lie in 0 to tokens - 1 (got tokens={tokens}, labels={list(labels)!r})")
         if key not in self._rows:
-            self._rows[key] = self._row(max(labels) + 1, key[1])
+            self._rows[key] = self._row(max(labels) + 1, key[1], first)
         return self._rows[key]
 
-    def _row(self, seen: int, labels: tuple[int, ...]) -> RowFlops:
-        tally = _Tally()
+    def _row(self, seen: int, labels: tuple[int, ...], first: int) -> RowFlops:
+        tally = _Tally(first)
         dirty = False
         for layer in range(self.model.n_layers):
             dirty = self._layer(tally, layer, seen, labels, dirty)
@@ -142,19 +149,21 @@ class FlopCounter:
         last = layer == self.model.n_layers - 1
         # Positions of queries and of everything after them, as positions themselves.
         queries = labels if last else tuple(range(seen))
-        n = len(queries)
-        live = {name: self._map(tally, layer, name, seen, dirty) for name in _KEYS_VALUES}
-        live["q"] = self._map(tally, layer, "q", n, dirty)
+        everywhere = tuple(range(seen))
+        live = {name: self._map(tally, layer, name, everywhere, dirty) for name in _KEYS_VALUES}
+        live["q"] = self._map(tally, layer, "q", queries, dirty)
         scores = live["q"] or live["k"]
         self._attention(tally, layer, queries, seen, live)
-        mixed = self._map(tally, layer, "o", n, scores or live["v"])
+        mixed = self._map(tally, layer, "o", queries, scores or live["v"])
         dirty = dirty or mixed
-        inner = [self._map(tally, layer, name, n, dirty) for name in _FEED_IN if name in self._sites[layer]]
-        return self._map(tally, layer, "down", n, any(inner)) or dirty
+        inner = [self._map(tally, layer, name, queries, dirty) for name in _FEED_IN if name in self._sites[layer]]
+        return self._map(tally, layer, "down", queries, any(inner)) or dirty
 
-    def _map(self, tally: _Tally, layer: int, name: str, n: int, dirty: bool) -> bool:
-        """Add one linear map at n positions; return whether its output depends on the delta."""
+    def _map(self, tally: _Tally, layer: int, name: str, at: tuple[int, ...], dirty: bool) -> bool:
+        """Add one linear map at some positions; return whether its output depends on the delta."""
         site = self._sites[layer][name]
+        n = sum(position >= tally.first for position in at)
+        tally.product(2 * (len(at) - n) * site.d_in * site.d_out, live=False)
         product = 2 * n * site.d_in * site.d_out
         edited = (layer, name) in self._edited
         if edited and self.spec.kind == "low_rank":
@@ -174,21 +183,27 @@ class FlopCounter:
     ) -> None:
         """Add query-key and weight-value products; a head's widths add up to the query map's output."""
         width = self._sites[layer]["q"].d_out
-        product = 2 * self._pairs(layer, queries, seen) * width
+        behind = tuple(position for position in queries if position >= tally.first)
+        constant = tuple(position for position in queries if position < tally.first)
+        tally.product(4 * self._pairs(layer, constant, seen) * width, live=False)
+        product = 2 * self._pairs(layer, behind, seen) * width
+        # Pairs whose key may depend on the delta
+        reached = 2 * self._pairs(layer, behind, seen, tally.first) * width
         scores = live["q"] or live["k"]
         tally.product(product, live=scores)
         tally.product(product, live=scores or live["v"])
         # Of the weights when they depend on the delta, then of queries and keys; of the values
-        tally.backward += product * (int(scores) + int(live["q"]) + int(live["k"]) + int(live["v"]))
+        tally.backward += product * (int(scores) + int(live["q"])) + reached * (int(live["k"]) + int(live["v"]))
 
-    def _pairs(self, layer: int, queries: tuple[int, ...], seen: int) -> int:
+    def _pairs(self, layer: int, queries: tuple[int, ...], seen: int, first: int = 0) -> int:
+        """Pairs of these queries and the keys from ``first`` on."""
         if not self.causal:
-            return len(queries) * seen
+            return len(queries) * (seen - first)
         text = self.model.adapter.text
         window = seen
         if text.kinds[layer] == "sliding_attention":
             window = int(text.config.sliding_window)
-        return sum(min(position + 1, window) for position in queries)
+        return sum(max(0, min(position + 1 - first, window)) for position in queries)
 
     def vision(self, encoded: Encoded) -> int:
         """Operations of the vision side on every distinct image of the rows.
@@ -233,7 +248,8 @@ class FlopCounter:
         lengths = encoded.lengths.tolist()
         rows = []
         for number, positions in enumerate(encoded.label_positions().tolist()):
-            rows.append(self.row(int(lengths[number]), [int(p) for p in positions if p >= 0]))
+            labels = [int(p) for p in positions if p >= 0]
+            rows.append(self.row(int(lengths[number]), labels, self._acts_from(encoded, number)))
         evaluations = [outcome.steps + int(outcome.status != "max_steps") for outcome in outcomes]
         return NecessaryFlops(
             vision=self.vision(encoded),
@@ -242,6 +258,13 @@ class FlopCounter:
             forward=sum(row.forward * evaluations[edit] for row, edit in zip(rows, edit_of_row, strict=True)),
             backward=sum(row.backward * outcomes[edit].steps for row, edit in zip(rows, edit_of_row, strict=True)),
         )
+
+    def _acts_from(self, encoded: Encoded, row: int) -> int:
+        """The first position of a row at which the delta acts."""
+        if self.spec.options.get("positions") != "after_image":
+            return 0
+        image = encoded.image_mask[row].nonzero()
+        return int(image.max()) + 1 if len(image) else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,6 +159,50 @@ def test_causal_attention_counts_less_and_windows_less_still() -> None:
     saved = 2 * 2 * (n * n - pairs) * width * model.n_layers
     a, b = dense.row(n, range(n)), causal.row(n, range(n))
     assert a.prefix + a.forward - b.prefix - b.forward == saved
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_positions_before_the_first_are_constant(model: EditableModel, kind: str) -> None:
+    sites = feed_forward(model, [0, 1]).sites + tuple(model.sites([1], ["q", "k", "v"]))
+    spec = DeltaSpec(kind, sites, {"rank": 2} if kind == "low_rank" else {})
+    counter, n, labels, first = FlopCounter(model, spec), 12, [9, 10], 6
+    all_of_it, behind = counter.row(n, labels), counter.row(n, labels, first)
+    assert counter.row(n, labels, 0) == all_of_it
+    # One pass over everything costs the same, but for the factors of a low-rank change at constant positions
+    if kind == "full":
+        assert behind.prefix + behind.forward == all_of_it.prefix + all_of_it.forward
+    else:
+        assert behind.prefix + behind.forward < all_of_it.prefix + all_of_it.forward
+    assert behind.prefix > all_of_it.prefix
+    assert behind.head == all_of_it.head
+    # With nothing constant before them, labels alone cost at least as much as a row that begins with them
+    alone = counter.row(n - first, [label - first for label in labels])
+    assert alone.forward <= behind.forward < all_of_it.forward
+    assert alone.backward <= behind.backward < all_of_it.backward
+
+
+def test_gradients_go_to_keys_behind_the_first_alone() -> None:
+    # Values of the last layer edited on 4 positions of which 2 are constant; queries stand at the label alone
+    model = load("random:llava-tiny", linear="torch")
+    last = model.n_layers - 1
+    counter = FlopCounter(model, DeltaSpec("full", tuple(model.sites([last], ["v"]))))
+    value, width = model.sites([last], ["v"])[0], model.sites([last], ["q"])[0].d_out
+    per_position = 2 * value.d_in * value.d_out
+    behind, all_of_it = counter.row(4, [3], 2), counter.row(4, [3])
+    # Value map at 2 instead of 4 positions, by its weight; weight-value pairs of 2 instead of 4 keys, by the values
+    assert all_of_it.backward - behind.backward == 2 * per_position + 2 * 2 * width
+    assert all_of_it.forward - behind.forward == 2 * per_position
+
+
+def test_batch_reads_where_the_image_ends(model: EditableModel) -> None:
+    spec = feed_forward(model, [0])
+    encoded = encode(model)
+    last = int(encoded.image_mask[0].nonzero().max())
+    ended = [FitOutcome("max_steps", 1, 1.0, 1.0)]
+    found = FlopCounter(model, replace(spec, options={"positions": "after_image"})).batch(encoded, [0], ended)
+    row = FlopCounter(model, spec).row(int(encoded.lengths[0]), labels_of(encoded), last + 1)
+    assert (found.prefix, found.forward, found.backward) == (row.prefix, row.forward, row.backward)
+    assert FlopCounter(model, spec).batch(encoded, [0], ended).backward > found.backward
 
 
 def test_batch_adds_images_once_and_steps_each(model: EditableModel) -> None:
