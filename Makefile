@@ -19,9 +19,11 @@ $(STAMP): $(NATIVE_SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $(STAMP)
 
-# The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/.
+# The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/; then a small
+# measurement of speed, with a page of its own.
 run: install
 	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 100 --set layers=2 --out runs/first
+	$(BIN)/python benchmarks/throughput.py --quick --html runs/first/throughput.html
 
 # The same on 200 edits: narrower intervals, some minutes on two cores.
 tradeoff: install

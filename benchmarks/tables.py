@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.canvas import plain
 from benchmarks.harness import Comparison
 from benchmarks.implementations import ENGINE
 from benchmarks.record import Row, spread
@@ -29,7 +30,8 @@ def show(found: Comparison, console: Console) -> None:
     console.print(
         f"machine: {peak.matmul_gflop_per_s:,.0f} GFLOP/s matrix products in {peak.dtype}, "
         f"{peak.copy_gib_per_s:.1f} GiB/s copies; model loaded in {found.load_s:.1f} s; "
-        f"necessary {found.necessary.total / 1e9 / case.edits:,.1f} GFLOP per edit"
+        f"{found.parameters / 1e6:,.3g} M parameters; necessary {plain(found.necessary.total / 1e9 / case.edits)} "
+        "GFLOP per edit"
     )
     console.print(_speed(found))
     console.print(_phases(found))
@@ -40,18 +42,19 @@ def show(found: Comparison, console: Console) -> None:
 
 def _speed(found: Comparison) -> Table:
     table = Table(title="speed", title_justify="left")
-    table.add_column("implementation", no_wrap=True)
+    # On a narrow terminal names are folded, never numbers cut.
+    table.add_column("implementation", overflow="fold")
     for heading in ("edits/s", "p20", "p80", "ratio", "NFU", "peak MiB"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     rates = {row.implementation: row for row in found.rows if row.metric == "edits_per_s"}
     for name, runs in found.timed.items():
         row = rates[name]
         memory = runs.memory
         table.add_row(
             name,
-            f"{row.value:.3f}",
-            f"{row.p20:.3f}",
-            f"{row.p80:.3f}",
+            plain(row.value),
+            plain(row.p20),
+            plain(row.p80),
             "1" if row.ratio is None else f"{row.ratio:.2f}",
             f"{spread(runs.nfu())[0]:.3f}",
             "-" if memory is None else f"{memory.peak_mib:,.0f}",
@@ -65,7 +68,7 @@ def _phases(found: Comparison) -> Table:
     names = list(dict.fromkeys(phase for runs in found.timed.values() for phase in runs.phase_names()))
     table = Table("ms per edit", title="where the time goes", title_justify="left")
     for name in found.timed:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for phase in [*names, "other", "all"]:
         cells = []
         for runs in found.timed.values():
