@@ -226,14 +226,14 @@ def compare(
 
 
 def changed_ratios(rows: list[record.Row], base: str) -> list[tuple[record.Row, record.Row]]:
-    """(row of the base commit, latest other row) of every case and implementation with a speed ratio."""
-    before: dict[tuple[str, str], record.Row] = {}
-    after: dict[tuple[str, str], record.Row] = {}
+    """(row of the base commit, latest other row) of every case, implementation and baseline with a speed ratio."""
+    before: dict[tuple[str, str, str | None], record.Row] = {}
+    after: dict[tuple[str, str, str | None], record.Row] = {}
     for row in sorted(rows, key=lambda row: row.time):
         if row.metric != "edits_per_s" or row.ratio is None:
             continue
         table = before if row.commit.startswith(base) else after
-        table[row.case, row.implementation] = row
+        table[row.case, row.implementation, row.baseline] = row
     return [(before[key], after[key]) for key in before if key in after]
 
 

@@ -147,6 +147,13 @@ def test_compare_finds_a_regression(tmp_path: Path) -> None:
     assert run("compare", "--base", "aaaa", "--results", str(path)).exit_code == throughput.WRONG
     record.append(rows("bbbb2", 7.5, 2), path)
     assert run("compare", "--base", "aaaa", "--results", str(path)).exit_code == 0
+    # A ratio to something else says nothing about this one
+    shared: dict[str, Any] = {"config": {}, "machine": {}, "versions": {}, "commit": "bbbb2", "seed": 0}
+    shared["time"] = "2026-01-02T12:00:00+00:00"
+    other = record.Row("c", "engine:lora", "edits_per_s", "edits/s", 9.0, 9.0, 9.0, None, None, **shared)
+    slower = record.Row("c", "engine", "edits_per_s", "edits/s", 3.0, 3.0, 3.0, "engine:lora", 3 / 9, **shared)
+    record.append([other, slower], path)
+    assert run("compare", "--base", "aaaa", "--results", str(path)).exit_code == 0
     record.append(rows("cccc3", 5.0, 3), path)
     result = run("compare", "--base", "aaaa", "--results", str(path))
     assert result.exit_code == throughput.SLOWER
