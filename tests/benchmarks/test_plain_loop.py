@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from benchmarks.gate import DELTA_TOLERANCE, compare
 from benchmarks.implementations import IMPLEMENTATIONS, engine, plain
 from fastedit.backbone import EditableModel, load
 from fastedit.deltas import EditDelta
-from fastedit.methods import resolve
+from fastedit.methods import LoRAConfig, resolve
 from fastedit.requests import EditRequest, Query
 
 FAMILIES = ("random:llava-tiny", "random:blip2-tiny", "random:qwen3vl-tiny")
@@ -163,6 +163,18 @@ def test_deltas_act_behind_the_image_alone(name: str, kind: str, two_edits: list
     assert torch.equal(plain[:first], edited[:first])
     assert (plain[first:] != edited[first:]).any(-1).all()
     assert not torch.equal(plain_step, edited_step)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_the_engine_behind_the_image(name: str, two_edits: list[EditRequest], tiny: Case) -> None:
+    if "positions" not in {field.name for field in fields(LoRAConfig)}:
+        pytest.skip("lora has no field 'positions'")
+    model = load(name, dtype="float64")
+    case = replace(tiny, model=name, method="lora", steps=4, evaluate=True, options={"positions": "after_image"})
+    found, wanted = engine(model, two_edits, case), plain(model, two_edits, case)
+    assert compare("engine", found, "plain_loop", wanted) < DELTA_TOLERANCE
+    everywhere = plain(model, two_edits, replace(case, options=None, evaluate=False))
+    assert largest_difference(wanted.deltas[0], everywhere.deltas[0]) > 1e-4
 
 
 def test_peft_refuses_chosen_positions(exact: EditableModel, two_edits: list[EditRequest]) -> None:
