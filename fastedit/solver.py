@@ -1,7 +1,9 @@
-"""The per-edit masked optimiser loop: B edits step together, each with its own loss, clip norm and stop."""
+"""The per-edit optimiser loop: B edits step together, each with its own loss, clip norm and stop; others take over."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,19 +51,6 @@ class SolverConfig:
                 raise ValueError(f"solver: {name} is positive or None (got {name}={value!r})")
 
 
-class Problem(Protocol):
-    """What the loop asks of a batch of edits."""
-
-    def losses(self, step: int) -> Losses:
-        """Losses of all B edits at the current parameters; those of finished edits are ignored."""
-
-    def keep(self, active: Tensor) -> None:
-        """Only the edits in ``active`` (B,) bool are needed from now on."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """A timer for a part of the loop."""
-
-
 @dataclass(frozen=True)
 class FitOutcome:
     """How one edit's fit ended.
@@ -79,63 +68,146 @@ class FitOutcome:
     nll: float
 
 
-def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> list[FitOutcome]:
-    """Fit all edits of a stack; edit b's parameters are bit-untouched from the moment it stops.
+class Problem(Protocol):
+    """What the loop asks of the edits: B places, each with one edit in it or free."""
+
+    def losses(self, steps: Tensor) -> Losses:
+        """Losses (B,) at the current parameters; ``steps`` (B,) int64 on the CPU: taken so far. Free ones: anything."""
+
+    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
+        """The edits in these places have ended; their parameters stay untouched until the place is filled again."""
+
+    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
+        """Put waiting edits into free places, where any wait and it is worth while; which. ``idle``: all are free."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A timer for a part of the loop."""
+
+
+def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
+    """Fit edits until none waits; an edit's parameters are bit-untouched from the moment it ends.
+
+    An edit that ends frees its place in the stack, and a waiting one enters there with steps, moments and parameters of
+    its own. Nothing is reduced over places, so an edit comes out the same whatever shares its steps.
 
     Args:
-        problem: gives per-edit losses.
+        problem: gives edits and per-edit losses, takes outcomes.
         stacked: the deltas, changed in place.
         config: settings.
-    Returns:
-        One FitOutcome per edit.
     """
-    size, device = stacked.size, stacked.flat.device
-    with problem.phase("setup"):
-        state = {
-            "exp_avg": workspace(stacked.flat, stacked.flat.shape).zero_(),
-            "exp_avg_sq": workspace(stacked.flat, stacked.flat.shape).zero_(),
-            "step": torch.zeros(size, dtype=torch.long, device=device),
-        }
-    active = torch.ones(size, dtype=torch.bool, device=device)
-    status = ["max_steps"] * size
-    record = torch.full((size, 2), float("nan"), dtype=torch.float64, device=device)
-
-    for step in range(config.steps):
-        losses = problem.losses(step)
-        total = losses.total.detach()
-        record[active] = torch.stack([total, losses.nll], 1).double()[active]
-        finite = torch.isfinite(total)
-        done = losses.correct & (losses.nll < config.stop_loss) if config.stop_loss is not None else ~finite
-        for index in torch.nonzero(active & (done | ~finite)).flatten().tolist():
-            status[index] = "converged" if bool(finite[index]) else "diverged"
-        still = active & finite & ~done
-        shrunk = bool((still != active).any())
-        active = still
-        if not bool(active.any()):
-            break
+    loop = _Places(stacked, config, problem)
+    while loop.fill(problem):
+        losses = problem.losses(torch.tensor(loop.taken))
+        active = loop.check(problem, losses)
+        if active is None:
+            continue
         stacked.begin_step()
         with problem.phase("backward"):
-            losses.total[active].sum().backward()  # type: ignore[no-untyped-call]
+            # Not indexed: a GPU need not be waited for. Losses of other places may be anything.
+            torch.where(active, losses.total, 0.0).sum().backward()  # type: ignore[no-untyped-call]
             stacked.end_step()
         with problem.phase("optimiser"), torch.no_grad():
-            adam_step_(
-                stacked.flat,
-                stacked.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["step"],
-                config.lr,
-                active,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                clip=config.clip,
-                radius=config.radius,
-            )
-        if shrunk:
-            problem.keep(active)
-    taken, values = state["step"].tolist(), record.tolist()
-    return [FitOutcome(status[b], int(taken[b]), values[b][0], values[b][1]) for b in range(size)]
+            loop.step(active)
+        loop.count(problem)
+
+
+class _Places:
+    """The optimiser's state of every place, and who is where."""
+
+    def __init__(self, stacked: StackedDelta, config: SolverConfig, problem: Problem) -> None:
+        self.stacked, self.config = stacked, config
+        self.active = [False] * stacked.size
+        self.taken = [0] * stacked.size
+        self.last = [(math.nan, math.nan)] * stacked.size
+        self._mask: Tensor | None = None
+        with problem.phase("setup"):
+            self.first = workspace(stacked.flat, stacked.flat.shape).zero_()
+            self.second = workspace(stacked.flat, stacked.flat.shape).zero_()
+            self.steps = torch.zeros(stacked.size, dtype=torch.long, device=stacked.flat.device)
+
+    def fill(self, problem: Problem) -> bool:
+        """Let waiting edits enter; whether there is anything to do."""
+        free = [place for place, busy in enumerate(self.active) if not busy]
+        while free:
+            filled = problem.refill(free, idle=not any(self.active))
+            if not filled:
+                break
+            with problem.phase("setup"):
+                self._restart(filled)
+            if self.config.steps > 0:
+                break
+            problem.ended({place: FitOutcome("max_steps", 0, math.nan, math.nan) for place in filled})
+        return any(self.active)
+
+    def _restart(self, places: Sequence[int]) -> None:
+        self.stacked.restart(places)
+        for place in places:
+            self.first[place].zero_()
+            self.second[place].zero_()
+            self.steps[place] = 0
+            self.taken[place] = 0
+            self.last[place] = (math.nan, math.nan)
+            self.active[place] = self.config.steps > 0
+        self._mask = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(B,) bool, the places at work."""
+        if self._mask is None:
+            self._mask = torch.tensor(self.active, device=self.steps.device)
+        return self._mask
+
+    def check(self, problem: Problem, losses: Losses) -> Tensor | None:
+        """Take out the edits that are done or broken; return the places (B,) bool that make a step, None for none."""
+        total, stop = losses.total.detach(), self.config.stop_loss
+        done = torch.zeros_like(losses.correct) if stop is None else losses.correct & (losses.nll < stop)
+        # The one value of a step that the host reads
+        table = torch.stack([total.double(), losses.nll.double(), done.double()], 1).tolist()
+        ended: dict[int, FitOutcome] = {}
+        for place, (value, nll, is_done) in enumerate(table):
+            if not self.active[place]:
+                continue
+            self.last[place] = (value, nll)
+            if not math.isfinite(value):
+                ended[place] = self._outcome(place, "diverged")
+            elif is_done:
+                ended[place] = self._outcome(place, "converged")
+        self._end(problem, ended)
+        return self.mask if any(self.active) else None
+
+    def step(self, active: Tensor) -> None:
+        """One AdamW step of the places at work."""
+        adam_step_(
+            self.stacked.flat,
+            self.stacked.grad,
+            self.first,
+            self.second,
+            self.steps,
+            self.config.lr,
+            active,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            clip=self.config.clip,
+            radius=self.config.radius,
+        )
+
+    def count(self, problem: Problem) -> None:
+        """One more step was taken; take out the edits that have had all theirs."""
+        self.taken = [taken + int(busy) for taken, busy in zip(self.taken, self.active, strict=True)]
+        full = [p for p, busy in enumerate(self.active) if busy and self.taken[p] >= self.config.steps]
+        self._end(problem, {place: self._outcome(place, "max_steps") for place in full})
+
+    def _outcome(self, place: int, status: str) -> FitOutcome:
+        return FitOutcome(status, self.taken[place], *self.last[place])
+
+    def _end(self, problem: Problem, ended: Mapping[int, FitOutcome]) -> None:
+        if not ended:
+            return
+        for place in ended:
+            self.active[place] = False
+        self._mask = None
+        problem.ended(ended)
 
 
 def no_phase(_name: str) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import pytest
@@ -12,7 +13,7 @@ from fastedit.backbone import Site
 from fastedit.deltas import DeltaSpec, Rows
 from fastedit.deltas.base import new_stack
 from fastedit.objectives import Losses
-from fastedit.solver import SolverConfig, fit, no_phase
+from fastedit.solver import FitOutcome, SolverConfig, fit, no_phase
 
 
 class Regression:
@@ -23,16 +24,23 @@ class Regression:
         self.x = torch.randn(size, 6, 4, generator=generator, dtype=torch.float64)
         self.y = torch.randn(size, 6, 3, generator=generator, dtype=torch.float64)
         self.stacked = new_stack(DeltaSpec("full", (Site(0, "up", "up", 4, 3),)), size, dtype=torch.float64)
-        self.kept: list[list[bool]] = []
+        self.waiting = list(range(size))
+        self.outcomes: dict[int, FitOutcome] = {}
+        self.ends: list[list[int]] = []
 
-    def losses(self, step: int) -> Losses:
+    def losses(self, steps: Tensor) -> Losses:
         size = self.stacked.size
         out = self.stacked.delta(0, self.x.view(-1, 4), Rows((6,) * size)).view(size, 6, 3)
         total = (out - self.y).square().mean((1, 2))
         return Losses(total, total.detach(), torch.ones(size, dtype=torch.bool))
 
-    def keep(self, active: Tensor) -> None:
-        self.kept.append(active.tolist())
+    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
+        self.ends.append(sorted(outcomes))
+        self.outcomes.update(outcomes)
+
+    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
+        entering, self.waiting = self.waiting, []
+        return entering
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return no_phase(name)
@@ -43,7 +51,8 @@ class Regression:
 def test_equals_torch_adamw_on_each_edit(clip: float | None, decay: float) -> None:
     problem = Regression(3)
     config = SolverConfig(steps=25, lr=0.03, clip=clip, weight_decay=decay, stop_loss=None)
-    outcomes = fit(problem, problem.stacked, config)
+    fit(problem, problem.stacked, config)
+    outcomes = [problem.outcomes[b] for b in range(3)]
     assert [o.steps for o in outcomes] == [25] * 3
     for b in range(3):
         weight = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
@@ -64,16 +73,69 @@ def test_a_stopped_edit_keeps_every_bit_while_others_go_on() -> None:
     snapshots: list[Tensor] = []
     original = problem.losses
 
-    def watching(step: int) -> Losses:
+    def watching(steps: Tensor) -> Losses:
         snapshots.append(problem.stacked.flat[1].clone())
-        return original(step)
+        return original(steps)
 
     problem.losses = watching  # type: ignore[method-assign]
-    outcomes = fit(problem, problem.stacked, config)
+    fit(problem, problem.stacked, config)
+    outcomes = problem.outcomes
     assert outcomes[1].status == "converged"
     assert outcomes[1].steps < outcomes[0].steps == 40
     assert all(torch.equal(s, problem.stacked.flat[1]) for s in snapshots[outcomes[1].steps :])
-    assert problem.kept[0] == [True, False, True]
+    assert problem.ends == [[1], [0, 2]]
+
+
+class Queue(Regression):
+    """More tasks than places: a task that ends makes room for the next one."""
+
+    def __init__(self, tasks: int, places: int) -> None:
+        super().__init__(tasks)
+        self.all_x, self.all_y = self.x, self.y
+        self.x, self.y = self.x[:places].clone(), self.y[:places].clone()
+        self.stacked = new_stack(self.stacked.spec, places, dtype=torch.float64)
+        self.task = [-1] * places
+        self.found: dict[int, tuple[FitOutcome, Tensor]] = {}
+        self.steps_seen: list[list[int]] = []
+
+    def losses(self, steps: Tensor) -> Losses:
+        self.steps_seen.append(steps.tolist())
+        return super().losses(steps)
+
+    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
+        for place, outcome in outcomes.items():
+            self.found[self.task[place]] = outcome, self.stacked.flat[place].clone()
+
+    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
+        entering = list(free)[: len(self.waiting)]
+        for place in entering:
+            self.task[place] = self.waiting.pop(0)
+            self.x[place], self.y[place] = self.all_x[self.task[place]], self.all_y[self.task[place]]
+        return entering
+
+
+def test_an_edit_that_takes_over_a_place_comes_out_as_alone() -> None:
+    config = SolverConfig(steps=40, lr=0.03, clip=0.5, weight_decay=0.01, stop_loss=2e-2)
+    small = torch.tensor([1.0, 0.01, 0.3, 0.02, 1.0, 0.005, 0.4], dtype=torch.float64)[:, None, None]
+    together, alone = Queue(7, 3), Queue(7, 1)
+    for problem in (together, alone):
+        problem.all_y *= small
+        fit(problem, problem.stacked, config)
+    assert sorted(together.found) == sorted(alone.found) == list(range(7))
+    for task, (outcome, delta) in alone.found.items():
+        assert (together.found[task][0].status, together.found[task][0].steps) == (outcome.status, outcome.steps)
+        torch.testing.assert_close(together.found[task][1], delta, atol=1e-12, rtol=1e-10)
+    # Places were at different steps, and fewer rounds were made than batches of three would take
+    assert any(len(set(steps)) > 1 for steps in together.steps_seen)
+    assert {outcome.status for outcome, _ in alone.found.values()} == {"converged", "max_steps"}
+
+
+def test_no_steps_end_every_edit_as_it_began() -> None:
+    problem = Queue(5, 2)
+    fit(problem, problem.stacked, SolverConfig(steps=0))
+    assert {outcome.status for outcome, _ in problem.found.values()} == {"max_steps"}
+    assert sorted(problem.found) == list(range(5))
+    assert all(float(delta.abs().max()) == 0 for _, delta in problem.found.values())
 
 
 def test_radius_keeps_the_delta_in_its_ball() -> None:

@@ -6,6 +6,7 @@ from .fingerprint import weights_hash
 from .hold import Held, held_inputs
 from .loading import load
 from .model import EditableModel
+from .packed import PackedState
 from .random_shapes import SHAPES
 from .states import Encoded, ImageFeatures, ImageInputs, PrefixState, Site
 
@@ -18,6 +19,7 @@ __all__ = [
     "Held",
     "ImageFeatures",
     "ImageInputs",
+    "PackedState",
     "PrefixState",
     "Site",
     "expanded_layers",

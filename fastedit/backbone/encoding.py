@@ -57,6 +57,29 @@ def row_size(model: EditableModel, query: Query) -> tuple[int, int]:
     return (len(ids) - 1, len(ids) - prompt_length) if answered else (len(ids), 0)
 
 
+def answer_tokens(model: EditableModel, query: Query, prompt_length: int) -> tuple[int, ...]:
+    """Return the tokens of a query's answer, the end token last, as `encode_queries` would put them behind the prompt.
+
+    Args:
+        prompt_length: tokens of the encoded prompt.
+    Raises:
+        ValueError: an empty answer, or more tokens than the model has positions for.
+    """
+    if query.answer is None or not query.answer.strip():
+        raise ValueError(f"encode: the answer must not be empty (got answer={query.answer!r})")
+    text = model.prompts.text(query.prompt, with_image=query.image is not None)
+    ids = model.prompts.answer_ids(text, query.answer)
+    _check_length(model, prompt_length + len(ids), query, "")
+    return ids
+
+
+def _check_length(model: EditableModel, tokens: int, query: Query, where: str) -> None:
+    limit = getattr(model.adapter.text.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        got = f"{tokens} tokens, prompt={query.prompt!r:.60}"
+        raise ValueError(f"encode: {where}a row may have at most {limit} tokens (got {got})")
+
+
 def _row(
     model: EditableModel, number: int, query: Query, answers: bool
 ) -> tuple[list[int], list[bool], int, ImageInputs | None]:
@@ -84,10 +107,7 @@ def _row(
             raise ValueError(f"encode: row {number}: the answer must not be empty (got answer={query.answer!r})")
         ids += prompts.answer_ids(text, query.answer)
         marks += [False] * (len(ids) - 1 - prompt_length)
-    limit = getattr(adapter.text.config, "max_position_embeddings", None)
-    if limit is not None and len(ids) > limit:
-        got = f"{len(ids)} tokens, prompt={query.prompt!r:.60}"
-        raise ValueError(f"encode: row {number}: a row may have at most {limit} tokens (got {got})")
+    _check_length(model, len(ids), query, f"row {number}: ")
     return ids, marks, prompt_length, image
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
-from .states import ImageFeatures, ImageInputs
+from .states import ImageInputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,11 +67,6 @@ class BoundedCache(Generic[Value]):
         self.held_bytes = 0
 
 
-def feature_cache(budget_bytes: int) -> BoundedCache[ImageFeatures]:
-    """Return a cache of what the decoder receives of images."""
-    return BoundedCache(budget_bytes, lambda features: features.n_bytes)
-
-
 class ImageReader:
     """Opens images and runs the processor on each distinct one once.
 
@@ -107,6 +102,11 @@ class ImageReader:
             inputs = ImageInputs(key=key, tensors=tensors, tokens=tokens)
             self._inputs.put(key, inputs)
         return inputs
+
+    @property
+    def held_bytes(self) -> int:
+        """Size of the preprocessed images that are kept."""
+        return self._inputs.held_bytes
 
     def clear(self) -> None:
         """Drop all preprocessed images."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
 from .stacks import Context, allowed_keys, attention_output, split_heads
 from .states import gather_positions
+
+if TYPE_CHECKING:
+    from .walk import Attention
 
 
 class LearnedPositionStack:
@@ -60,7 +63,6 @@ class LearnedPositionStack:
         result = layer.self_attn(
             hidden_states=normed,
             attention_mask=context.masks["full_attention"],
-            past_key_values=context.past,
         )
         return self._after_attention(layer, hidden + attention_output(result))
 
@@ -79,6 +81,18 @@ class LearnedPositionStack:
         )
         output = attention.out_proj(mixed.transpose(1, 2).flatten(2))
         return self._after_attention(layer, gather_positions(hidden, positions) + output)
+
+    def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
+        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        layer: Any = self.layers[index]
+        module = layer.self_attn
+        normed = layer.self_attn_layer_norm(hidden[None]) if layer.do_layer_norm_before else hidden[None]
+        asking = normed if attention.queries is None else normed[:, attention.queries]
+        query = split_heads(module.q_proj(asking)[0] * module.scaling, module.head_dim)
+        key = split_heads(module.k_proj(normed)[0], module.head_dim)
+        value = split_heads(module.v_proj(normed)[0], module.head_dim)
+        mixed = attention.mix(index, query, key, value, 1.0)
+        return self._after_attention(layer, attention.asked(hidden) + module.out_proj(mixed[None])[0])
 
     @staticmethod
     def _after_attention(layer: Any, hidden: Tensor) -> Tensor:

@@ -9,26 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .caches import Caches, feature_cache
 from .encoding import encode_queries
 from .fingerprint import model_fingerprint
-from .generation import greedy
-from .images import ImageReader, feature_cache
+from .images import ImageReader
 from .prompts import PromptBuilder
+from .reader import greedy
 from .stacks import Context, causal_masks
 from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_positions
 
 if TYPE_CHECKING:
     from fastedit.requests import ImageSource, Query
 
-#: Images per call of the vision side.
-VISION_BATCH = 32
+    from .walk import Running
+
+#: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
+VISION_BATCH, VISION_BATCH_CPU = 32, 4
 
 
 class EditableModel:
     """A Hugging Face multimodal model in eval mode, all parameters frozen, split at will into prefix and tail.
 
     Made by `fastedit.backbone.load`. Forward hooks on any submodule stay active in `prefix`, `tail`, `head` and
-    `generate`, which call the real submodules and keep rows in order.
+    `generate`, which call the real submodules and keep rows in order. `generate` and edits run on packed rows: linear
+    maps see (1, T, d), the tokens of all rows one after another, and `running` says whose they are.
 
     Args:
         hf: the model. processor: its processor. adapter: its family. name: what it was loaded as.
@@ -36,6 +40,8 @@ class EditableModel:
         template: prompt template, or None for the processor's own.
         end_token_ids: tokens that end an answer; the first is the one that encoded answers end with.
         image_cache_mib: memory for image features on the model's device, and as much for pixels.
+        state_cache_mib: memory on the device for prefix states of locality questions, and as much for reference
+            logits; what is moved out of it goes to as much host memory.
         linear: who multiplies frozen weights, "torch" or "onednn".
     """
 
@@ -51,6 +57,7 @@ class EditableModel:
         template: str | None,
         end_token_ids: Sequence[int],
         image_cache_mib: int,
+        state_cache_mib: int = 256,
         linear: str = "torch",
     ) -> None:
         self.hf = hf.eval().requires_grad_(False)
@@ -66,10 +73,14 @@ class EditableModel:
         self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])
         self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20)
         self.image_features = feature_cache(image_cache_mib << 20)
+        #: Of the frozen model, so valid as long as it is loaded, whatever is edited.
+        self.caches = Caches(state_cache_mib << 20)
         self._paths = {id(module): path for path, module in self.hf.named_modules()}
         self._fingerprint: str | None = None
         #: Answers of this frozen model to (prompt, image, most new tokens): asked once, whatever is edited.
         self.reference_answers: dict[tuple[str, str, int], str] = {}
+        #: Whose tokens the linear maps see now, for hooks; None outside of walks over packed rows.
+        self.running: Running | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +101,13 @@ class EditableModel:
     def vocab_size(self) -> int:
         """Number of logits."""
         return int(self.adapter.head.out_features)  # type: ignore[arg-type]
+
+    def forget(self) -> None:
+        """Drop everything remembered: pixels, image features, prefix states, reference logits, answers."""
+        self.images.clear()
+        self.image_features.clear()
+        self.caches.clear()
+        self.reference_answers.clear()
 
     @property
     def fingerprint(self) -> str:
@@ -122,8 +140,9 @@ class EditableModel:
                 missing.append(image)
             else:
                 found[key] = cached
-        for start in range(0, len(missing), VISION_BATCH):
-            chunk = missing[start : start + VISION_BATCH]
+        size = VISION_BATCH_CPU if self.device.type == "cpu" else VISION_BATCH
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
             for image, features in zip(chunk, self.adapter.image_features(chunk), strict=True):
                 if features.tokens.shape[0] != image.tokens:
                     got = f"features={features.tokens.shape[0]}, tokens={image.tokens}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from torch.nn import functional
 from .stacks import Context, allowed_keys, attention_output, layer_kinds, split_heads
 from .states import gather_positions
 
+if TYPE_CHECKING:
+    from .walk import Attention
+
 
 def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Apply rotary positions to (R, heads, N, d_head) with tables (R, N, d_head); RoFormer, arXiv 2104.09864."""
+    """Apply rotary positions to (..., heads, d_head) with tables (..., d_head); RoFormer, arXiv 2104.09864."""
     first, second = values.chunk(2, dim=-1)
-    return values * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+    return values * cosine[..., None, :] + torch.cat((-second, first), dim=-1) * sine[..., None, :]
 
 
 class RotaryStack:
@@ -60,8 +63,6 @@ class RotaryStack:
                 hidden,
                 attention_mask=context.masks[self.kinds[index]],
                 position_embeddings=context.rotary,
-                past_key_values=context.past,
-                use_cache=context.past is not None,
             )
         )
 
@@ -72,7 +73,6 @@ class RotaryStack:
             hidden_states=layer.input_layernorm(hidden),
             attention_mask=context.masks[self.kinds[index]],
             position_embeddings=context.rotary,
-            past_key_values=context.past,
         )
         return hidden + attention_output(result)
 
@@ -89,10 +89,10 @@ class RotaryStack:
         value = split_heads(attention.v_proj(normed), head_dim)
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
-        query = _rotate(query.transpose(1, 2), gather_positions(cosine, positions), gather_positions(sine, positions))
-        key, value = _rotate(key.transpose(1, 2), cosine, sine), value.transpose(1, 2)
+        query = _rotate(query, gather_positions(cosine, positions), gather_positions(sine, positions))
+        key, value = _rotate(key, cosine, sine).transpose(1, 2), value.transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(
-            query,
+            query.transpose(1, 2),
             key.repeat_interleave(attention.num_key_value_groups, dim=1),
             value.repeat_interleave(attention.num_key_value_groups, dim=1),
             attn_mask=allowed_keys(self.config, self.kinds[index], positions, hidden.shape[1]),
@@ -100,6 +100,23 @@ class RotaryStack:
         )
         output = attention.o_proj(mixed.transpose(1, 2).flatten(2))
         return gather_positions(hidden, positions) + cast(Tensor, output)
+
+    def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
+        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        layer: Any = self.layers[index]
+        module = layer.self_attn
+        assert attention.rotary is not None
+        cosine, sine = attention.rotary
+        normed = layer.input_layernorm(hidden[None])
+        asking = normed if attention.queries is None else normed[:, attention.queries]
+        query = split_heads(module.q_proj(asking)[0], module.head_dim)
+        key = split_heads(module.k_proj(normed)[0], module.head_dim)
+        value = split_heads(module.v_proj(normed)[0], module.head_dim)
+        if hasattr(module, "q_norm"):
+            query, key = module.q_norm(query), module.k_norm(key)
+        query = _rotate(query, attention.asked(cosine), attention.asked(sine))
+        mixed = attention.mix(index, query, _rotate(key, cosine, sine), value, module.scaling)
+        return attention.asked(hidden) + cast(Tensor, module.o_proj(mixed[None])[0])
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the stock feed-forward module."""

@@ -9,10 +9,13 @@ read repeated ones as several packed sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .walk import Attention
 
 
 @dataclass(slots=True)
@@ -23,13 +26,11 @@ class Context:
         position_ids: (R, A, N), int64.
         rotary: cosine and sine tables (R, N, d_head), or None for learned positions.
         masks: attention mask by layer kind ("full_attention", "sliding_attention").
-        past: key-value cache of a generation, or None.
     """
 
     position_ids: Tensor
     rotary: tuple[Tensor, Tensor] | None
     masks: dict[str, Tensor | None]
-    past: Any = None
 
 
 class TextStack(Protocol):
@@ -58,6 +59,9 @@ class TextStack(Protocol):
 
     def attend_at(self, index: int, hidden: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Return the same at (R, M) positions: queries there, keys and values everywhere."""
+
+    def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
+        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the feed-forward block of a layer."""

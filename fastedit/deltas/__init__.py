@@ -1,9 +1,10 @@
 """Small changes beside a frozen model, stacked over many edits."""
 
-from fastedit.deltas.base import DeltaSpec, EditDelta, Rows, StackedDelta, accumulate, stack
+from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta, accumulate, stack
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.install import installed
 from fastedit.deltas.low_rank import LowRankDelta
+from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.storage import StoredDeltas, load_deltas, save_deltas
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Rows",
     "StackedDelta",
     "StoredDeltas",
+    "TokenSpans",
     "accumulate",
     "installed",
     "load_deltas",

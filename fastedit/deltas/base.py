@@ -11,52 +11,8 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import Site
+from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import workspace
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which edit each row of a running batch belongs to.
-
-    Args:
-        counts: rows per edit; rows are sorted by edit, so edit b owns ``counts[b]`` consecutive rows (0 is allowed).
-            None means that every row belongs to the only edit of a stack of one.
-    """
-
-    counts: tuple[int, ...] | None = None
-
-    @property
-    def total(self) -> int | None:
-        """Number of rows, or None when any number will do."""
-        return None if self.counts is None else sum(self.counts)
-
-    def tokens_per_row(self, tokens: int, n_edits: int) -> int:
-        """How many tokens of a (tokens, d) activation one row holds.
-
-        Raises:
-            ValueError: the rows do not fit the stack or the activation.
-        """
-        if self.counts is None:
-            if n_edits != 1:
-                raise ValueError(f"rows: a map is needed for more than one edit (got edits={n_edits})")
-            return tokens
-        if len(self.counts) != n_edits:
-            raise ValueError(f"rows: one count per edit (got counts={len(self.counts)}, edits={n_edits})")
-        total = sum(self.counts)
-        if total == 0 or tokens % total:
-            raise ValueError(f"rows: tokens must divide into rows (got tokens={tokens}, rows={total})")
-        return tokens // total
-
-    def token_offsets(self, tokens: int, n_edits: int) -> list[int]:
-        """Token offsets (n_edits + 1,) of each edit's consecutive tokens in a (tokens, d) activation."""
-        if self.counts is None:
-            self.tokens_per_row(tokens, n_edits)
-            return [0, tokens]
-        per_row = self.tokens_per_row(tokens, n_edits)
-        offsets = [0]
-        for count in self.counts:
-            offsets.append(offsets[-1] + count * per_row)
-        return offsets
 
 
 @dataclass(frozen=True)
@@ -67,11 +23,18 @@ class DeltaSpec:
         kind: "full" or "low_rank".
         sites: the linear modules that the delta stands beside.
         options: the kind's settings (rank, scale, seed ...), plain values only: they are saved with the delta.
+            ``positions`` says on which tokens any kind acts: "all", or "after_image": behind the last image token of
+            a row that has an image.
     """
 
     kind: str
     sites: tuple[Site, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> str:
+        """ "all" or "after_image"."""
+        return str(self.options.get("positions", "all"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +79,7 @@ class StackedDelta(Protocol):
     def size(self) -> int:
         """B."""
 
-    def delta(self, site: int, x: Tensor, rows: Rows) -> Tensor:
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
         """Change of the output of site number ``site`` for input x (tokens, d_in), as (tokens, d_out)."""
 
     def parameters_as_input(self) -> Tensor:
@@ -124,6 +87,12 @@ class StackedDelta(Protocol):
 
     def part_names(self) -> list[str]:
         """Names of the parts in the order of the flat row."""
+
+    def restart(self, edits: Sequence[int]) -> None:
+        """Give these rows the values of a fresh delta, which changes nothing."""
+
+    def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
+        """Edit number ``index`` as a value of its own."""
 
     def begin_step(self) -> None:
         """Forget the gradients of the step before."""
@@ -186,6 +155,17 @@ class FlatStack:
     def part_names(self) -> list[str]:
         """Names of the parts in the order of the flat row."""
         return list(self.shapes)
+
+    def initial(self, _name: str) -> Tensor | float:
+        """The value of a part in a fresh delta, without the leading B."""
+        return 0.0
+
+    def restart(self, edits: Sequence[int]) -> None:
+        """Give these rows the values of a fresh delta, which changes nothing."""
+        for name, part in self.parts.items():
+            value = self.initial(name)
+            for edit in edits:
+                _ = part[edit].copy_(value) if isinstance(value, Tensor) else part[edit].fill_(value)
 
     def differentiable(self, name: str) -> Tensor:
         """Part ``name`` (B, ...) as an input of the graph; its gradient lands in ``part_grads[name]``."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone.products import choose_linear, onednn_product
-from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack, Rows
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.rows import Rows, TokenSpans
 
 
 class FullDelta(FlatStack):
@@ -27,7 +28,7 @@ class FullDelta(FlatStack):
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
         self.products = _OneDnn if choose_linear("auto", dtype, self.flat.device) == "onednn" else _Torch
 
-    def delta(self, site: int, x: Tensor, rows: Rows) -> Tensor:
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
         name = self.part_names()[site]
         offsets = rows.token_offsets(x.shape[0], self.size)

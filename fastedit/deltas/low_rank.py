@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack, Rows
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import low_rank
 
 
@@ -36,17 +37,25 @@ class LowRankDelta(FlatStack):
         generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
         names = self.part_names()
         self._pairs = list(zip(names[0::2], names[1::2], strict=True))
+        self._drawn: dict[str, Tensor] = {}
         for name, _ in self._pairs:
             d_in = self.shapes[name][0]
             # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
             draw = torch.rand(d_in, rank, generator=generator, dtype=torch.float64) * 2 - 1
-            self.parts[name].copy_(draw / math.sqrt(d_in))
+            self._drawn[name] = (draw / math.sqrt(d_in)).to(self.flat)
+            self.parts[name].copy_(self._drawn[name])
 
-    def delta(self, site: int, x: Tensor, rows: Rows) -> Tensor:
+    def initial(self, name: str) -> Tensor | float:
+        """The drawn first factor; zero for the second."""
+        return self._drawn.get(name, 0.0)
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
         down, up = (self.differentiable(name) for name in self._pairs[site])
-        offsets = torch.tensor(rows.token_offsets(x.shape[0], self.size), device=x.device)
-        return low_rank(x.to(self.flat.dtype), down, up, offsets) * self.scale
+        offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
+        # Half-precision tokens are taken as they are; sums and factors are float32 all the same
+        narrow = x.dtype in (torch.bfloat16, torch.float16) and self.flat.dtype == torch.float32
+        return low_rank(x if narrow else x.to(self.flat.dtype), down, up * self.scale, offsets)
 
 
 def accumulate_low_rank(deltas: Sequence[EditDelta]) -> EditDelta:

@@ -17,10 +17,11 @@ from fastedit.deltas.base import DeltaSpec, EditDelta, new_stack
 FORMAT = "fastedit-deltas/1"
 
 
-def save_deltas(deltas: Sequence[EditDelta], path: str | Path) -> Path:
+def save_deltas(deltas: Sequence[EditDelta], path: str | Path, places: Sequence[int] | None = None) -> Path:
     """Write deltas to one safetensors file, atomically (written beside, then renamed).
 
-    Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids and fingerprints.
+    Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids and fingerprints, and
+    the places of the deltas in their run where they are not simply one after another.
     """
     from safetensors.torch import save_file
 
@@ -36,7 +37,10 @@ def save_deltas(deltas: Sequence[EditDelta], path: str | Path) -> Path:
         entries.append(entry)
         for name, tensor in delta.tensors.items():
             tensors[f"{index:06d}/{name}"] = tensor.contiguous()
-    header = {"fastedit": json.dumps({"format": FORMAT, "specs": specs, "deltas": entries})}
+    content: dict[str, Any] = {"format": FORMAT, "specs": specs, "deltas": entries}
+    if places is not None:
+        content["places"] = list(places)
+    header = {"fastedit": json.dumps(content)}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=header)
     partial.replace(path)
@@ -49,7 +53,7 @@ def load_deltas(path: str | Path) -> list[EditDelta]:
     Raises:
         ValueError: not a file of this format, or a part is missing or has the wrong shape.
     """
-    with _opened(path) as (file, entries):
+    with _opened(path) as (file, entries, _):
         return [_read(file, path, index, entry) for index, entry in enumerate(entries)]
 
 
@@ -57,8 +61,8 @@ _Entry = tuple[DeltaSpec, str, str]
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry]]]:
-    """The file and, per delta, its spec, the model's fingerprint and the request's id."""
+def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry], list[int] | None]]:
+    """The file; per delta its spec, the model's fingerprint and the request's id; and the places, if it names them."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -74,9 +78,12 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry]]]:
                 for s in header["specs"]
             ]
             entries = [(specs[e["spec"]], str(e["model"]), str(e["id"])) for e in header["deltas"]]
+            places = None if header.get("places") is None else [int(place) for place in header["places"]]
+            if places is not None and len(places) != len(entries):
+                raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(entries)})")
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"deltas: a complete header (got {error!r} in path={str(path)!r})") from error
-        yield file, entries
+        yield file, entries, places
 
 
 def _read(file: Any, path: str | Path, index: int, entry: _Entry) -> EditDelta:
@@ -97,7 +104,9 @@ def _read(file: Any, path: str | Path, index: int, entry: _Entry) -> EditDelta:
 class StoredDeltas(Sequence[EditDelta]):
     """Deltas in the files of a folder, read when asked for: memory does not grow with their number.
 
-    A file holds what was appended at once and is named by its place, ``deltas-000000.safetensors`` being the first.
+    A file holds what was appended at once and is named by its number, ``deltas-000000.safetensors`` being the first.
+    Edits end in any order: files say which place of the run a delta has, and the deltas that are there are in that
+    order, also where the run was broken off.
 
     Args:
         folder: made if it is absent; its files are read in the order of their names.
@@ -108,36 +117,53 @@ class StoredDeltas(Sequence[EditDelta]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # where every delta is: (file, its number there); and whose it is
-        self._places: list[tuple[Path, int]] = []
-        self._ids: list[str] = []
+        # by place: the file, the number there, and whose it is
+        self._found: dict[int, tuple[Path, int, str]] = {}
+        self._sorted: list[int] = []
+        self._files = 0
         for number, path in enumerate(self.files()):
             if path.name != _file_name(number):
                 raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
-            with _opened(path) as (_, entries):
-                self._add(path, [request_id for _, _, request_id in entries])
+            with _opened(path) as (_, entries, places):
+                self._add(path, [request_id for _, _, request_id in entries], places)
 
     def files(self) -> list[Path]:
         """The files, in order."""
         return sorted(self.folder.glob("deltas-??????.safetensors"))
 
-    def append(self, deltas: Sequence[EditDelta]) -> None:
-        """Write deltas behind the others, as one file that is there whole or not at all."""
-        path = self.folder / _file_name(len({path for path, _ in self._places}))
-        save_deltas(deltas, path)
-        self._add(path, [delta.request_id for delta in deltas])
+    def append(self, deltas: Sequence[EditDelta], places: Sequence[int] | None = None) -> None:
+        """Write deltas as one file that is there whole or not at all.
 
-    def _add(self, path: Path, ids: Sequence[str]) -> None:
-        self._places += [(path, number) for number in range(len(ids))]
-        self._ids += ids
+        Args:
+            deltas: n. places: of each in the run, in any order over the files; behind the others if absent.
+        """
+        path = self.folder / _file_name(self._files)
+        save_deltas(deltas, path, places)
+        self._add(path, [delta.request_id for delta in deltas], places)
+
+    def _add(self, path: Path, ids: Sequence[str], places: Sequence[int] | None) -> None:
+        first = 1 + max(self._found, default=-1)
+        chosen = range(first, first + len(ids)) if places is None else places
+        for number, (place, request_id) in enumerate(zip(chosen, ids, strict=True)):
+            if place in self._found:
+                raise ValueError(f"deltas: every place is taken once (got place={place} again in {path.name})")
+            self._found[place] = (path, number, request_id)
+        self._files += 1
 
     @property
     def request_ids(self) -> list[str]:
         """Whose the deltas are, without reading them."""
-        return list(self._ids)
+        return [self._found[place][2] for place in self.places]
+
+    @property
+    def places(self) -> list[int]:
+        """The places of the deltas in their run: 0, 1, 2 ... where it was finished."""
+        if len(self._sorted) != len(self._found):
+            self._sorted = sorted(self._found)
+        return self._sorted
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._found)
 
     @overload
     def __getitem__(self, index: int) -> EditDelta: ...
@@ -146,9 +172,9 @@ class StoredDeltas(Sequence[EditDelta]):
     def __getitem__(self, index: int | slice) -> EditDelta | list[EditDelta]:
         """Read one delta, or those of a slice."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        path, number = self._places[index]
-        with _opened(path) as (file, entries):
+            return [self[number] for number in range(len(self))[index]]
+        path, number, _ = self._found[self.places[index]]
+        with _opened(path) as (file, entries, _):
             return _read(file, path, number, entries[number])
 
 

@@ -1,22 +1,29 @@
-"""One batch of edits in the optimiser loop: prefix once, then the tail at label positions, step after step."""
+"""The edits that are fitted together: prefix once, then the tail at label positions, step after step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastedit.backbone import EditableModel, Encoded, Held, PrefixState
-from fastedit.deltas import DeltaSpec, Rows, StackedDelta
+from fastedit.backbone import EditableModel, Held, PackedState
+from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
+from fastedit.deltas import DeltaSpec, EditDelta, Rows, StackedDelta
 from fastedit.deltas.install import RowsHolder
 from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.views import TrainingView
 from fastedit.objectives import Losses, Objective, Role, TokenBatch
+from fastedit.requests import Query
+from fastedit.solver import FitOutcome
 
 FFN_NAMES = frozenset({"up", "gate", "down"})
+#: Share of the places that must be free before others enter (they are encoded together), and of the rows that must
+#: have ended before they are taken out: both rearrange everything.
+WORTH_WHILE = 4
 
 
 def split_point(spec: DeltaSpec) -> tuple[int, str]:
@@ -30,154 +37,236 @@ def split_point(spec: DeltaSpec) -> tuple[int, str]:
 
 
 @dataclass
-class Layout:
-    """Where the label tokens of a batch of rows are, and what they are for.
+class EditRows:
+    """The rows of one edit with all that is constant over its steps.
 
     Args:
-        positions: (R, M) int64, positions whose next token is a label, in order; -1 pads.
-        labels: (T,) int64, T = number of valid positions, row after row.
-        row_of_token: (T,) int64.
+        state: its rows where the delta begins to matter; its wanted tokens carry labels.
+        labels: (T,) int64. role: (T,) int64, values of Role.
+        reference: (T', V) logits of the unedited model for the tokens of locality roles, or None.
     """
 
-    positions: Tensor
+    state: PackedState
     labels: Tensor
-    row_of_token: Tensor
-
-    @classmethod
-    def of(cls, encoded: Encoded) -> Layout:
-        """Read it off encoded rows."""
-        mask = encoded.label_mask
-        return cls(encoded.label_positions(), encoded.labels[mask], torch.nonzero(mask)[:, 0])
-
-    @property
-    def valid(self) -> Tensor:
-        """(R, M) bool."""
-        return self.positions >= 0
-
-    def select(self, rows: Tensor) -> Layout:
-        """Only the given rows (n,) int64, renumbered."""
-        number = torch.full((self.positions.shape[0],), -1, dtype=torch.long, device=rows.device)
-        number[rows] = torch.arange(len(rows), device=rows.device)
-        new_row = number[self.row_of_token]
-        kept = new_row >= 0
-        return Layout(self.positions[rows], self.labels[kept], new_row[kept])
+    role: Tensor
+    reference: Tensor | None
 
 
-def head_at(model: EditableModel, state: PrefixState, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Final hidden states (T, d) and logits (T, V) at the layout's positions, from a prefix state."""
-    hidden = model.tail(state, positions=None if state.gathered else layout.positions)[layout.valid]
-    return hidden, model.head(hidden)
+@torch.no_grad()
+def prepare(
+    model: EditableModel,
+    spec: DeltaSpec,
+    views: Sequence[Sequence[TrainingView]],
+    timer: PhaseTimer,
+) -> list[EditRows]:
+    """Encode the views of some edits, run the frozen prefix once, keep the unedited logits of the locality views.
+
+    No delta may act meanwhile: the reference is the unedited model.
+    """
+    caches = model.caches
+    flat = [view for vs in views for view in vs]
+    point = (*split_point(spec), spec.positions)
+    with timer.phase("prefix"):
+        states = caches.states.get_all([(point, _key(view.query)) for view in flat])
+    missing = [number for number, state in enumerate(states) if state is None]
+    if missing:
+        with timer.phase("encode"):
+            encoded = model.encode([flat[number].query for number in missing], answers=True)
+            labels = encoded.labels[encoded.label_mask]
+        with timer.phase("prefix"):
+            state = packed_prefix(model, packed_start(model, encoded), point[0], point[1])
+            if spec.positions == "after_image":
+                state = hold_constant(model, state)
+            parts = torch.split(labels, list(state.wanted_counts))
+            for row, number in enumerate(missing):
+                found = (state.of_row(row), parts[row])
+                if flat[number].role >= Role.TEXT_LOCALITY:
+                    # Drawn from a pool, and so likely to come again. A copy: a slice would keep the batch in memory
+                    found = (found[0].map(torch.clone), found[1].clone())
+                    caches.states.put((point, _key(flat[number].query)), found)
+                states[number] = found
+    known = [state for state in states if state is not None]
+    out = [number for number, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY]
+    logits = _references(model, flat, known, out, timer)
+    rows: list[EditRows] = []
+    first = 0
+    for vs in views:
+        numbers = range(first, first + len(vs))
+        first += len(vs)
+        own = [logits[number] for number in numbers if number in logits]
+        role = [torch.full_like(known[number][1], int(flat[number].role)) for number in numbers]
+        rows.append(
+            EditRows(
+                PackedState.cat([known[number][0] for number in numbers]),
+                torch.cat([known[number][1] for number in numbers]),
+                torch.cat(role),
+                torch.cat(own) if own else None,
+            )
+        )
+    return rows
+
+
+def _references(
+    model: EditableModel,
+    flat: Sequence[TrainingView],
+    known: Sequence[tuple[PackedState, Tensor]],
+    out: Sequence[int],
+    timer: PhaseTimer,
+) -> dict[int, Tensor]:
+    """Unedited logits (T, V) at the labels of the given views, by number of the view."""
+    if not out:
+        return {}
+    caches = model.caches
+    with timer.phase("reference"):
+        found = dict(zip(out, caches.references.get_all([_key(flat[number].query) for number in out]), strict=True))
+        missing = [number for number in out if found[number] is None]
+        if missing:
+            state = PackedState.cat([known[number][0] for number in missing])
+            logits = model.head(packed_tail(model, state))
+            for number, part in zip(missing, torch.split(logits, list(state.wanted_counts)), strict=True):
+                found[number] = part.clone()
+                caches.references.put(_key(flat[number].query), found[number])
+    return {number: part for number, part in found.items() if part is not None}
+
+
+def _key(query: Query) -> tuple[str, str, str]:
+    from fastedit.data.images import image_key
+
+    return query.prompt, "" if query.image is None else image_key(query.image), query.answer or ""
 
 
 class BatchProblem:
-    """Losses of B edits at the current deltas (``fastedit.solver.Problem``).
+    """Losses of the edits in B places at the current deltas (``fastedit.solver.Problem``).
 
-    The deltas must be installed while this is used, with ``holder`` as their rows.
+    The deltas must be installed while this is used.
 
     Args:
         model: frozen.
-        stacked: the deltas of the B edits.
-        holder: the rows of the installed hooks.
+        stacked: the deltas of the B places.
+        holders: of the deltas that act, that of ``stacked`` first; paused while anything unedited is computed.
+        held: outputs that are kept between steps.
         objective: per-edit losses.
-        views: of each edit, sorted by role.
+        waiting: numbers of the edits that are to be fitted; taken from the left.
+        make: prepares the rows of edits.
+        take: gets every edit that has ended, its delta and its outcome; no delta acts meanwhile.
         timer: seconds by phase.
-        prepared: what is constant over the steps.
-        held: outputs that are kept between steps, forgotten when rows leave.
     """
 
     def __init__(
         self,
         model: EditableModel,
         stacked: StackedDelta,
-        holder: RowsHolder,
-        objective: Objective,
-        views: Sequence[Sequence[TrainingView]],
-        timer: PhaseTimer,
-        prepared: PreparedRows,
+        holders: Sequence[RowsHolder],
         held: Held,
+        objective: Objective,
+        waiting: deque[int],
+        make: Callable[[Sequence[int]], list[EditRows]],
+        take: Callable[[int, EditDelta, FitOutcome], None],
+        timer: PhaseTimer,
     ) -> None:
-        self.model, self.stacked, self.holder, self.objective, self.timer = model, stacked, holder, objective, timer
-        self.held = held
-        self.state, self.layout, self.reference = prepared.state, prepared.layout, prepared.reference
-        device = self.layout.labels.device
-        self.edit_of_row = torch.tensor([b for b, vs in enumerate(views) for _ in vs], device=device)
-        self.role_of_row = torch.tensor([int(v.role) for vs in views for v in vs], device=device)
-        self._renumber()
+        self.model, self.stacked, self.holders, self.held = model, stacked, holders, held
+        self.objective, self.waiting, self.make, self.take, self.timer = objective, waiting, make, take, timer
+        #: By place, the number of its edit and its rows, in order of the places.
+        self.working: dict[int, tuple[int, EditRows]] = {}
+        self._ended: set[int] = set()
+        self._tokens: _Tokens | None = None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a part of the loop."""
         return self.timer.phase(name)
 
-    def losses(self, step: int) -> Losses:
-        """Losses of all B edits; a finished edit has no tokens."""
+    def losses(self, steps: Tensor) -> Losses:
+        """Losses of all places; one without rows has no tokens."""
         with self.timer.phase("tail_forward"):
-            hidden, logits = head_at(self.model, self.state, self.layout)
+            if self._tokens is None:
+                self._tokens = self._assembled()
+            tokens = self._tokens
+            hidden = packed_tail(self.model, tokens.state)
+            logits = self.model.head(hidden)
         with self.timer.phase("objective"):
-            tokens = TokenBatch(
+            batch = TokenBatch(
                 hidden=hidden,
                 logits=logits,
-                labels=self.layout.labels,
-                edit=self.edit_of_row[self.layout.row_of_token],
-                role=self.role_of_row[self.layout.row_of_token],
+                labels=tokens.labels,
+                edit=tokens.edit,
+                role=tokens.role,
                 n_edits=self.stacked.size,
-                reference=self.reference,
+                reference=tokens.reference,
                 flat=self.stacked.parameters_as_input(),
             )
-            return self.objective(tokens, step)
+            return self.objective(batch, steps)
 
-    def keep(self, active: Tensor) -> None:
-        """Drop the rows of finished edits."""
-        rows = torch.nonzero(active[self.edit_of_row]).flatten()
-        if len(rows) == len(self.edit_of_row):
-            return
-        if self.reference is not None:
-            out = self._is_out(self.role_of_row)[self.layout.row_of_token]
-            kept = active[self.edit_of_row][self.layout.row_of_token]
-            self.reference = self.reference[kept[out]]
+    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
+        """Hand over the deltas of edits that have ended."""
+        for place, outcome in outcomes.items():
+            with self.timer.phase("store"):
+                delta = self.stacked.unstack(place)
+            self._ended.add(place)
+            with self.paused():
+                self.take(self.working[place][0], delta, outcome)
+
+    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
+        """Let waiting edits into free places once enough are free; take out the rows of those that have ended."""
+        entering = min(len(free), len(self.waiting))
+        enough = idle or len(free) * WORTH_WHILE >= self.stacked.size
+        if (entering and enough) or len(self._ended) * WORTH_WHILE >= len(self.working):
+            self._drop()
+        if not (entering and enough):
+            return []
+        # Out of the queue only once they are in: what fails on the way is still waiting
+        chosen = [self.waiting[number] for number in range(entering)]
+        with self.paused():
+            rows = self.make(chosen)
+        places = list(free)[:entering]
+        for place, number, own in zip(places, chosen, rows, strict=True):
+            self.waiting.popleft()
+            self.working[place] = (number, own)
+        self.working = dict(sorted(self.working.items()))
+        self._tokens = None
+        return places
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block the model is the unedited one."""
+        with ExitStack() as entered:
+            entered.enter_context(self.held.paused())
+            for holder in self.holders:
+                entered.enter_context(holder.paused())
+            yield
+
+    def _drop(self) -> None:
+        for place in self._ended:
+            del self.working[place]
+        if self._ended:
+            self._tokens = None
+        self._ended = set()
+
+    def _assembled(self) -> _Tokens:
+        """All rows at work as one batch, in order of the places."""
         self.held.clear()
-        self.state, self.layout = self.state.select(rows), self.layout.select(rows)
-        self.edit_of_row, self.role_of_row = self.edit_of_row[rows], self.role_of_row[rows]
-        self._renumber()
-
-    def _renumber(self) -> None:
-        counts = torch.bincount(self.edit_of_row, minlength=self.stacked.size)
-        self.holder.rows = Rows(tuple(counts.tolist()))
-
-    @staticmethod
-    def _is_out(role: Tensor) -> Tensor:
-        return role >= int(Role.TEXT_LOCALITY)
+        counts = [0] * self.stacked.size
+        for place, (_, rows) in self.working.items():
+            counts[place] = len(rows.state)
+        self.holders[0].rows = Rows(tuple(counts))
+        parts = [rows for _, rows in self.working.values()]
+        references = [rows.reference for rows in parts if rows.reference is not None]
+        sizes = torch.tensor([len(rows.labels) for rows in parts])
+        edit = torch.repeat_interleave(torch.tensor(list(self.working)), sizes)
+        return _Tokens(
+            state=PackedState.cat([rows.state for rows in parts]),
+            labels=torch.cat([rows.labels for rows in parts]),
+            role=torch.cat([rows.role for rows in parts]),
+            edit=edit.to(self.model.device),
+            reference=torch.cat(references) if references else None,
+        )
 
 
 @dataclass
-class PreparedRows:
-    """What is constant over the steps of a batch: prefix state, label layout, reference logits of locality rows."""
+class _Tokens:
+    """Everything of a step that the step before had too."""
 
-    state: PrefixState
-    layout: Layout
+    state: PackedState
+    labels: Tensor
+    role: Tensor
+    edit: Tensor
     reference: Tensor | None
-
-
-@torch.no_grad()
-def prepare(
-    model: EditableModel, spec: DeltaSpec, views: Sequence[Sequence[TrainingView]], timer: PhaseTimer
-) -> PreparedRows:
-    """Encode the views, run the frozen prefix once, and keep the unedited logits of the locality views.
-
-    No delta may be installed: the reference is the unedited model.
-    """
-    flat = [view for vs in views for view in vs]
-    with timer.phase("encode"):
-        encoded = model.encode([view.query for view in flat], answers=True)
-        layout = Layout.of(encoded)
-    with timer.phase("prefix"):
-        layer, stage = split_point(spec)
-        state = model.prefix(encoded, layer, stage)
-        if stage == "ffn" and layer == model.n_layers - 1:
-            # No position sees another any more: keep those that carry labels
-            state = state.at(layout.positions)
-    reference = None
-    out = torch.tensor([i for i, v in enumerate(flat) if v.role >= Role.TEXT_LOCALITY], device=layout.labels.device)
-    if len(out):
-        with timer.phase("reference"):
-            reference = head_at(model, state.select(out), layout.select(out))[1]
-    return PreparedRows(state, layout, reference)

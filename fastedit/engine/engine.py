@@ -5,28 +5,32 @@ from __future__ import annotations
 import resource
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastedit.backbone import EditableModel, held_inputs
+from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, stack
 from fastedit.deltas.base import DeltaSpec, new_stack
 from fastedit.engine import provenance
-from fastedit.engine.batch import BatchProblem, prepare, split_point
+from fastedit.engine.batch import BatchProblem, EditRows, prepare, split_point
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory import is_out_of_memory, release_memory
-from fastedit.engine.progress import progress
+from fastedit.engine.plan import largest_batch
+from fastedit.engine.progress import ProgressLine, progress
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
-from fastedit.engine.views import TrainingView, ViewSource
+from fastedit.engine.views import ViewSource
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import EditPlan, resolve
+from fastedit.ops import keep_freed_memory
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome, SolverConfig, fit
 
@@ -45,15 +49,32 @@ class _Work:
     views: ViewSource
     timer: PhaseTimer
     delta_dtype: torch.dtype
-    deltas: list[EditDelta] | StoredDeltas
+    store: StoredDeltas | None
+    per_file: int
+    outcomes: dict[int, FitOutcome] = field(default_factory=dict)
+    scored: dict[int, EditScores] = field(default_factory=dict)
+    # In memory all, or those that are not in a file yet
+    deltas: dict[int, EditDelta] = field(default_factory=dict)
 
-    def keep(self, deltas: Sequence[EditDelta]) -> None:
-        """Add the deltas of a batch to those of the run."""
-        if isinstance(self.deltas, StoredDeltas):
-            with self.timer.phase("store"):
-                self.deltas.append(deltas)
-        else:
-            self.deltas += deltas
+    def keep(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        """Take over an edit that has ended."""
+        self.deltas[number], self.outcomes[number] = delta, outcome
+        if self.store is not None and len(self.deltas) >= self.per_file:
+            self.write()
+
+    def write(self) -> None:
+        """Put the deltas that are in memory into a file, where the run has files."""
+        if self.store is None or not self.deltas:
+            return
+        with self.timer.phase("store"):
+            places = sorted(self.deltas)
+            self.store.append([self.deltas[place] for place in places], places)
+            self.deltas.clear()
+
+    def all_deltas(self) -> Sequence[EditDelta]:
+        """Those of every edit, in order."""
+        self.write()
+        return self.store if self.store is not None else [self.deltas[n] for n in range(len(self.edits))]
 
 
 def edit(
@@ -61,7 +82,7 @@ def edit(
     edits: Sequence[EditRequest],
     method: str = "ft",
     *,
-    batch_size: int = 16,
+    batch_size: int | str = 16,
     mode: str = "single",
     pool: Sequence[EditRequest] | None = None,
     views: str = "heldout",
@@ -78,8 +99,9 @@ def edit(
         model: from ``fastedit.load``.
         edits: what to change.
         method: "ft", "lora", or one of them under another objective: "kl+ft", "odedit+lora" ...
-        batch_size: edits fitted together; results do not depend on it. Where memory runs out in a batch, it is tried
-            again in halves and the run goes on with those; finished edits are kept.
+        batch_size: edits fitted together; results do not depend on it. An edit that has ended makes room for a waiting
+            one. Where memory runs out the run goes on with half as many, and ended edits are kept. "auto" takes as many
+            as the memory plan has room for (``fastedit.plan_memory``).
         mode: "single" fits and scores every edit alone on the base model; "sequential" lets edits accumulate in order
             (each is fitted on top of the earlier ones) and scores all of them after the last.
         pool: records to draw locality views and paraphrases from, for objectives that use them (a train split).
@@ -98,8 +120,8 @@ def edit(
     """
     if not edits:
         raise ValueError("edit: at least one edit (got edits=[])")
-    if batch_size < 1:
-        raise ValueError(f"edit: batch_size is at least 1 (got batch_size={batch_size!r})")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"edit: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
     if mode not in MODES:
         raise ValueError(f"edit: mode is one of {list(MODES)} (got mode={mode!r})")
     plan = resolve(method, overrides)
@@ -107,106 +129,150 @@ def edit(
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
     source.check(plan.objective.build(plan.objective_config, solver.steps).roles)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    kept: list[EditDelta] | StoredDeltas = [] if deltas_folder is None else StoredDeltas(deltas_folder)
-    if len(kept):
-        raise ValueError(f"edit: deltas_folder is new or empty (got {deltas_folder} with {len(kept)} deltas)")
-    work = _Work(model, edits, plan, spec, solver, source, PhaseTimer(model.device), delta_dtype, kept)
+    store = None if deltas_folder is None else StoredDeltas(deltas_folder)
+    if store:
+        raise ValueError(f"edit: deltas_folder is new or empty (got {deltas_folder} with {len(store)} deltas)")
+    timer = PhaseTimer(model.device)
+    if isinstance(batch_size, str):
+        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=store is None)
+    work = _Work(model, edits, plan, spec, solver, source, timer, delta_dtype, store, batch_size)
 
+    if model.device.type == "cpu":
+        keep_freed_memory()
     run_mode = _single if mode == "single" else _sequential
-    outcomes, scored = run_mode(work, batch_size, evaluate, show_progress)
+    with expanded_layers(model, split_point(spec)[0]):
+        run_mode(work, batch_size, evaluate, show_progress)
     notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
+    outcomes = [work.outcomes[number] for number in range(len(edits))]
+    scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
     scores = summarise(scored, seed=seed) if evaluate else {}
-    return Run(work.deltas, outcomes, scores, scored, _timing(work, outcomes), notes)
+    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes), notes)
 
 
-def _single(
-    work: _Work, batch_size: int, evaluate: bool, show: bool | None
-) -> tuple[list[FitOutcome], list[EditScores]]:
-    outcomes: list[FitOutcome] = []
-    scored: list[EditScores] = []
-    evaluator = Evaluator(work.model, work.spec, work.timer)
-    start, size = 0, batch_size
+def _single(work: _Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
+    waiting = deque(range(len(work.edits)))
+    size = batch_size
     with progress("editing", len(work.edits), show) as line:
-        while start < len(work.edits):
-            chosen = range(start, min(start + size, len(work.edits)))
+        scored = _Scoring(work, batch_size, line) if evaluate else None
+
+        def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+            work.keep(number, delta, outcome)
+            if scored is None:
+                line.advance()
+            else:
+                scored.add(number, delta)
+
+        while waiting:
+            places = min(size, len(waiting))
             try:
-                fitted, ended, found = _one_batch(work, chosen, evaluator if evaluate else None)
+                _fit(work, waiting, places, None, take)
             except Exception as error:
-                if len(chosen) == 1 or not is_out_of_memory(error):
+                if places == 1 or not is_out_of_memory(error):
                     raise
-                size = len(chosen) // 2
-                told = f"edit: memory ran out in a batch of {len(chosen)}; going on with batches of {size}"
+                size = places // 2
+                # Those that were at work begin anew
+                waiting = deque(number for number in range(len(work.edits)) if number not in work.outcomes)
+                told = f"edit: memory ran out in a batch of {places}; going on with batches of {size}"
                 warnings.warn(told, RuntimeWarning, stacklevel=3)
             else:
-                work.keep(fitted)
-                outcomes += ended
-                scored += found
-                start = chosen.stop
-                line.advance(len(chosen))
-                continue
+                break
             # outside of the handler: the traceback holds the tensors of the batch
             release_memory(work.model)
-    return outcomes, scored
+        if scored is not None:
+            scored.flush()
 
 
-def _one_batch(
-    work: _Work, chosen: range, evaluator: Evaluator | None
-) -> tuple[list[EditDelta], list[FitOutcome], list[EditScores]]:
-    fitted, ended = _fit(work, chosen, committed=None)
-    if evaluator is None:
-        return fitted, ended, []
-    stacked = stack(fitted, device=work.model.device)
-    return fitted, ended, evaluator.scores([work.edits[i] for i in chosen], stacked)
+class _Scoring:
+    """Scores edits that have ended, a batch at a time."""
+
+    def __init__(self, work: _Work, batch_size: int, line: ProgressLine) -> None:
+        self.work, self.size, self.line = work, batch_size, line
+        self._evaluator = Evaluator(work.model, work.spec, work.timer)
+        self._ended: list[tuple[int, EditDelta]] = []
+
+    def add(self, number: int, delta: EditDelta) -> None:
+        """One more has ended."""
+        self._ended.append((number, delta))
+        if len(self._ended) >= self.size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Score those that wait for it."""
+        ended, self._ended = self._ended, []
+        while ended:
+            part = ended[: self.size]
+            stacked = stack([delta for _, delta in part], device=self.work.model.device)
+            try:
+                found = self._evaluator.scores([self.work.edits[number] for number, _ in part], stacked)
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+                self.size = len(part) // 2
+                told = f"edit: memory ran out scoring {len(part)} edits; going on with {self.size} at a time"
+                warnings.warn(told, RuntimeWarning, stacklevel=3)
+            else:
+                for (number, _), scores in zip(part, found, strict=True):
+                    self.work.scored[number] = scores
+                    self.line.advance()
+                ended = ended[len(part) :]
+                continue
+            release_memory(self.work.model)
 
 
-def _sequential(
-    work: _Work, batch_size: int, evaluate: bool, show: bool | None
-) -> tuple[list[FitOutcome], list[EditScores]]:
-    outcomes: list[FitOutcome] = []
-    scored: list[EditScores] = []
+def _sequential(work: _Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
     committed: EditDelta | None = None
-    evaluator = Evaluator(work.model, work.spec, work.timer)
     with progress("editing in sequence", len(work.edits), show) as line:
         for index in range(len(work.edits)):
-            fitted, ended = _fit(work, range(index, index + 1), committed)
-            work.keep(fitted)
-            outcomes += ended
+            fitted: list[EditDelta] = []
+
+            def take(number: int, delta: EditDelta, outcome: FitOutcome, into: list[EditDelta] = fitted) -> None:
+                work.keep(number, delta, outcome)
+                into.append(delta)
+
+            _fit(work, deque([index]), 1, committed, take)
             committed = accumulate([committed, *fitted] if committed else fitted)
             line.advance()
-    if evaluate and committed is not None:
-        final = stack([committed], device=work.model.device)
-        with progress("scoring after the last edit", len(work.edits), show) as line:
-            for start in range(0, len(work.edits), batch_size):
-                chosen = list(work.edits[start : start + batch_size])
-                scored += evaluator.scores(chosen, final, shared=True)
-                line.advance(len(chosen))
-    return outcomes, scored
+    if not evaluate or committed is None:
+        return
+    evaluator = Evaluator(work.model, work.spec, work.timer)
+    final = stack([committed], device=work.model.device)
+    with progress("scoring after the last edit", len(work.edits), show) as line:
+        for start in range(0, len(work.edits), batch_size):
+            chosen = range(start, min(start + batch_size, len(work.edits)))
+            scores = evaluator.scores([work.edits[number] for number in chosen], final, shared=True)
+            work.scored.update(zip(chosen, scores, strict=True))
+            line.advance(len(chosen))
 
 
-def _fit(work: _Work, chosen: range, committed: EditDelta | None) -> tuple[list[EditDelta], list[FitOutcome]]:
-    """Fit the deltas of some edits together, on top of the committed one."""
+def _fit(
+    work: _Work,
+    waiting: deque[int],
+    places: int,
+    committed: EditDelta | None,
+    take: Callable[[int, EditDelta, FitOutcome], None],
+) -> None:
+    """Fit the waiting edits, so many at a time, on top of the committed one."""
+    model, timer = work.model, work.timer
     objective = work.plan.objective.build(work.plan.objective_config, work.solver.steps)
-    views: list[list[TrainingView]] = []
-    with work.timer.phase("encode"):
-        views = [work.views.views(index, objective.roles) for index in chosen]
-    prepared = prepare(work.model, work.spec, views, work.timer)
-    with work.timer.phase("setup"):
-        stacked = new_stack(work.spec, len(views), dtype=work.delta_dtype, device=work.model.device)
+
+    def make(numbers: Sequence[int]) -> list[EditRows]:
+        with timer.phase("encode"):
+            views = [work.views.views(number, objective.roles) for number in numbers]
+        return prepare(model, work.spec, views, timer)
+
+    def name(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        request_id = work.edits[number].id
+        take(number, replace(delta, model_fingerprint=model.fingerprint, request_id=request_id), outcome)
+
+    with timer.phase("setup"):
+        stacked = new_stack(work.spec, places, dtype=work.delta_dtype, device=model.device)
     with ExitStack() as entered:
-        held = entered.enter_context(held_inputs(work.model, *split_point(work.spec)))
-        holder = entered.enter_context(installed(work.model, stacked, Rows()))
+        held = entered.enter_context(held_inputs(model, *split_point(work.spec)))
+        holders = [entered.enter_context(installed(model, stacked, Rows()))]
         if committed is not None:
-            earlier = stack([committed], device=work.model.device)
-            entered.enter_context(installed(work.model, earlier, Rows()))
-        problem = BatchProblem(work.model, stacked, holder, objective, views, work.timer, prepared, held)
-        outcomes = fit(problem, stacked, work.solver)
-    with work.timer.phase("store"):
-        name = work.model.fingerprint
-        deltas = [
-            stacked.unstack(b, model_fingerprint=name, request_id=work.edits[index].id)
-            for b, index in enumerate(chosen)
-        ]
-    return deltas, outcomes
+            earlier = stack([committed], device=model.device)
+            holders.append(entered.enter_context(installed(model, earlier, Rows())))
+        fit(BatchProblem(model, stacked, holders, held, objective, waiting, make, name, timer), stacked, work.solver)
 
 
 def _timing(work: _Work, outcomes: Sequence[FitOutcome]) -> Timing:

@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, Encoded
+from fastedit.backbone.encoding import answer_tokens
+from fastedit.backbone.reader import Reader
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec, Rows, StackedDelta, installed
-from fastedit.engine.batch import Layout, head_at, split_point
+from fastedit.engine.batch import split_point
+from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
-    EvaluationView,
     evaluation_views,
-    exact_match,
-    mean_by_name,
-    token_f1,
 )
-from fastedit.ops import risk, topk_agreement
 from fastedit.requests import EditRequest, Query
 
-TOP_K = 10
 # Reference answers kept with a model (some 100 bytes each); more than one batch asks for
 MOST_ANSWERS = 200_000
+# Bytes for the keys and values of the questions that are read together, and for the logits held at a time
+MEMORY = 1 << 30
+LOGITS = 64 << 20
 
 
 @dataclass
-class _Row:
-    """One question of one edit, with what was found."""
+class _Fed:
+    """Answers fed to some rows by the frozen and the edited model alike.
 
-    edit: int
-    view: EvaluationView
-    before: str = ""
-    after: str | None = None  # not known yet
-    legacy: dict[str, float] | None = None
-    kl: float | None = None
+    Args:
+        groups: by row, the tokens of its answer, the end token last; answers that were given, then the frozen model's
+            own. A group is fed at once, so that a delta that changes nothing changes no bit.
+        before: final hidden states (T, d) that predict the labels, rows in order.
+    """
+
+    groups: tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]]
+    before: Tensor
+
+    @property
+    def labels(self) -> dict[int, tuple[int, ...]]:
+        """By row, all of them."""
+        return {**self.groups[0], **self.groups[1]}
 
 
 class Evaluator:
-    """Scores edits under both protocols; the unedited model's answers are asked once and remembered.
+    """Scores edits under both protocols. Every question is read once up to where the deltas begin to act.
+
+    An answer that is fed shows greedy decoding as far as its tokens are the argmax: only the rest is decoded. The
+    unedited model's answers are remembered with it.
 
     Args:
-        model: frozen, with no delta installed.
+        model: frozen; no other delta may act.
         spec: of the deltas that will be scored (says what part of the model they cannot reach).
         timer: everything here is phase "evaluation".
         max_new_tokens: longest generated answer.
-        row_limit: most rows in one forward.
+        memory: most bytes for keys and values, by which questions are taken a part at a time.
+        row_limit: most questions at a time.
     """
 
     def __init__(
@@ -61,10 +70,11 @@ class Evaluator:
         timer: PhaseTimer,
         *,
         max_new_tokens: int = 48,
+        memory: int = MEMORY,
         row_limit: int = 256,
     ) -> None:
         self.model, self.spec, self.timer = model, spec, timer
-        self.max_new_tokens, self.row_limit = max_new_tokens, row_limit
+        self.max_new_tokens, self.memory, self.row_limit = max_new_tokens, memory, row_limit
         self._answers = model.reference_answers
 
     def scores(
@@ -79,158 +89,167 @@ class Evaluator:
             n EditScores.
         """
         with self.timer.phase("evaluation"), torch.no_grad():
-            rows = [_Row(edit, view) for edit, request in enumerate(requests) for view in evaluation_views(request)]
-            # Given answers are fed first: where every token of one, its end included, is the argmax, greedy decoding
-            # gives it, and it need not be decoded
-            self._feed([row for row in rows if _has_text(row.view.query.answer)], stacked, shared)
-            self._ask_before([row.view.query for row in rows])
-            for row in rows:
-                row.before = self._answers[self._key(row.view.query)]
-            self._feed([row for row in rows if row.legacy is None and _has_text(row.before)], stacked, shared)
-            for part in _parts([row for row in rows if row.after is None], self.row_limit):
-                with installed(self.model, stacked, Rows() if shared else _rows_of(part, stacked.size)):
-                    generated = self._generate([row.view.query for row in part])
-                for row, text in zip(part, generated, strict=True):
-                    row.after = text
-            return [_edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
+            rows = [AskedRow(edit, view) for edit, request in enumerate(requests) for view in evaluation_views(request)]
+            done = 0
+            while done < len(rows):
+                encoded = self.model.encode(
+                    [row.view.query for row in rows[done : done + self.row_limit]], answers=False
+                )
+                part = rows[done : done + self._fitting(encoded)]
+                self._part(part, encoded, stacked, Rows() if shared else _rows_of(part, stacked.size))
+                done += len(part)
+                self._forget_some()
+            return [edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
+
+    def _fitting(self, encoded: Encoded) -> int:
+        """How many of these rows have room for their keys and values."""
+        config = self.model.adapter.text.config
+        key = next(iter(self.model.sites([0], ["k"])))
+        width = 2 * key.d_out * int(config.num_hidden_layers) * torch.finfo(self.model.dtype).bits // 8
+        capacity = int(encoded.lengths.max()) + self.max_new_tokens
+        return max(1, min(len(encoded), self.memory // (width * capacity)))
+
+    def _part(self, rows: Sequence[AskedRow], encoded: Encoded, stacked: StackedDelta, where: Rows) -> None:
+        """Fill in what is asked of some rows."""
+        encoded = encoded if len(rows) == len(encoded) else encoded.select(range(len(rows)))
+        given = {
+            number: answer_tokens(self.model, row.view.query, int(encoded.lengths[number]))
+            for number, row in enumerate(rows)
+            if _has_text(row.view.query.answer)
+        }
+        longest = max((len(tokens) for tokens in given.values()), default=0)
+        reader = Reader(self.model, encoded, max(longest, self.max_new_tokens))
+        most = reader.rooms(self.max_new_tokens)
+        reader.read_below(*split_point(self.spec))
+        fed = self._before(rows, reader, given, most)
+        with installed(self.model, stacked, where):
+            last = reader.read()
+            after = _merged([self._feed(reader, last, group) for group in fed.groups], fed.groups)
+            written, coming = self._agreed(after, fed.labels, most)
+            free = [number for number in range(len(rows)) if number not in fed.labels]
+            coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+            answers = {**written, **reader.decode(coming, most, written)}
+        self._score(rows, fed, after)
+        for number, row in enumerate(rows):
+            row.after = self._text(answers[number])
+
+    def _before(
+        self, rows: Sequence[AskedRow], reader: Reader, given: dict[int, tuple[int, ...]], most: Sequence[int]
+    ) -> _Fed:
+        """Ask the unedited model; its own answers are fed to the rows that have none."""
+        last = reader.read()
+        states = self._feed(reader, last, given)
+        written, coming = self._agreed(states, given, most)
+        free = [number for number in range(len(rows)) if number not in given]
+        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+        keys = [self._key(row.view.query) for row in rows]
+        coming = {number: token for number, token in coming.items() if keys[number] not in self._answers}
+        # The same question stands in several rows: one of them is asked
+        first = {keys[number]: number for number in reversed(coming)}
+        decoded = reader.decode({number: coming[number] for number in sorted(first.values())}, most, written)
+        for number, tokens in {**written, **decoded}.items():
+            if number in decoded or number not in coming:
+                self._answers.setdefault(keys[number], self._text(tokens))
+        for number, row in enumerate(rows):
+            row.before = self._answers[keys[number]]
+        own = {
+            number: answer_tokens(
+                self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
+            )
+            for number in free
+            if _has_text(rows[number].before)
+        }
+        return _Fed((given, own), _merged([states, self._feed(reader, last, own)], (given, own)))
+
+    def _feed(self, reader: Reader, last: Tensor, answers: dict[int, tuple[int, ...]]) -> Tensor:
+        """Final hidden states (T, d) that predict the answers' tokens, rows in order; ``last`` (R, d) ends prompts."""
+        rows = sorted(answers)
+        if not rows:
+            return last[:0]
+        inner = {row: answers[row][:-1] for row in rows if len(answers[row]) > 1}
+        states = reader.extend(inner, dict.fromkeys(inner, 0)) if inner else last[:0]
+        # The first token is predicted by the end of the prompt, the others by the tokens before them
+        source, start, order = torch.cat([last, states]), len(last), []
+        for row in rows:
+            order += [row, *range(start, start + len(answers[row]) - 1)]
+            start += len(answers[row]) - 1
+        return source[torch.tensor(order, device=last.device)]
+
+    def _agreed(
+        self, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
+    ) -> tuple[dict[int, list[int]], dict[int, int]]:
+        """By row: the fed tokens that greedy decoding gives as well; and the token after them, where it goes on."""
+        chosen, written, coming = self._argmax(states), {}, {}
+        start = 0
+        for row in sorted(answers):
+            labels, own = answers[row], chosen[start : start + len(answers[row])]
+            start += len(labels)
+            same = next((n for n, pair in enumerate(zip(labels, own, strict=True)) if pair[0] != pair[1]), len(labels))
+            # All of it, the end token included, is the whole answer
+            written[row] = list(labels[: min(same, len(labels) - 1, most[row])])
+            if same < len(labels) and len(written[row]) < most[row]:
+                coming[row] = own[same]
+        return written, coming
+
+    def _argmax(self, states: Tensor) -> list[int]:
+        """Token of the largest logit of every final hidden state (T, d)."""
+        parts = [self.model.head(part).argmax(dim=-1) for part in torch.split(states, self._tokens_at_once())]
+        found: list[int] = torch.cat(parts).tolist() if parts else []
+        return found
+
+    def _score(self, rows: Sequence[AskedRow], fed: _Fed, after: Tensor) -> None:
+        """Fill ``legacy`` and ``kl`` from final hidden states, some tokens at a time."""
+        if not fed.labels:
+            return
+        numbers = sorted(fed.labels)
+        device = after.device
+        labels = torch.tensor([token for number in numbers for token in fed.labels[number]], device=device)
+        row = torch.tensor([n for n, number in enumerate(numbers) for _ in fed.labels[number]], device=device)
+        size = self._tokens_at_once()
+        tables = [
+            token_scores(self.model.head(b), self.model.head(a), part)
+            for b, a, part in zip(*(torch.split(each, size) for each in (fed.before, after, labels)), strict=True)
+        ]
+        means = {name: row_means(torch.cat([table[name] for table in tables]), row, len(numbers)) for name in tables[0]}
+        for n, number in enumerate(numbers):
+            rows[number].legacy = {name: means[name][n] for name in ("accuracy", "top1", "top10")}
+            rows[number].kl = means["kl"][n]
+
+    def _tokens_at_once(self) -> int:
+        """Tokens whose logits are held at a time."""
+        return max(1, LOGITS // (4 * self.model.vocab_size))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
 
     def _key(self, query: Query) -> tuple[str, str, int]:
         return query.prompt, "" if query.image is None else image_key(query.image), self.max_new_tokens
 
-    def _generate(self, queries: list[Query]) -> list[str]:
-        return self.model.generate(queries, max_new_tokens=self.max_new_tokens, batch_size=max(1, len(queries)))
-
-    def _ask_before(self, queries: Sequence[Query]) -> None:
-        """Remember the unedited model's answers to the queries not asked yet."""
-        fresh = {self._key(query): query for query in queries if self._key(query) not in self._answers}
-        # Long answers apart: a batch runs until its last row has ended
-        for keys in _chunks(sorted(fresh, key=lambda key: _is_long(fresh[key].answer)), self.row_limit):
-            for key, text in zip(keys, self._generate([fresh[key] for key in keys]), strict=True):
-                self._answers[key] = text
+    def _forget_some(self) -> None:
+        """Keep the remembered answers to a number, the newest."""
         for key in list(self._answers)[: max(0, len(self._answers) - MOST_ANSWERS)]:
             del self._answers[key]
 
-    def _feed(self, rows: list[_Row], stacked: StackedDelta, shared: bool) -> None:
-        for part in _parts(rows, self.row_limit):
-            self._teacher_forced(part, stacked, Rows() if shared else _rows_of(part, stacked.size))
 
-    def _teacher_forced(self, rows: Sequence[_Row], stacked: StackedDelta, where: Rows) -> None:
-        """Fill ``legacy`` and ``kl``; and the generated answers, where they are the one that is fed."""
-        fed = [replace(row.view.query, answer=row.view.query.answer or row.before) for row in rows]
-        encoded = self.model.encode(fed, answers=True)
-        state = self.model.prefix(encoded, *split_point(self.spec))
-        layout = Layout.of(encoded)
-        before = head_at(self.model, state, layout)[1]
-        with installed(self.model, stacked, where):
-            after = head_at(self.model, state, layout)[1]
-        found = _token_scores(before, after, layout.labels)
-        means = {name: _row_means(values, layout.row_of_token, len(rows)) for name, values in found.items()}
-        for number, row in enumerate(rows):
-            row.legacy = {name: means[name][number] for name in ("accuracy", "top1", "top10")}
-            row.kl = means["kl"][number]
-            *answer, _end = layout.labels[layout.row_of_token == number].tolist()
-            if len(answer) > self.max_new_tokens:
-                continue
-            text = self.model.tokenizer.decode(answer, skip_special_tokens=True).strip()
-            if means["accuracy"][number] == 1.0:
-                row.after = text
-            if means["accuracy_before"][number] == 1.0:
-                self._answers.setdefault(self._key(row.view.query), text)
-
-
-def _token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Legacy scores and KL(before || after) of every token (T,), float64, of logits (T, V) and labels (T,)."""
-    top1, top10 = topk_agreement(before, after, TOP_K)
-    tokens = torch.arange(len(labels), device=labels.device)
-    divergence = risk(after, before, tokens, len(labels), "forward_kl")[0].double()
-    # a diverged model is never right
-    broken = divergence.isnan()
-    right = (after.argmax(-1) == labels) & ~broken
-    return {
-        "accuracy_before": (before.argmax(-1) == labels).double(),
-        "accuracy": right.double(),
-        "top1": top1,
-        "top10": top10,
-        "kl": divergence.masked_fill(broken, math.inf),
-    }
-
-
-def _row_means(values: Tensor, row_of_token: Tensor, n_rows: int) -> list[float]:
-    """Means over the tokens of every row."""
-    total = values.new_zeros(n_rows).index_add_(0, row_of_token, values)
-    means: list[float] = (total / torch.bincount(row_of_token, minlength=n_rows)).tolist()
-    return means
-
-
-LONG_ANSWER = 24
+def _merged(states: Sequence[Tensor], groups: Sequence[dict[int, tuple[int, ...]]]) -> Tensor:
+    """States (T, d) of groups of rows as one, rows in order."""
+    places: dict[int, range] = {}
+    start = 0
+    for group in groups:
+        for row in sorted(group):
+            places[row] = range(start, start + len(group[row]))
+            start += len(group[row])
+    order = [place for row in sorted(places) for place in places[row]]
+    return torch.cat(list(states))[torch.tensor(order, dtype=torch.long, device=states[0].device)]
 
 
 def _has_text(text: str | None) -> bool:
     return bool((text or "").strip())
 
 
-def _is_long(text: str | None) -> bool:
-    return len(text or "") > LONG_ANSWER
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _parts(rows: list[_Row], limit: int) -> Iterator[Sequence[_Row]]:
-    """Rows in forwards of at most ``limit``, sorted by edit, those with long answers apart."""
-    for long in (False, True):
-        yield from _chunks([row for row in rows if _is_long(row.view.query.answer) is long], limit)
-
-
-def _rows_of(rows: Sequence[_Row], size: int) -> Rows:
+def _rows_of(rows: Sequence[AskedRow], size: int) -> Rows:
     counts = [0] * size
     for row in rows:
         counts[row.edit] += 1
     return Rows(tuple(counts))
-
-
-def _edit_scores(rows: Sequence[_Row]) -> EditScores:
-    """Both protocols' values of one edit from its rows."""
-    legacy: list[tuple[str, float]] = []
-    strict: list[tuple[str, float]] = []
-    target = next(row.view.query.answer or "" for row in rows if row.view.score == "reliability")
-    for row in rows:
-        name, wanted, after = row.view.score, row.view.query.answer or "", row.after or ""
-        if row.view.changes:
-            right = float(exact_match(after, wanted))
-            strict.append((name, right))
-            if row.view.query.kind:
-                # Portability questions of different kinds are not one score: steps the base model cannot take are 0
-                strict.append((f"{name}[{row.view.query.kind}]", right))
-            strict.append((f"{name}_f1", token_f1(after, wanted)))
-        else:
-            strict.append((name, float(after == row.before)))
-        if name in ("near", "blind") and not exact_match(row.before, target):
-            strict.append(("blindness", float(exact_match(after, target))))
-        if row.legacy is not None:
-            legacy += _legacy_values(row, row.legacy)
-            if not row.view.changes and row.kl is not None:
-                strict.append((f"{name}_kl", row.kl))
-    answers: list[dict[str, Any]] = [
-        {
-            "score": row.view.score,
-            "prompt": row.view.query.prompt,
-            "wanted": row.view.query.answer if row.view.changes else row.before,
-            "before": row.before,
-            "after": row.after,
-        }
-        for row in rows
-    ]
-    return EditScores(mean_by_name(legacy), mean_by_name(strict), answers)
-
-
-def _legacy_values(row: _Row, found: dict[str, float]) -> list[tuple[str, float]]:
-    name = row.view.score
-    if row.view.changes:
-        return [(name, found["accuracy"])]
-    values = [(name, found["top1"])]
-    if name in ("text_locality", "image_locality"):
-        values.append((f"{name}_top10", found["top10"]))
-    return values

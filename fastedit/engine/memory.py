@@ -24,6 +24,7 @@ def release_memory(model: EditableModel) -> None:
     """Drop remembered images and kept buffers; everything dropped is made again when it is needed."""
     model.images.clear()
     model.image_features.clear()
+    model.caches.clear()
     gc.collect()
     release_workspaces()
     if model.device.type == "cuda":

@@ -69,3 +69,21 @@ def last_layers(layers: int | tuple[int, ...], n_layers: int, owner: str) -> tup
     if not resolved or resolved[0] < 0 or resolved[-1] >= n_layers:
         raise ValueError(f"{owner}: layers lie in 0 to {n_layers - 1} on this model (got layers={layers!r})")
     return resolved
+
+
+POSITIONS = ("all", "after_image")
+
+
+def check_positions(owner: str, positions: str) -> None:
+    """Refuse what is not one of ``POSITIONS``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"{owner}: positions is one of {list(POSITIONS)} (got positions={positions!r})")
+
+
+def positions_option(positions: str) -> dict[str, str]:
+    """The option of a delta's spec; none for a delta that acts everywhere, as in files of earlier versions."""
+    return {} if positions == "all" else {"positions": positions}

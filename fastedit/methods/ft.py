@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import last_layers
+from fastedit.methods.base import check_positions, last_layers, positions_option
 from fastedit.solver import SolverConfig
 
 
@@ -23,6 +23,8 @@ class FTConfig:
         clip: largest gradient norm of an edit; None is off.
         weight_decay: on the delta.
         radius: FT-L's l-infinity ball around the original weights (arXiv 2012.00363); None is off.
+        positions: "all", or "after_image": the delta acts on the tokens behind the image only, in edits and answers
+            alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
     """
 
@@ -33,7 +35,11 @@ class FTConfig:
     clip: float | None = 1.0
     weight_decay: float = 0.0
     radius: float | None = None
+    positions: str = "all"
     stop_loss: float | None = 0.02
+
+    def __post_init__(self) -> None:
+        check_positions("ft", self.positions)
 
 
 class FT:
@@ -45,7 +51,7 @@ class FT:
     def spec(model: EditableModel, config: FTConfig) -> DeltaSpec:
         """Full matrices beside the chosen modules."""
         sites = model.sites(last_layers(config.layers, model.n_layers, "ft"), config.names)
-        return DeltaSpec("full", tuple(sites))
+        return DeltaSpec("full", tuple(sites), positions_option(config.positions))
 
     @staticmethod
     def solver(model: EditableModel, config: FTConfig) -> SolverConfig:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import last_layers
+from fastedit.methods.base import check_positions, last_layers, positions_option
 from fastedit.solver import SolverConfig
 
 
@@ -24,6 +24,8 @@ class LoRAConfig:
         lr: of AdamW; None is 0.6 / hidden size (1.5e-4 at 4096, 5e-3 at 128).
         clip: largest gradient norm of an edit; None is off.
         weight_decay: on the factors.
+        positions: "all", or "after_image": the delta acts on the tokens behind the image only, in edits and answers
+            alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         seed: of the first factor, the same for every edit.
     """
@@ -36,12 +38,14 @@ class LoRAConfig:
     lr: float | None = None
     clip: float | None = 1.0
     weight_decay: float = 0.0
+    positions: str = "all"
     stop_loss: float | None = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora: rank is at least 1 (got rank={self.rank!r})")
+        check_positions("lora", self.positions)
         if not self.alpha > 0:
             raise ValueError(f"lora: alpha is positive (got alpha={self.alpha!r})")
 
@@ -55,7 +59,12 @@ class LoRA:
     def spec(model: EditableModel, config: LoRAConfig) -> DeltaSpec:
         """Low-rank factors beside the chosen modules."""
         sites = model.sites(last_layers(config.layers, model.n_layers, "lora"), config.names)
-        options = {"rank": config.rank, "scale": config.alpha / config.rank, "seed": config.seed}
+        options: dict[str, float | str] = {
+            "rank": config.rank,
+            "scale": config.alpha / config.rank,
+            "seed": config.seed,
+        }
+        options |= positions_option(config.positions)
         return DeltaSpec("low_rank", tuple(sites), options)
 
     @staticmethod

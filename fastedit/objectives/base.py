@@ -82,8 +82,8 @@ class Objective(Protocol):
 
     roles: tuple[Role, ...]
 
-    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
-        """Losses at optimiser step ``step`` (0-based). An edit without tokens (finished) gets zeros."""
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """Losses after so many optimiser steps: one number, or (B,) int64, an edit's own. No tokens give zeros."""
 
 
 def all_correct(tokens: TokenBatch) -> Tensor:

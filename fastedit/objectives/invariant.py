@@ -95,8 +95,8 @@ class InvariantObjective:
         self.scale: Tensor | None = None  # (B,) s_λ
         self.dual: DualNetwork | None = None
 
-    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
-        """Losses at step ``step``; updates the multiplier's network on the way."""
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """Losses after the given steps, one number or (B,) int64; updates the multipliers' networks on the way."""
         config = self.config
         table = tripartite(
             tokens, direction=config.direction, unbiased=config.unbiased, per_token=config.penalty == "token"
@@ -106,13 +106,16 @@ class InvariantObjective:
         total_risk = rel * reliability + loc * locality + gen * generality
         nll = table.value[:, int(Role.EDIT)].detach()
         parts = {"nll": nll, "kl": locality.detach(), "mmd2": generality.detach()}
-        if step < self.start:
+        taken = torch.full((tokens.n_edits,), steps) if isinstance(steps, int) else steps.cpu()
+        if not bool((taken >= self.start).any()):
             return Losses(total_risk, nll, all_correct(tokens), parts)
 
         variation = self._variation(table, tokens)
-        multiplier = self._multiplier(tokens, total_risk.detach(), variation.detach(), step)
-        parts |= {"tv": variation.detach(), "lambda": multiplier.detach()}
-        return Losses(total_risk + multiplier * variation, nll, all_correct(tokens), parts)
+        multiplier = self._multiplier(tokens, total_risk.detach(), variation.detach(), taken)
+        on = (taken >= self.start).to(total_risk.device)
+        parts |= {"tv": variation.detach(), "lambda": torch.where(on, multiplier.detach(), 0.0)}
+        total = total_risk + torch.where(on, multiplier * variation, 0.0)
+        return Losses(total, nll, all_correct(tokens), parts)
 
     def _risks(self, table: EnvironmentTable) -> tuple[Tensor, Tensor, Tensor]:
         """Reliability, locality and generality (B,). In mode prompt_env the rephrased views are environments of the
@@ -154,17 +157,23 @@ class InvariantObjective:
             return gradient.abs()
         return torch.sqrt(gradient.square() + epsilon * epsilon) - epsilon
 
-    def _multiplier(self, tokens: TokenBatch, risk: Tensor, variation: Tensor, step: int) -> Tensor:
-        """λ (B,) after this step's dual ascent."""
+    def _multiplier(self, tokens: TokenBatch, risk: Tensor, variation: Tensor, taken: Tensor) -> Tensor:
+        """λ (B,) after this step's dual ascent, of edits that have taken so many steps; before the start anything."""
         if tokens.flat is None:
             raise ValueError("odedit: the multiplier reads the delta's parameters (got flat=None)")
         if self.scale is None or self.dual is None:
-            # softplus(0) = log 2: the penalty starts at ``scale`` times the risk
-            self.scale = self.config.scale * risk / (math.log(2) * variation).clamp(min=1e-12)
+            self.scale = torch.zeros_like(risk)
             self.dual = DualNetwork(tokens.flat, self.config)
+        if bool((taken == self.start).any()):
+            # softplus(0) = log 2: the penalty starts at ``scale`` times the risk
+            fresh = (taken == self.start).to(risk.device)
+            scale = self.config.scale * risk / (math.log(2) * variation).clamp(min=1e-12)
+            self.scale = torch.where(fresh, scale, self.scale)
+            self.dual.restart(fresh)
         summary = self.dual.summary(tokens.flat)
-        if self.config.learn_dual and step > self.start:
-            self.dual.ascend(summary.detach(), variation * self.scale, self.config.dual_lr, step - self.start)
+        if self.config.learn_dual and bool((taken > self.start).any()):
+            since = (taken - self.start).clamp(min=0).to(risk.device)
+            self.dual.ascend(summary.detach(), variation * self.scale, self.config.dual_lr, since)
         return self.scale * self.dual(summary).clamp(max=self.config.max_ratio)
 
 
@@ -193,11 +202,14 @@ class DualNetwork:
         first = _xavier(self.length + 1, hidden, generator)
         second = _xavier(hidden, 1, generator)
         # Every edit starts from the same network, so that its result does not depend on its batch.
+        self._first = [first.to(flat), flat.new_zeros(1, hidden), second.to(flat), flat.new_zeros(1, 1)]
+        self.tensors = [tensor.expand(n, -1, -1).clone() for tensor in self._first]
+
+    def restart(self, fresh: Tensor) -> None:
+        """Give the networks of the edits in ``fresh`` (B,) bool their first values."""
         self.tensors = [
-            first.to(flat).expand(n, -1, -1).clone(),
-            flat.new_zeros(n, 1, hidden),
-            second.to(flat).expand(n, -1, -1).clone(),
-            flat.new_zeros(n, 1, 1),
+            torch.where(fresh[:, None, None], first, tensor)
+            for first, tensor in zip(self._first, self.tensors, strict=True)
         ]
 
     def summary(self, flat: Tensor) -> Tensor:
@@ -214,13 +226,18 @@ class DualNetwork:
         hidden = torch.relu(torch.baddbmm(bias, summary[:, None, :], first))
         return F.softplus(torch.baddbmm(last, hidden, second)).view(-1)
 
-    def ascend(self, summary: Tensor, weight: Tensor, lr: float, step: int) -> None:
-        """One normalised, diminishing ascent step on Σ_b weight_b · λ_b; norms are per edit and tensor."""
+    def ascend(self, summary: Tensor, weight: Tensor, lr: float, since: int | Tensor) -> None:
+        """One normalised, diminishing ascent step on Σ_b weight_b · λ_b; norms are per edit and tensor.
+
+        Args:
+            since: (B,) int64, ascent steps counted from 1; none is made where it is 0.
+        """
         for tensor in self.tensors:
             tensor.requires_grad_(True)
         with torch.enable_grad():
             grads = torch.autograd.grad((weight.detach() * self(summary)).sum(), self.tensors)
-        size = lr / (step + 1) ** 1.0001
+        since = torch.as_tensor(since, device=weight.device)
+        size = torch.where(since > 0, lr / (since.to(weight.dtype) + 1) ** 1.0001, 0.0).reshape(-1, 1, 1)
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.requires_grad_(False)
             norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)

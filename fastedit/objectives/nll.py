@@ -14,8 +14,8 @@ class NLLObjective:
 
     roles: tuple[Role, ...] = (Role.EDIT,)
 
-    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
-        """Losses; ``step`` is not used."""
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """Losses; ``steps`` is not used."""
         segments = torch.where(tokens.is_role(Role.EDIT), tokens.edit, -1)
         value, _ = risk(tokens.logits, tokens.labels, segments, tokens.n_edits, kind="ce")
         return Losses(value, value.detach(), all_correct(tokens), {"nll": value.detach()})
@@ -40,24 +40,21 @@ class KLObjective:
         self.fitted = fitted
         self.roles: tuple[Role, ...] = (*fitted, *KL_ROLES)
 
-    def __call__(self, tokens: TokenBatch, step: int) -> Losses:
-        """Losses; ``step`` is not used."""
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """Losses; ``steps`` is not used."""
         n = tokens.n_edits
         nll_views = [_segment_nll(tokens, role, n) for role in self.fitted]
         fit = _mean_present([v for v, _ in nll_views], [p for _, p in nll_views])
         locality = tokens.is_role(*KL_ROLES)
         out = torch.zeros_like(fit)
-        if bool(locality.any()):
-            out = risk(tokens.logits[locality], _reference(tokens), tokens.edit[locality], n, kind=self.direction)[0]
+        if tokens.reference is None:
+            if bool(locality.any()):
+                raise ValueError("objective: reference logits are needed for locality views (got reference=None)")
+        elif tokens.reference.shape[0]:
+            out = risk(tokens.logits[locality], tokens.reference, tokens.edit[locality], n, kind=self.direction)[0]
         total = fit + self.weight * out
         nll = nll_views[0][0].detach()
         return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": out.detach()})
-
-
-def _reference(tokens: TokenBatch) -> Tensor:
-    if tokens.reference is None:
-        raise ValueError("objective: reference logits are needed for locality views (got reference=None)")
-    return tokens.reference
 
 
 def _segment_nll(tokens: TokenBatch, role: Role, n: int) -> tuple[Tensor, Tensor]:

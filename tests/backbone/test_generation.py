@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastedit.backbone import EditableModel, Encoded, load
-from fastedit.backbone.generation import greedy
+from fastedit.backbone.reader import greedy
 from fastedit.requests import Query
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries, picture, stock_logits
@@ -61,7 +61,7 @@ def test_logits_of_every_step_equal_the_stock_forward_over_what_was_written(name
     model = cached_model(name)
     encoded = model.encode(mixed_queries(), answers=False)
     steps: list[torch.Tensor] = []
-    handle = model.adapter.head.register_forward_hook(lambda _m, _i, output: steps.append(output[:, 0]))
+    handle = model.adapter.head.register_forward_hook(lambda _m, _i, output: steps.append(output))
     try:
         tokens = greedy(model, encoded, NEW_TOKENS)
     finally:
@@ -108,9 +108,12 @@ def test_hooks_change_their_own_row_only_and_see_every_step() -> None:
     shapes = []
 
     def hook(_module, inputs, output):
-        shapes.append(tuple(inputs[0].shape[:2]))
-        push = torch.zeros(len(queries), 1, 1, device=output.device)
-        push[1] = 40.0
+        # Tokens of all rows, one after another: whose they are is written down
+        layout = model.running.layouts[inputs[0].shape[1]]
+        shapes.append((inputs[0].shape[0], layout.counts))
+        push = torch.zeros(1, sum(layout.counts), 1, device=output.device)
+        start = layout.counts[0]
+        push[:, start : start + layout.counts[1]] = 40.0
         return output + push * torch.linspace(-1, 1, output.shape[-1], device=output.device)
 
     handle = model.module(model.sites([1], ["down"])[0]).register_forward_hook(hook)
@@ -122,8 +125,10 @@ def test_hooks_change_their_own_row_only_and_see_every_step() -> None:
     assert [row for number, row in enumerate(pushed) if number != 1] == [
         row for number, row in enumerate(plain) if number != 1
     ]
-    assert shapes[0][0] == len(queries)
-    assert shapes[1:] == [(len(queries), 1)] * 5
+    assert shapes[0][0] == 1
+    assert len(shapes[0][1]) == len(queries)
+    assert shapes[1:] == [(1, (1,) * len(queries))] * 5
+    assert model.running is None
 
 
 def test_decoding_ends_where_positions_end() -> None:

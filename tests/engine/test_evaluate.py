@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import fastedit
 from fastedit import EditRequest, Query
 from fastedit.backbone import EditableModel
-from fastedit.engine.evaluate import _row_means, _token_scores
+from fastedit.engine.scoring import row_means, token_scores
 from fastedit.evaluation import (
     MUST_CHANGE,
     MUST_STAY,
@@ -93,22 +94,30 @@ def test_the_unedited_model_is_asked_once(
     evaluator = Evaluator(model, result.deltas[0].spec, PhaseTimer())
     from fastedit.deltas import stack
 
-    asked: list[int] = []
-    original = Evaluator._generate
-
-    def counting(self: Evaluator, queries: list[Query]) -> list[str]:
-        asked.append(len(queries))
-        return original(self, queries)
-
-    monkeypatch.setattr(Evaluator, "_generate", counting)
+    decoded = decoded_rows(monkeypatch)
     model.reference_answers.clear()
     first = evaluator.scores(edits[:2], stack(list(result.deltas)))
-    in_the_first = sum(asked)
+    before, after = decoded
     again = evaluator.scores(edits[:2], stack(list(result.deltas)))
-    rows = sum(len(evaluation_views(edit)) for edit in edits[:2])
     assert first == again
-    assert in_the_first > rows, "before and after"
-    assert sum(asked) - in_the_first == rows, "the second time only the edited model is asked"
+    assert before > 0
+    assert after > 0
+    assert decoded[2:] == [0, after], "the second time only the edited model is asked"
+
+
+def decoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each decoding goes on with, from now on."""
+    from fastedit.backbone.reader import Reader
+
+    counts: list[int] = []
+    original = Reader.decode
+
+    def counting(self: Reader, first: dict[int, int], *rest: Any) -> dict[int, list[int]]:
+        counts.append(len(first))
+        return original(self, first, *rest)
+
+    monkeypatch.setattr(Reader, "decode", counting)
+    return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -121,8 +130,8 @@ def test_token_scores_are_the_metrics_of_the_evaluation_package(dtype: torch.dty
     labels = torch.randint(50, (4, 3), generator=make)
     labels[0], labels[2, 0] = after[0].argmax(-1), 0
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [False, True, True]])
-    found = _token_scores(before[mask], after[mask], labels[mask])
-    means = {name: _row_means(values, mask.nonzero()[:, 0], 4) for name, values in found.items()}
+    found = token_scores(before[mask], after[mask], labels[mask])
+    means = {name: row_means(values, mask.nonzero()[:, 0], 4) for name, values in found.items()}
     best_before, best_after = top_ids(before, 10), top_ids(after, 10)
     goal = {
         "accuracy": token_accuracy(best_after[..., 0], labels, mask),
@@ -138,7 +147,6 @@ def test_token_scores_are_the_metrics_of_the_evaluation_package(dtype: torch.dty
 def test_answers_are_decoded_only_where_they_are_not_the_one_that_was_fed(
     exact_model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[Query]] = []
     real = type(exact_model).generate
     settings = {"steps": 10, "lr": 3e-3, "layers": 2, "batch_size": 3}
     # what the model says before: fed as the expected answer, it is what greedy decoding gives
@@ -146,16 +154,12 @@ def test_answers_are_decoded_only_where_they_are_not_the_one_that_was_fed(
     known = [dataclasses.replace(e, locality_answer=text) for e, text in zip(edits[:3], said, strict=True) if text]
     assert known
     plain = fastedit.edit(exact_model, known, "ft", **settings)
-
-    def spy(model: EditableModel, queries: list[Query], **options: int) -> list[str]:
-        asked.append(list(queries))
-        return real(model, queries, **options)
-
-    monkeypatch.setattr(type(exact_model), "generate", spy)
-    exact_model.reference_answers.clear()
+    decoded = decoded_rows(monkeypatch)
+    exact_model.forget()
     again = fastedit.edit(exact_model, known, "ft", **settings)
     questions = sum(len(evaluation_views(edit)) for edit in known)
-    assert sum(len(queries) for queries in asked) < 2 * questions
+    before, after = decoded
+    assert before + after < 2 * questions, "what was fed and is the answer is not decoded"
     for first, second in zip(plain.edit_scores, again.edit_scores, strict=True):
         assert first.answers == second.answers
     # every answer, fed or decoded, is the one that decoding alone gives

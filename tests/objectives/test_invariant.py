@@ -99,10 +99,11 @@ def test_smoothing_keeps_a_zero_locality_gradient_from_pushing() -> None:
     batch, _ = make_batch()
     batch.reference = batch.logits.detach()[batch.role >= int(Role.TEXT_LOCALITY)]
     with_flat(batch)
-    objective = InvariantObjective(InvariantConfig(warmup=0.0, weights=(0.0, 0.0, 0.0), scale=0.1), steps=4)
+    config = InvariantConfig(warmup=0.0, weights=(0.0, 0.0, 0.0), scale=0.1, learn_dual=False)
+    objective = InvariantObjective(config, steps=4)
     objective.scale = torch.ones(2, dtype=torch.float64)
     objective.dual = DualNetwork(batch.flat, objective.config)  # type: ignore[arg-type]
-    (gradient,) = torch.autograd.grad(objective(batch, 0).total.sum(), batch.hidden)
+    (gradient,) = torch.autograd.grad(objective(batch, 1).total.sum(), batch.hidden)
     out = batch.role >= int(Role.TEXT_LOCALITY)
     assert gradient[~out].abs().max() > 1e-4
     assert gradient[out].abs().max() < 1e-10
@@ -122,7 +123,7 @@ def test_edits_have_multipliers_of_their_own() -> None:
     flat = with_flat(batch)
     network = DualNetwork(flat, InvariantConfig())
     before = network(network.summary(flat.detach()))
-    network.ascend(network.summary(flat.detach()), torch.tensor([1.0, 0.0], dtype=torch.float64), 0.1, 0)
+    network.ascend(network.summary(flat.detach()), torch.tensor([1.0, 0.0], dtype=torch.float64), 0.1, 1)
     after = network(network.summary(flat.detach()))
     assert after[0] > before[0]
     assert after[1] == before[1]

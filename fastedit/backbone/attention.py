@@ -1,0 +1,196 @@
+"""Attention over packed rows: where queries and keys stand, and keys and values that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .packed import KeyValue, PackedState, first_tokens, token_places, token_rows
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Where the queries and keys of packed tokens stand in padded rows.
+
+    Args:
+        rows: R. queries, keys: padded widths. capacity: places that a row of stored keys has, at least `keys`.
+        query_slots: (Tq,), int64, index into R * queries; None where rows are full and nothing needs moving.
+        key_slots: (T,), int64, index into R * capacity; None likewise.
+        mask: (R, 1, queries, keys), bool; None is the causal mask over rows whose queries are their keys.
+        present: (R,), int64, of all rows those that are meant here, where others have no tokens; None is all.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+    capacity: int
+    query_slots: Tensor | None
+    key_slots: Tensor | None
+    mask: Tensor | None
+    present: Tensor | None = None
+
+
+def plan_attention(
+    state: PackedState, chosen: Tensor | None, counts: Sequence[int], *, window: int | None, capacity: int | None = None
+) -> AttentionPlan:
+    """Return the plan for the tokens of a state as keys and some of them as queries.
+
+    Args:
+        state: where tokens are.
+        chosen: (Tq,), int64: the tokens that ask; None is all. counts: how many of each row.
+        window: how many places back a query sees, itself included; None is all.
+        capacity: places of a row in stored keys; None where keys are not stored.
+    """
+    device, rows = state.hidden.device, len(state)
+    ends = [start + count for start, count in zip(state.starts, state.counts, strict=True) if count]
+    keys, width = max(ends), max(counts)
+    full = not any(state.starts) and len(set(state.counts)) == 1 and capacity is None
+    causal = chosen is None and not any(state.starts) and (window is None or window >= keys)
+    row, place = token_rows(state.counts, device), token_places(state, device)
+    key_slots = None if full else row * (keys if capacity is None else capacity) + place
+    row_q, place_q = (row, place) if chosen is None else (row[chosen], place[chosen])
+    rank = torch.arange(len(row_q), device=device) - first_tokens(counts, device)[row_q]
+    present = None
+    if capacity is not None and 2 * len(ends) <= rows:
+        # Most rows have nothing to ask: stored keys of the others are picked out
+        present = torch.tensor([number for number, count in enumerate(state.counts) if count], device=device)
+        number_of = torch.zeros(rows, dtype=torch.long, device=device)
+        number_of[present] = torch.arange(len(present), device=device)
+        row_q, rows, counts = number_of[row_q], len(present), [count for count in counts if count]
+    query_slots = None if len(set(counts)) == 1 else row_q * width + rank
+    mask = None
+    if not causal:
+        places = torch.zeros(rows * width, dtype=torch.long, device=device)
+        places[row_q * width + rank] = place_q
+        asked, known = places.view(rows, 1, width, 1), torch.arange(keys, device=device)
+        mask = known <= asked
+        if window is not None:
+            mask = mask & (known > asked - window)
+    return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present)
+
+
+class Past(Protocol):
+    """Keys and values of earlier tokens of the same rows."""
+
+    def extend(self, layer: int, plan: AttentionPlan, key: Tensor, value: Tensor) -> KeyValue:
+        """Put those of new tokens (T, heads, d_head) behind them; return all, (R, plan.keys, heads, d_head)."""
+
+
+class ConstantPast:
+    """Constant tokens that come first in every row; gradients pass to the others."""
+
+    def __init__(self, state: PackedState) -> None:
+        self._state = state
+        self._padded: dict[tuple[int, int], KeyValue] = {}
+
+    def extend(self, layer: int, plan: AttentionPlan, key: Tensor, value: Tensor) -> KeyValue:
+        """See `Past`."""
+        known = self._padded.get((layer, plan.capacity))
+        if known is None:
+            known = self._laid_out(layer, plan)
+            self._padded[layer, plan.capacity] = known
+        if plan.key_slots is None:
+            raise ValueError("ConstantPast: a plan with places for keys is needed (got key_slots=None)")
+        shape = (plan.rows, plan.capacity, *key.shape[1:])
+        return (
+            known[0].index_copy(0, plan.key_slots, key).view(shape),
+            known[1].index_copy(0, plan.key_slots, value).view(shape),
+        )
+
+    def _laid_out(self, layer: int, plan: AttentionPlan) -> KeyValue:
+        starts = self._state.starts
+        key, value = self._state.constant[layer]
+        row = token_rows(starts, key.device)
+        slots = row * plan.capacity + torch.arange(len(row), device=key.device) - first_tokens(starts, key.device)[row]
+        empty = key.new_zeros(plan.rows * plan.capacity, *key.shape[1:])
+        return empty.index_copy(0, slots, key), empty.index_copy(0, slots, value)
+
+
+class StoredPast:
+    """Keys and values of everything that was computed so far, in buffers made once. Not differentiable.
+
+    A layer that is walked again from an earlier place overwrites what was behind it.
+
+    Args:
+        rows: R. capacity: most tokens of a row.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self._buffers: dict[int, KeyValue] = {}
+
+    def extend(self, layer: int, plan: AttentionPlan, key: Tensor, value: Tensor) -> KeyValue:
+        """See `Past`."""
+        if layer not in self._buffers:
+            shape = (self.rows * self.capacity, *key.shape[1:])
+            self._buffers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        assert plan.key_slots is not None
+        found = []
+        for buffer, new in zip(self._buffers[layer], (key, value), strict=True):
+            buffer.index_copy_(0, plan.key_slots, new)
+            known = buffer.view(self.rows, self.capacity, *new.shape[1:])[:, : plan.keys]
+            found.append(known if plan.present is None else known[plan.present])
+        return found[0], found[1]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for rows of that many tokens, if there is less."""
+        if capacity <= self.capacity:
+            return
+        for layer, pair in self._buffers.items():
+            wider = []
+            for part in pair:
+                rows = part.view(self.rows, self.capacity, -1)
+                padding = (0, 0, 0, capacity - self.capacity)
+                wider.append(torch.nn.functional.pad(rows, padding).view(-1, *part.shape[1:]))
+            self._buffers[layer] = (wider[0], wider[1])
+        self.capacity = capacity
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all buffers in bytes."""
+        return sum(part.numel() * part.element_size() for pair in self._buffers.values() for part in pair)
+
+
+def attend(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, scale: float, past: Past | None
+) -> Tensor:
+    """Softmax attention of packed queries (Tq, heads, d_head) over packed keys and values (T, groups, d_head).
+
+    Heads are a multiple of the groups; consecutive heads share one.
+
+    Returns:
+        (Tq, heads * d_head).
+    """
+    if past is None:
+        key, value = (padded(part, plan.key_slots, plan.rows, plan.keys) for part in (key, value))
+    else:
+        key, value = past.extend(layer, plan, key, value)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    spread = padded(query, plan.query_slots, plan.rows, plan.queries).transpose(1, 2)
+    heads, groups = spread.shape[1], key.shape[1]
+    share = heads // groups
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if plan.mask is None:
+        if share > 1:
+            key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        mixed = sdpa(spread, key, value, is_causal=True, scale=scale)
+    elif share > 1:
+        # Heads that share keys are so many more queries of one head: nothing is repeated
+        folded = spread.reshape(plan.rows, groups, share * plan.queries, -1)
+        mixed = sdpa(folded, key, value, attn_mask=plan.mask.repeat(1, 1, share, 1), scale=scale)
+        mixed = mixed.reshape(plan.rows, heads, plan.queries, -1)
+    else:
+        mixed = sdpa(spread, key, value, attn_mask=plan.mask, scale=scale)
+    mixed = mixed.transpose(1, 2).reshape(plan.rows * plan.queries, -1)
+    return mixed if plan.query_slots is None else mixed[plan.query_slots]
+
+
+def padded(values: Tensor, slots: Tensor | None, rows: int, width: int) -> Tensor:
+    """Return packed values (T, ...) in padded rows (R, width, ...), zeros elsewhere. `slots` None moves nothing."""
+    if slots is not None:
+        values = values.new_zeros(rows * width, *values.shape[1:]).index_copy(0, slots, values)
+    return values.view(rows, width, *values.shape[1:])

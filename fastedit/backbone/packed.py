@@ -1,0 +1,226 @@
+"""Rows without padding: the tokens of all rows one after another, and attention over them.
+
+Every linear map runs on (1, T, d), T being the tokens that there are; only attention sees rows, and there the keys of a
+row may begin with constant ones that are not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .states import PrefixState
+
+KeyValue = tuple[Tensor, Tensor]
+Made = TypeVar("Made")
+
+
+@dataclass(slots=True)
+class PackedState:
+    """What the decoder needs of R rows from one point on. Tokens are sorted by row and by place.
+
+    Args:
+        hidden: (T, d). The residual stream at `layer`, `stage` (see `PrefixState`).
+        position_ids: (A, T), int64.
+        rotary: cosine and sine tables (T, d_head), or None for learned positions.
+        counts: tokens of each row here.
+        starts: tokens of each row before those, which are constant; the first token here has that place.
+        wanted: (M,), int64, rising. The tokens whose final hidden states are asked for (those that carry labels).
+        wanted_counts: how many of each row.
+        layer, stage: where the decoder continues.
+        deep: visual features (T, d) by the layer whose output they are added to, from `layer` on.
+        constant: keys and values (sum(starts), heads, d_head) of the constant tokens by layer.
+        live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
+    """
+
+    hidden: Tensor
+    position_ids: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    counts: tuple[int, ...]
+    starts: tuple[int, ...]
+    wanted: Tensor
+    wanted_counts: tuple[int, ...]
+    layer: int
+    stage: str
+    deep: dict[int, Tensor] = field(default_factory=dict)
+    constant: dict[int, KeyValue] = field(default_factory=dict)
+    live: Tensor | None = None
+    # Attention plans and the like, made at the first use
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def remembered(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What was made of these tokens under a key, or else is made now."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        made: Made = self.memory[key]
+        return made
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the kept tensors in bytes."""
+        parts = [self.hidden, self.position_ids, *(self.rotary or ()), *self.deep.values()]
+        parts += [part for pair in self.constant.values() for part in pair]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def of_row(self, row: int) -> PackedState:
+        """Return one row, sharing memory."""
+        a, b = _span(self.counts, row)
+        c, d = _span(self.starts, row)
+        e, f = _span(self.wanted_counts, row)
+        return replace(
+            self,
+            hidden=self.hidden[a:b],
+            position_ids=self.position_ids[:, a:b],
+            rotary=None if self.rotary is None else (self.rotary[0][a:b], self.rotary[1][a:b]),
+            counts=self.counts[row : row + 1],
+            starts=self.starts[row : row + 1],
+            wanted=self.wanted[e:f] - a,
+            wanted_counts=self.wanted_counts[row : row + 1],
+            deep={layer: part[a:b] for layer, part in self.deep.items()},
+            constant={layer: (k[c:d], v[c:d]) for layer, (k, v) in self.constant.items()},
+            live=None if self.live is None else self.live[a:b],
+            memory={},
+        )
+
+    def map(self, change: Any) -> PackedState:
+        """Return the state with every tensor replaced by `change(tensor)` (a copy, another device)."""
+        return replace(
+            self,
+            hidden=change(self.hidden),
+            position_ids=change(self.position_ids),
+            rotary=None if self.rotary is None else (change(self.rotary[0]), change(self.rotary[1])),
+            wanted=change(self.wanted),
+            deep={layer: change(part) for layer, part in self.deep.items()},
+            constant={layer: (change(k), change(v)) for layer, (k, v) in self.constant.items()},
+            live=None if self.live is None else change(self.live),
+            memory={},
+        )
+
+    def only(self, kept: Tensor) -> PackedState:
+        """Return the tokens where `kept` (T,) bool, for a state whose other tokens nobody sees any more.
+
+        The rows' counts shrink; a wanted token must be kept. `starts` and constants stay as they are.
+        """
+        number = torch.cumsum(kept, 0) - 1
+        parts = torch.split(kept, list(self.counts))
+        return replace(
+            self,
+            hidden=self.hidden[kept],
+            position_ids=self.position_ids[:, kept],
+            rotary=None if self.rotary is None else (self.rotary[0][kept], self.rotary[1][kept]),
+            counts=tuple(torch.stack([part.sum() for part in parts]).tolist()),
+            wanted=number[self.wanted],
+            deep={layer: part[kept] for layer, part in self.deep.items()},
+            live=None if self.live is None else self.live[kept],
+            memory={},
+        )
+
+    @staticmethod
+    def cat(states: Sequence[PackedState]) -> PackedState:
+        """Return the rows of several states as one.
+
+        Raises:
+            ValueError: no states, or states at different points.
+        """
+        if not states:
+            raise ValueError("PackedState.cat: at least one state is needed (got 0)")
+        first = states[0]
+        points = {(state.layer, state.stage) for state in states}
+        if len(points) > 1:
+            raise ValueError(f"PackedState.cat: states must agree on (layer, stage) (got {sorted(points)})")
+        if len(states) == 1:
+            return first
+        before = accumulate((state.hidden.shape[0] for state in states), initial=0)
+        live = None
+        if any(state.live is not None for state in states):
+            live = torch.cat([_live(state) for state in states])
+        return replace(
+            first,
+            hidden=torch.cat([state.hidden for state in states]),
+            position_ids=torch.cat([state.position_ids for state in states], 1),
+            rotary=_cat_pairs([state.rotary for state in states]),
+            counts=tuple(count for state in states for count in state.counts),
+            starts=tuple(start for state in states for start in state.starts),
+            wanted=torch.cat([state.wanted + shift for state, shift in zip(states, before, strict=False)]),
+            wanted_counts=tuple(count for state in states for count in state.wanted_counts),
+            deep={
+                layer: torch.cat([state.deep.get(layer, torch.zeros_like(state.hidden)) for state in states])
+                for layer in sorted({layer for state in states for layer in state.deep})
+            },
+            constant={
+                layer: (
+                    torch.cat([state.constant[layer][0] for state in states]),
+                    torch.cat([state.constant[layer][1] for state in states]),
+                )
+                for layer in first.constant
+            },
+            live=live,
+            memory={},
+        )
+
+
+def pack(state: PrefixState, rotary: tuple[Tensor, Tensor] | None, wanted: Tensor) -> PackedState:
+    """Return a padded state without its padding.
+
+    Args:
+        state: R rows of N places, of which `state.lengths` are tokens.
+        rotary: tables (R, N, d_head) or None. wanted: (R, N), bool.
+    """
+    kept = state.attention_mask
+    number = torch.cumsum(kept.flatten(), 0) - 1
+    return PackedState(
+        hidden=state.hidden[kept],
+        position_ids=state.position_ids.transpose(0, 1)[:, kept],
+        rotary=None if rotary is None else (rotary[0][kept], rotary[1][kept]),
+        counts=tuple(state.lengths.tolist()),
+        starts=(0,) * len(state),
+        wanted=number[wanted.flatten()],
+        wanted_counts=tuple(wanted.sum(1).tolist()),
+        layer=state.layer,
+        stage=state.stage,
+        deep={layer: part[kept] for layer, part in state.deep.items()},
+    )
+
+
+def token_rows(counts: Sequence[int], device: torch.device) -> Tensor:
+    """(T,), int64: the row of each token."""
+    sizes = torch.tensor(counts, device=device)
+    return torch.repeat_interleave(torch.arange(len(counts), device=device), sizes, output_size=sum(counts))
+
+
+def token_places(state: PackedState, device: torch.device) -> Tensor:
+    """(T,), int64: the place of each token in its row, constant ones counted."""
+    row = token_rows(state.counts, device)
+    first = torch.tensor(state.starts, device=device) - first_tokens(state.counts, device)
+    return torch.arange(len(row), device=device) + first[row]
+
+
+def first_tokens(counts: Sequence[int], device: torch.device) -> Tensor:
+    """(R,), int64: the index of the first token of each row."""
+    return torch.tensor([0, *accumulate(counts)][: len(counts)], device=device)
+
+
+def _span(counts: Sequence[int], row: int) -> tuple[int, int]:
+    start = sum(counts[:row])
+    return start, start + counts[row]
+
+
+def _live(state: PackedState) -> Tensor:
+    if state.live is not None:
+        return state.live
+    return torch.ones(state.hidden.shape[0], dtype=torch.bool, device=state.hidden.device)
+
+
+def _cat_pairs(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    known = [pair for pair in pairs if pair is not None]
+    if not known:
+        return None
+    return torch.cat([pair[0] for pair in known]), torch.cat([pair[1] for pair in known])

@@ -1,0 +1,130 @@
+"""Questions read once, then answered or continued from stored keys and values, as often as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import StoredPast
+from .packed import PackedState, token_rows
+from .states import Encoded
+from .walk import packed_prefix, packed_start, packed_tail
+
+if TYPE_CHECKING:
+    from .model import EditableModel
+
+
+class Reader:
+    """R prompts whose keys and values are kept, layer by layer.
+
+    What lies below a point of the decoder is computed once (`read_below`). What lies above is computed by each
+    `read`, with whatever is hooked in at that time, and overwrites what the `read` before it stored.
+
+    Args:
+        model: frozen. encoded: the prompts, without answers.
+        room: tokens behind a prompt that memory is set aside for; more are taken as well.
+    """
+
+    def __init__(self, model: EditableModel, encoded: Encoded, room: int) -> None:
+        self.model = model
+        self.lengths: list[int] = encoded.lengths.tolist()
+        self.past = StoredPast(len(encoded), max(self.lengths) + room)
+        self._state = packed_start(model, encoded)
+        row = token_rows(self._state.counts, encoded.input_ids.device)
+        furthest = torch.zeros(len(encoded), dtype=torch.long, device=row.device)
+        #: The position of the first token behind each prompt: one more than the largest in it.
+        self.places = furthest.scatter_reduce(0, row, self._state.position_ids.amax(0), "amax") + 1
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read_below(self, layer: int, stage: str) -> None:
+        """Walk the prompts up to a point; every `read` starts there."""
+        self._state = packed_prefix(self.model, self._state, layer, stage, self.past)
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Walk the prompts from there to the end; return the final hidden states (R, d) of their last tokens."""
+        return packed_tail(self.model, self._state, self.past)
+
+    @torch.no_grad()
+    def extend(self, tokens: Mapping[int, Sequence[int]], behind: Mapping[int, int]) -> Tensor:
+        """Walk tokens behind the prompts of some rows; return their final hidden states (T, d), rows in order.
+
+        Args:
+            tokens: at least one, by row. behind: how many tokens after its prompt a row has already read.
+        """
+        model, text, device = self.model, self.model.adapter.text, self.places.device
+        rows = sorted(tokens)
+        counts = [len(tokens.get(row, ())) for row in range(len(self))]
+        self.past.grow(max(self.lengths[row] + behind[row] + counts[row] for row in rows))
+        ids = torch.tensor([[token for row in rows for token in tokens[row]]], device=device)
+        ahead = torch.tensor([behind[row] + number for row in rows for number in range(counts[row])], device=device)
+        axes = self._state.position_ids.shape[0]
+        position_ids = (self.places[token_rows(counts, device)] + ahead).expand(1, axes, -1)
+        hidden = text.enter(text.embed(ids), position_ids)
+        tables = text.rotary(hidden, position_ids)
+        state = PackedState(
+            hidden=hidden[0],
+            position_ids=position_ids[0],
+            rotary=None if tables is None else (tables[0][0], tables[1][0]),
+            counts=tuple(counts),
+            starts=tuple(length + behind.get(row, 0) for row, length in enumerate(self.lengths)),
+            wanted=torch.arange(hidden.shape[1], device=device),
+            wanted_counts=tuple(counts),
+            layer=0,
+            stage="attention",
+        )
+        return packed_tail(model, state, self.past)
+
+    def rooms(self, wanted: int) -> list[int]:
+        """How many tokens each row may be answered with: as many as wanted, or as the model has positions for."""
+        limit = getattr(self.model.adapter.text.config, "max_position_embeddings", None)
+        if limit is None:
+            return [wanted] * len(self)
+        return [max(1, min(wanted, limit - place + 1)) for place in self.places.tolist()]
+
+    def decode(
+        self, first: Mapping[int, int], most: Sequence[int], written: Mapping[int, Sequence[int]] | None = None
+    ) -> dict[int, list[int]]:
+        """Answer greedily.
+
+        Args:
+            first: by row, the token that comes next. most: tokens of an answer by row.
+            written: by row, tokens that are answered and read already.
+        Returns:
+            By row the tokens of the answer, those already written included, the end token not.
+        """
+        model, ends = self.model, set(self.model.end_token_ids)
+        answers = {row: list((written or {}).get(row, ())) for row in first}
+        coming = dict(first)
+        while coming:
+            going: dict[int, list[int]] = {}
+            for row, token in sorted(coming.items()):
+                if token in ends or len(answers[row]) >= most[row]:
+                    continue
+                answers[row].append(token)
+                if len(answers[row]) < most[row]:
+                    going[row] = [token]
+            if not going:
+                break
+            hidden = self.extend(going, {row: len(answers[row]) - 1 for row in going})
+            with torch.no_grad():
+                chosen = model.head(hidden).argmax(dim=-1).tolist()
+            coming = dict(zip(going, chosen, strict=True))
+        return answers
+
+
+def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[list[int]]:
+    """Return the greedily generated tokens of each row, the end token excluded. Plain argmax.
+
+    Decoding ends early where the model has no positions left.
+    """
+    reader = Reader(model, encoded, max_new_tokens)
+    with torch.no_grad():
+        first = model.head(reader.read()).argmax(dim=-1).tolist()
+    answers = reader.decode(dict(enumerate(first)), reader.rooms(max_new_tokens))
+    return [answers[row] for row in range(len(reader))]

@@ -1,0 +1,104 @@
+"""Which edit the rows and tokens of a running batch belong to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which edit each row of a running batch belongs to.
+
+    Args:
+        counts: rows per edit; rows are sorted by edit, so edit b owns ``counts[b]`` consecutive rows (0 is allowed).
+            None means that every row belongs to the only edit of a stack of one.
+    """
+
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def total(self) -> int | None:
+        """Number of rows, or None when any number will do."""
+        return None if self.counts is None else sum(self.counts)
+
+    def tokens_per_row(self, tokens: int, n_edits: int) -> int:
+        """How many tokens of a (tokens, d) activation one row holds.
+
+        Raises:
+            ValueError: the rows do not fit the stack or the activation.
+        """
+        if self.counts is None:
+            if n_edits != 1:
+                raise ValueError(f"rows: a map is needed for more than one edit (got edits={n_edits})")
+            return tokens
+        if len(self.counts) != n_edits:
+            raise ValueError(f"rows: one count per edit (got counts={len(self.counts)}, edits={n_edits})")
+        total = sum(self.counts)
+        if total == 0 or tokens % total:
+            raise ValueError(f"rows: tokens must divide into rows (got tokens={tokens}, rows={total})")
+        return tokens // total
+
+    def token_offsets(self, tokens: int, n_edits: int) -> list[int]:
+        """Token offsets (n_edits + 1,) of each edit's consecutive tokens in a (tokens, d) activation."""
+        if self.counts is None:
+            self.tokens_per_row(tokens, n_edits)
+            return [0, tokens]
+        per_row = self.tokens_per_row(tokens, n_edits)
+        offsets = [0]
+        for count in self.counts:
+            offsets.append(offsets[-1] + count * per_row)
+        return offsets
+
+    def offsets_tensor(self, tokens: int, n_edits: int, device: torch.device) -> Tensor:
+        """The same as (n_edits + 1,) int64 on a device."""
+        return torch.tensor(self.token_offsets(tokens, n_edits), device=device)
+
+
+class TokenSpans:
+    """Which packed tokens belong to which edit: what rows are to padded activations.
+
+    Args:
+        offsets: edit b owns tokens ``offsets[b]`` to ``offsets[b + 1]``.
+        live: (tokens,) bool, where a delta that leaves some tokens alone acts; None is everywhere.
+    """
+
+    def __init__(self, offsets: Sequence[int], live: Tensor | None = None) -> None:
+        self.offsets, self.live = list(offsets), live
+        self._on_device: Tensor | None = None
+
+    @staticmethod
+    def of(rows: Rows, counts: Sequence[int], n_edits: int, live: Tensor | None = None) -> TokenSpans:
+        """Spans of rows that hold ``counts`` tokens each.
+
+        Raises:
+            ValueError: other rows than the map has.
+        """
+        per_edit = (len(counts),) if rows.counts is None else rows.counts
+        if rows.counts is None and n_edits != 1:
+            raise ValueError(f"rows: a map is needed for more than one edit (got edits={n_edits})")
+        if sum(per_edit) != len(counts) or len(per_edit) != n_edits:
+            got = f"rows={len(counts)}, edits={n_edits}, map={per_edit}"
+            raise ValueError(f"rows: a map has every row once and a count for every edit (got {got})")
+        ends = [0, *itertools.accumulate(counts)]
+        return TokenSpans([ends[row] for row in itertools.accumulate(per_edit, initial=0)], live)
+
+    def token_offsets(self, tokens: int, n_edits: int) -> list[int]:
+        """The offsets, once they are seen to fit.
+
+        Raises:
+            ValueError: another number of tokens or edits.
+        """
+        if len(self.offsets) != n_edits + 1 or self.offsets[-1] != tokens:
+            raise ValueError(f"spans: of {tokens} tokens and {n_edits} edits (got offsets={self.offsets})")
+        return self.offsets
+
+    def offsets_tensor(self, tokens: int, n_edits: int, device: torch.device) -> Tensor:
+        """(n_edits + 1,) int64 on a device, made once."""
+        if self._on_device is None:
+            self._on_device = torch.tensor(self.token_offsets(tokens, n_edits), device=device)
+        return self._on_device

@@ -1,0 +1,223 @@
+"""Bytes that a batch of edits takes, from the shapes of the model's own modules and of its rows.
+
+Factors stand for how many values of a width are alive per token at the worst moment of a use; they were set by
+measuring peaks, see ``tests/engine/test_plan.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastedit.backbone import EditableModel
+from fastedit.backbone.model import VISION_BATCH
+from fastedit.deltas import DeltaSpec
+from fastedit.deltas.base import new_stack
+from fastedit.engine.batch import split_point
+from fastedit.engine.workload import RowKind, Workload
+
+# Widths alive per token while a layer runs without gradient: of the residual stream, of queries (keys and values
+# repeated for their heads), of the feed-forward block
+_RUN_HIDDEN, _RUN_QUERY, _RUN_FEED = 5, 5, 3
+# Widths kept per token for the backward pass: of attention over all tokens, of the last layer's, which asks at labels
+# only, and of a feed-forward block
+_KEPT_QUERY, _KEPT_HIDDEN, _KEPT_LAST, _KEPT_FED, _KEPT_FEED = 10, 6, 6, 4, 6
+# and alive besides while one layer is gone through backwards
+_BACK_HIDDEN, _BACK_FEED = 2, 3
+# What allocators waste between blocks of different sizes
+_WASTE = 1.15
+# Planes (labels, vocabulary) of a step: logits, their gradient, and with locality views selected ones and references
+_PLANES, _PLANES_LOCALITY = 2.5, 4.5
+# of an evaluation: before, after, and what is ranked of them
+_PLANES_SCORED = 3.0
+# Copies of a batch's prefix states: as encoded, and as they are fed to the tail
+_STATES = 2
+# Rows of parameters per edit while fitting: values, gradient, two moments; the finished delta is a fifth
+_DELTA_ROWS = 4
+# Rows of one forward and tokens of one answer, the defaults of ``Evaluator``
+EVALUATED_ROWS, NEW_TOKENS = 256, 48
+# Freed buffers are kept up to so many bytes (``ops.workspace``)
+_KEPT_BUFFERS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of a decoder and of its vision side.
+
+    Args:
+        hidden, query, key, feed, vocabulary: d, query and key widths, feed-forward width, V.
+        layers: L. first: lowest edited layer, entered at ``stage``.
+        vision_hidden, vision_feed, vision_kept: of the tower; how many layers' outputs are kept until its end.
+        element: bytes of a value.
+    """
+
+    hidden: int
+    query: int
+    key: int
+    feed: int
+    vocabulary: int
+    layers: int
+    first: int
+    stage: str
+    vision_hidden: int
+    vision_feed: int
+    vision_kept: int
+    element: int
+
+    @classmethod
+    def of(cls, model: EditableModel, spec: DeltaSpec) -> Sizes:
+        """Read off a model, with or without weights."""
+        sites = {site.name: site for site in model.sites([0], ["q", "k", "up"])}
+        first, stage = split_point(spec)
+        vision: Any = model.hf.config.vision_config
+        width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+        feed = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+        depth = int(getattr(vision, "depth", None) or vision.num_hidden_layers)
+        # A tower whose features come from one of its middle layers returns the outputs of all
+        keeps = getattr(model.hf.config, "vision_feature_layer", None) is not None
+        return cls(
+            hidden=model.hidden_size,
+            query=sites["q"].d_out,
+            key=sites["k"].d_out,
+            feed=sites["up"].d_out,
+            vocabulary=model.vocab_size,
+            layers=model.n_layers,
+            first=first,
+            stage=stage,
+            vision_hidden=width,
+            vision_feed=int(feed),
+            vision_kept=depth if keeps else 0,
+            element=model.dtype.itemsize,
+        )
+
+    def running(self, tokens: float) -> float:
+        """Bytes of a layer that runs on so many tokens without gradient."""
+        per_token = _RUN_HIDDEN * self.hidden
+        return _WASTE * self.element * tokens * (per_token + max(_RUN_QUERY * self.query, _RUN_FEED * self.feed))
+
+    def kept(self, tokens: float, labels: float) -> float:
+        """Bytes of a tail with gradient over so many tokens and labels."""
+        last = self.layers - 1
+        attention = _KEPT_QUERY * self.query + _KEPT_HIDDEN * self.hidden
+        feed = _KEPT_FED * self.hidden + _KEPT_FEED * self.feed
+        back = _BACK_HIDDEN * self.hidden + _BACK_FEED * self.feed
+        # every layer's feed-forward block, the last one's at labels
+        blocks = (last - self.first) * tokens * feed + labels * feed
+        # attention of every layer but the first where that is entered behind it
+        whole = last - self.first - (self.stage == "ffn")
+        if whole >= 0:
+            blocks += tokens * (whole * attention + _KEPT_LAST * self.hidden)
+        return _WASTE * self.element * (blocks + (tokens if self.first < last else labels) * back)
+
+    def states(self, tokens: float, labels: float) -> float:
+        """Bytes of what enters the tail."""
+        if self.stage == "ffn" and self.first == self.layers - 1:
+            return self.element * labels * self.hidden
+        held = self.feed if self.stage == "ffn" else self.query
+        return self.element * tokens * (self.hidden + 2 * held)
+
+    def vision(self, images: float, patches: int) -> float:
+        """Bytes of the tower at work on so many images at once."""
+        widths = (self.vision_kept + 8) * self.vision_hidden + 2 * self.vision_feed
+        return self.element * min(images, VISION_BATCH) * patches * widths
+
+
+def delta_parameters(spec: DeltaSpec) -> int:
+    """Scalars of one edit's delta."""
+    shapes = new_stack(spec, 0, trainable=False).shapes
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def expanded_bytes(model: EditableModel, first: int) -> int:
+    """Bytes of the 4-bit maps that are written out from a layer on (``backbone.expanded_layers``)."""
+    if model.quantize != "nf4":
+        return 0
+    sites = model.sites(range(first, model.n_layers), list(model.adapter.text.site_paths))
+    return sum(site.d_in * site.d_out for site in sites) * model.dtype.itemsize
+
+
+def held_parts(
+    model: EditableModel, sizes: Sizes, work: Workload, *, budget: int, parameters: int, cache_bytes: int, on_cpu: bool
+) -> dict[str, int]:
+    """Bytes that stay over the batches of a run: images, and what is remembered of edits.
+
+    Args:
+        budget: bytes of the caches of pixels and of features, each. parameters: of a delta that stays in memory.
+        cache_bytes: of prefix states and reference logits that are kept for later batches.
+    """
+    training = work.training
+    features = work.image_tokens * sizes.hidden * sizes.element
+    if work.edits is None:
+        # of unknown length: the caches fill up
+        images = budget * (2 if on_cpu else 1)
+        return {"image caches": images, "fitted deltas": 0, "state caches": cache_bytes}
+    count = work.edits * work.images_per_edit
+    tokens, labels = training.per_edit * training.tokens, training.per_edit * training.labels
+    remembered = work.edits * (sizes.states(tokens, labels) + sizes.element * labels * sizes.vocabulary)
+    cached = min(budget, count * features) + (min(budget, count * work.image_bytes) if on_cpu else 0)
+    return {
+        "image caches": int(cached),
+        "fitted deltas": work.edits * parameters * 4,
+        "state caches": int(min(cache_bytes, remembered)),
+    }
+
+
+def phase_parts(
+    model: EditableModel,
+    sizes: Sizes,
+    work: Workload,
+    *,
+    batch_size: int,
+    parameters: int,
+    evaluate: bool,
+    locality: bool,
+) -> dict[str, dict[str, int]]:
+    """Bytes of the phases of a batch, which do not run at once: {phase: {part: bytes}}."""
+    kind = work.training
+    rows = batch_size * kind.per_edit
+    tokens, labels = rows * kind.tokens, rows * kind.labels
+    delta_element = 8 if model.dtype == torch.float64 else 4
+    delta = batch_size * parameters * delta_element
+    states = _STATES * sizes.states(tokens, labels)
+    planes = _PLANES_LOCALITY if locality else _PLANES
+    logits = planes * labels * sizes.vocabulary * sizes.element
+    phases: dict[str, Mapping[str, float]] = {
+        "encode": {"vision side": sizes.vision(batch_size * work.images_per_edit, work.patches)},
+        "prefix": {"prefix states": states, "prefix layers": sizes.running(tokens)},
+        "fit": {
+            "prefix states": states,
+            "tail activations": sizes.kept(tokens, labels),
+            "logits": logits,
+            "delta rows": _DELTA_ROWS * delta,
+            "expanded tail": expanded_bytes(model, sizes.first),
+        },
+        # every finished delta is copied out of the rows
+        "store": {
+            "prefix states": states,
+            "delta rows": (_DELTA_ROWS + 1) * delta,
+            "expanded tail": expanded_bytes(model, sizes.first),
+        },
+    }
+    if evaluate:
+        phases["evaluate"] = {
+            "delta rows": delta + max(delta, min(_DELTA_ROWS * delta, _KEPT_BUFFERS)),
+            **_evaluation(sizes, work.evaluation, batch_size),
+        }
+    return {phase: {name: int(part) for name, part in parts.items() if part} for phase, parts in phases.items()}
+
+
+def _evaluation(sizes: Sizes, kind: RowKind, batch_size: int) -> dict[str, float]:
+    rows = min(EVALUATED_ROWS, batch_size * kind.per_edit)
+    tokens, labels = rows * kind.tokens, rows * kind.labels
+    hidden = _STATES * tokens * sizes.hidden * sizes.element
+    fed = hidden + _PLANES_SCORED * labels * sizes.vocabulary * sizes.element
+    cache = rows * (kind.tokens + NEW_TOKENS) * 2 * sizes.key * sizes.layers * sizes.element
+    # Given answers are fed and others generated, one after the other
+    return {
+        "evaluation rows": fed + sizes.running(tokens),
+        "evaluation KV cache": max(0.0, cache - (fed - hidden)),
+    }
