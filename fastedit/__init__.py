@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastedit.data import read_edits
     from fastedit.deltas import EditDelta
     from fastedit.engine import Run, applied, edit
+    from fastedit.engine.plan import MemoryPlan, plan_memory
     from fastedit.methods import method_names
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "EditDelta",
     "EditRequest",
     "EditableModel",
+    "MemoryPlan",
     "Probe",
     "Query",
     "Run",
@@ -35,17 +37,20 @@ __all__ = [
     "load",
     "method_names",
     "ops",
+    "plan_memory",
     "read_edits",
 ]
 
 _LAZY = {
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
+    "MemoryPlan": "fastedit.engine.plan",
     "Run": "fastedit.engine",
     "applied": "fastedit.engine",
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",
     "method_names": "fastedit.methods",
+    "plan_memory": "fastedit.engine.plan",
     "read_edits": "fastedit.data",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastedit edit``, ``compare``, ``check``, ``info``, ``export``."""
+"""The command line: ``fastedit edit``, ``compare``, ``plan``, ``check``, ``info``, ``export``."""
 
 from fastedit.cli.main import main
 

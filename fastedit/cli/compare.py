@@ -43,7 +43,7 @@ def compare_methods(
     *,
     data: str,
     out: Path,
-    batch_size: int,
+    batch_size: Any,
     mode: str,
     console: Console,
     settings: dict[str, Any] | None = None,

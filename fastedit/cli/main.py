@@ -12,6 +12,7 @@ from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Edit knowledge in multimodal LLMs.")
 console = Console()
+messages = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="an embedded model, a Hugging Face id or a folder")]
 Data = Annotated[str, typer.Option(help="an embedded set (pocket-vqa, pocket-caption) or a file of records")]
@@ -19,7 +20,7 @@ Format = Annotated[str | None, typer.Option("--format", help="mmedit, vlkeb or j
 Images = Annotated[Optional[Path], typer.Option(help="the folder below which image paths lie")]  # noqa: UP045
 Limit = Annotated[Optional[int], typer.Option(help="only the first so many records", min=1)]  # noqa: UP045
 Out = Annotated[Path, typer.Option(help="folder for results")]
-BatchSize = Annotated[int, typer.Option(help="edits fitted together", min=1)]
+BatchSize = Annotated[str, typer.Option(help="edits fitted together; auto is as many as fit in memory")]
 Mode = Annotated[str, typer.Option(help="single or sequential")]
 Settings = Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the method's config; repeatable")]  # noqa: UP045
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="leave out records whose images are missing")]
@@ -57,13 +58,17 @@ def load_inputs(
     limit: int | None,
     skip_missing: bool,
     loading: dict[str, Any],
+    methods: dict[str, dict[str, Any]],
+    batch_size: int | str,
 ) -> tuple[Any, Any, Any]:
-    """Records first (they are cheap and may be wrong), then a pool of training records if any, then the model."""
+    """Records first (they are cheap and may be wrong), a pool of training records, what it will take, the model."""
     import fastedit
+    from fastedit.cli.plan import announce
     from fastedit.data import EMBEDDED
 
     edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
     pool = fastedit.read_edits(data, split="train") if data in EMBEDDED else None
+    announce(messages, model, edits, methods, batch_size=batch_size, loading=loading)
     return fastedit.load(model, **{k: v for k, v in loading.items() if v is not None}), edits, pool
 
 
@@ -74,7 +79,7 @@ def edit(
     method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
     out: Out = Path("runs/edit"),
     limit: Limit = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = "16",
     mode: Mode = "single",
     format: Format = None,
     images: Images = None,
@@ -87,15 +92,18 @@ def edit(
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
     import fastedit
+    from fastedit.cli.plan import read_batch_size
     from fastedit.cli.tables import score_tables, speed_table
 
     use_threads(threads)
+    size: Any = read_batch_size(batch_size)
     overrides = parse_settings(settings)
     loading = {"dtype": dtype, "quantize": quantize, "device": device}
     loaded, edits, pool = load_inputs(
-        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading
-    )
-    run = fastedit.edit(loaded, edits, method, batch_size=batch_size, mode=mode, pool=pool, **overrides)
+        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
+        methods={method: overrides}, batch_size=size,
+    )  # fmt: skip
+    run = fastedit.edit(loaded, edits, method, batch_size=size, mode=mode, pool=pool, **overrides)
     folder = run.save(out)
     for protocol in run.scores:
         for table in score_tables({method: run}, protocol):
@@ -111,7 +119,7 @@ def compare(
     methods: Annotated[str, typer.Option(help="names, separated by commas")] = "ft,kl+ft,odedit+ft,lora,odedit+lora",
     out: Out = Path("runs/compare"),
     limit: Limit = 200,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = "16",
     mode: Mode = "single",
     format: Format = None,
     images: Images = None,
@@ -124,19 +132,56 @@ def compare(
 ) -> None:
     """Run several methods on the same edits; a table, a JSON file and a picture."""
     from fastedit.cli.compare import compare_methods, settings_per_method
+    from fastedit.cli.plan import read_batch_size
 
     use_threads(threads)
+    size: Any = read_batch_size(batch_size)
     loading = {"dtype": dtype, "quantize": quantize, "device": device}
     names = [name.strip() for name in methods.split(",") if name.strip()]
     overrides = parse_settings(settings)
-    settings_per_method(names, overrides)
+    chosen = settings_per_method(names, overrides)
     loaded, edits, pool = load_inputs(
-        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading
-    )
+        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
+        methods=chosen, batch_size=size,
+    )  # fmt: skip
     compare_methods(
         loaded, edits, pool, names,
-        data=data, out=out, batch_size=batch_size, mode=mode, console=console, settings=overrides,
+        data=data, out=out, batch_size=size, mode=mode, console=console, settings=overrides,
     )  # fmt: skip
+
+
+@app.command()
+def plan(
+    model: Model = "pocket-llava",
+    method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
+    batch_size: BatchSize = "16",
+    data: Annotated[Optional[str], typer.Option(help="plan for these records")] = None,  # noqa: UP045
+    evaluate: Annotated[bool, typer.Option(help="with scoring")] = True,
+    format: Format = None,
+    images: Images = None,
+    limit: Limit = None,
+    skip_missing: SkipMissing = False,
+    dtype: Dtype = None,
+    quantize: Quantize = "none",
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
+    """The memory that a run would need, part by part; no weights are read."""
+    import fastedit
+    from fastedit.cli.plan import plan_table, read_batch_size
+
+    size: Any = read_batch_size(batch_size)
+    overrides = parse_settings(settings)
+    edits = None
+    if data is not None:
+        edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
+    given = {"dtype": dtype, "quantize": quantize, "device": device}
+    loading: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found = fastedit.plan_memory(
+        model, method=method, batch_size=size, edits=edits, evaluate=evaluate, **loading, **overrides
+    )
+    console.print(plan_table(model, found))
+    console.print(found.text(), markup=False, soft_wrap=True)
 
 
 @app.command()

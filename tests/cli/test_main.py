@@ -55,6 +55,37 @@ def test_compare_writes_a_table_a_record_and_a_picture(records: Path, tmp_path: 
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_lists_the_parts_without_a_model(records: Path) -> None:
+    text = run("plan", "--model", "random:llava-1.5-7b", "--method", "ft", "--batch-size", "4", "--dtype", "bfloat16")
+    assert "weights" in text
+    assert "delta rows" in text
+    assert "needs" in text
+    small = run(
+        "plan", "--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent),
+        "--batch-size", "auto", "--set", "rank=2",
+    )  # fmt: skip
+    assert "batch size 3" in small
+
+
+def test_edit_says_first_what_it_will_take(records: Path, tmp_path: Path) -> None:
+    done = runner.invoke(app, [
+        "edit", "--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent),
+        "--method", "ft", "--out", str(tmp_path / "out"), "--set", "steps=1", "--set", "seed=3", "--batch-size", "2",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    line = done.stderr.splitlines()[0]
+    assert line.startswith("random:llava-tiny, batch size 2: needs ")
+    assert "; you have " in line
+    assert "needs" not in done.stdout
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many", "1.5"])
+def test_batch_sizes_are_numbers_or_auto(size: str, records: Path) -> None:
+    done = runner.invoke(app, ["edit", "--data", str(records), "--batch-size", size])
+    assert isinstance(done.exception, ValueError)
+    assert str(done.exception) == f"--batch-size: a number of at least 1, or auto (got {size!r})"
+
+
 def test_check_reports_on_records(records: Path) -> None:
     assert "3 records read" in run("check", str(records), "--images", str(records.parent))
 
