@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .packed import KeyValue, PackedState, first_tokens, token_places, token_rows
+
+#: What `flash_attn.flash_attn_varlen_func` is, or stands for it.
+VarlenFunction = Callable[..., Tensor]
+
+
+@dataclass(slots=True)
+class PackedLayout:
+    """Rows of packed tokens as attention kernels for them take it.
+
+    Args:
+        query_starts, key_starts: (R + 1,), int32: where rows begin and the last one ends.
+        most_queries, most_keys: tokens of the longest row. window: places a query sees, itself included; None is all.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+    window: int | None
 
 
 @dataclass(slots=True)
@@ -22,6 +42,8 @@ class AttentionPlan:
         key_slots: (T,), int64, index into R * capacity; None likewise.
         mask: (R, 1, queries, keys), bool; None is the causal mask over rows whose queries are their keys.
         present: (R,), int64, of all rows those that are meant here, where others have no tokens; None is all.
+        packed: the same for a kernel that takes packed tokens; None where the queries are not the last of their rows'
+            keys, or where some of those are kept elsewhere.
     """
 
     rows: int
@@ -32,6 +54,7 @@ class AttentionPlan:
     key_slots: Tensor | None
     mask: Tensor | None
     present: Tensor | None = None
+    packed: PackedLayout | None = None
 
 
 def plan_attention(
@@ -70,7 +93,31 @@ def plan_attention(
         mask = known <= asked
         if window is not None:
             mask = mask & (known > asked - window)
-    return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present)
+    packed = None
+    if capacity is None and not any(state.starts) and _are_last(place_q, state.counts, counts, row_q):
+        starts = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (counts, ends)]
+        packed = PackedLayout(starts[0], starts[1], width, keys, window)
+    return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present, packed)
+
+
+def _are_last(place: Tensor, counts: Sequence[int], asking: Sequence[int], row: Tensor) -> bool:
+    """Whether the queries of every row, at these places, are its last tokens; rows without tokens have no answer."""
+    if not all(counts):
+        return False
+    first = torch.tensor([count - asks for count, asks in zip(counts, asking, strict=True)], device=place.device)
+    return bool((place >= first[row]).all())
+
+
+def varlen_function(implementation: str, device: torch.device) -> VarlenFunction | None:
+    """Return flash-attn's function for packed rows where a model wants flash-attn and it can run, or None."""
+    if device.type != "cuda" or not implementation.startswith("flash_attention"):
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    found: VarlenFunction = flash_attn_varlen_func
+    return found
 
 
 class Past(Protocol):
@@ -156,15 +203,26 @@ class StoredPast:
 
 
 def attend(
-    layer: int, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, scale: float, past: Past | None
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    past: Past | None,
+    varlen: VarlenFunction | None = None,
 ) -> Tensor:
     """Softmax attention of packed queries (Tq, heads, d_head) over packed keys and values (T, groups, d_head).
 
-    Heads are a multiple of the groups; consecutive heads share one.
+    Heads are a multiple of the groups; consecutive heads share one. A kernel for packed rows (`varlen`) serves where
+    nothing comes before them; else rows are padded for torch's own.
 
     Returns:
         (Tq, heads * d_head).
     """
+    if varlen is not None and past is None and plan.packed is not None:
+        return _attend_packed(query, key, value, plan.packed, scale, varlen)
     if past is None:
         key, value = (padded(part, plan.key_slots, plan.rows, plan.keys) for part in (key, value))
     else:
@@ -187,6 +245,25 @@ def attend(
         mixed = sdpa(spread, key, value, attn_mask=plan.mask, scale=scale)
     mixed = mixed.transpose(1, 2).reshape(plan.rows * plan.queries, -1)
     return mixed if plan.query_slots is None else mixed[plan.query_slots]
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, varlen: VarlenFunction
+) -> Tensor:
+    """The same by flash-attn, whose causal mask is aligned to the last query and the last key of a row."""
+    mixed = varlen(
+        query,
+        key,
+        value,
+        layout.query_starts,
+        layout.key_starts,
+        layout.most_queries,
+        layout.most_keys,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if layout.window is None else (layout.window - 1, 0),
+    )
+    return mixed.flatten(1)
 
 
 def padded(values: Tensor, slots: Tensor | None, rows: int, width: int) -> Tensor:

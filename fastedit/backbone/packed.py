@@ -155,13 +155,7 @@ class PackedState:
                 layer: torch.cat([state.deep.get(layer, torch.zeros_like(state.hidden)) for state in states])
                 for layer in sorted({layer for state in states for layer in state.deep})
             },
-            constant={
-                layer: (
-                    torch.cat([state.constant[layer][0] for state in states]),
-                    torch.cat([state.constant[layer][1] for state in states]),
-                )
-                for layer in first.constant
-            },
+            constant=_cat_constants([state.constant for state in states]),
             live=live,
             memory={},
         )
@@ -224,3 +218,12 @@ def _cat_pairs(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
     if not known:
         return None
     return torch.cat([pair[0] for pair in known]), torch.cat([pair[1] for pair in known])
+
+
+def _cat_constants(found: Sequence[dict[int, KeyValue]]) -> dict[int, KeyValue]:
+    # Questions in text only that were prepared by themselves have none at any layer
+    known = [each for each in found if each]
+    return {
+        layer: (torch.cat([each[layer][0] for each in known]), torch.cat([each[layer][1] for each in known]))
+        for layer in (known[0] if known else ())
+    }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention
+from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
 from .packed import KeyValue, PackedState, pack
 from .states import Encoded
 
@@ -64,7 +64,8 @@ class Attention:
             (window, capacity, self.queries is None),
             lambda: plan_attention(state, self.queries, counts, window=window, capacity=capacity),
         )
-        return attend(layer, query, key, value, plan, scale=scale, past=self._past)
+        varlen = varlen_function(str(text.config._attn_implementation), query.device)
+        return attend(layer, query, key, value, plan, scale=scale, past=self._past, varlen=varlen)
 
 
 def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
@@ -140,6 +141,9 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
             not live come before those that are.
     """
     if state.live is None or bool(state.live.all()):
+        return state
+    if not bool(state.live[state.wanted].all()):
+        # A prompt that ends with its image: there an answer's first token is predicted
         return state
     after = state.only(state.live)
     if after.stage == "ffn" and after.layer == model.n_layers - 1:

@@ -52,7 +52,13 @@ class _Torch:
         """y (T, o) times its edit's matrix: (T, i)."""
         if _uniform(offsets) and offsets[-1] > 0:
             # (B, n, o) x (B, o, i): one batched product
-            return torch.bmm(y.view(matrices.shape[0], -1, y.shape[-1]), matrices).view(y.shape[0], -1)
+            by_edit = y.view(matrices.shape[0], -1, y.shape[-1])
+            if torch.is_grad_enabled():
+                return torch.bmm(by_edit, matrices).flatten(0, 1)
+            # Into a tensor that is nobody's view: an autograd function may hand it out to be added to
+            out = y.new_empty(y.shape[0], matrices.shape[-1])
+            torch.bmm(by_edit, matrices, out=out.view(*by_edit.shape[:2], out.shape[-1]))
+            return out
         parts = [y[start:end] @ matrices[b] for b, (start, end) in enumerate(pairwise(offsets)) if end > start]
         return torch.cat(parts) if parts else y.new_empty(0, matrices.shape[-1])
 

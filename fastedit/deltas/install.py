@@ -79,7 +79,10 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows) -> Iterat
                     )
                 if spans.live is not None:
                     change = change * spans.live[:, None]
-            return output + change.view(output.shape).to(output.dtype)
+            if change.dtype != output.dtype:
+                change = change.to(output.dtype)
+            # Into the fresh change: the output may be kept for later steps
+            return change.add_(output.reshape(change.shape)).view(output.shape)
 
         return hook
 

@@ -88,7 +88,7 @@ class Objective(Protocol):
 
 def all_correct(tokens: TokenBatch) -> Tensor:
     """(B,) bool: every token of the edit view has its label as the largest logit."""
-    chosen = tokens.is_role(Role.EDIT)
-    wrong = (tokens.logits.detach()[chosen].argmax(-1) != tokens.labels[chosen]).long()
+    # All tokens, not a selection: a GPU need not be waited for
+    wrong = (tokens.logits.detach().argmax(-1) != tokens.labels) & tokens.is_role(Role.EDIT)
     count = torch.zeros(tokens.n_edits, dtype=torch.long, device=tokens.labels.device)
-    return count.index_add_(0, tokens.edit[chosen], wrong) == 0
+    return count.index_add_(0, tokens.edit, wrong.long()) == 0
