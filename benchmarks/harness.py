@@ -16,14 +16,13 @@ from benchmarks.cases import Case, edits_of, one_batch
 from benchmarks.implementations import ENGINE, forget
 from benchmarks.outcome import Fitted
 from benchmarks.record import Row
-from benchmarks.roofline import measure_peak
 from benchmarks.variants import as_run, is_variant
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
 from fastedit.engine import provenance
-from fastedit.engine.flops import FlopCounter, NecessaryFlops, Peak, nfu
+from fastedit.engine.flops import NecessaryFlops, Peak, nfu
+from fastedit.engine.utilisation import measure_peak, necessary_flops
 from fastedit.engine.views import ViewSource
-from fastedit.objectives import Role
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome
 
@@ -233,18 +232,9 @@ def count_necessary(
 ) -> NecessaryFlops:
     """Operations that fitting these edits, which ended like this, cannot do without."""
     plan = case.plan()
-    counter = FlopCounter(model, plan.method.spec(model, plan.config))
     objective = plan.objective.build(plan.objective_config, case.steps)
     source = ViewSource(edits, None, seed=case.seed)
-    total = NOTHING
-    for first in range(0, len(edits), case.batch_size):
-        batch = range(first, min(first + case.batch_size, len(edits)))
-        views = [(i - first, view) for i in batch for view in source.views(i, objective.roles)]
-        encoded = model.encode([view.query for _, view in views], answers=True)
-        reference = [row for row, (_, view) in enumerate(views) if view.role >= Role.TEXT_LOCALITY]
-        ended = outcomes[first : first + case.batch_size]
-        total = total + counter.batch(encoded, [edit for edit, _ in views], ended, reference)
-    return total
+    return necessary_flops(model, plan.method.spec(model, plan.config), source, objective.roles, outcomes)
 
 
 def rows_of(found: Comparison) -> list[Row]:

@@ -36,10 +36,10 @@ from benchmarks import record, serving
 from benchmarks.kernel_timing import OURS, Clock, Contexts, extra_on_device, runs_of, time_case
 from benchmarks.memory import _reset_peak, _status_mib
 from benchmarks.record import Row
-from benchmarks.roofline import measure_peak
 from fastedit import ops
 from fastedit.engine import provenance
 from fastedit.engine.flops import Peak
+from fastedit.engine.utilisation import measure_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG, DISAGREE = 1, 2

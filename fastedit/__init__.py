@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastedit.deltas import EditDelta
     from fastedit.engine import Run, applied, edit
     from fastedit.engine.plan import MemoryPlan, plan_memory
+    from fastedit.engine.utilisation import measure_peak
     from fastedit.methods import method_names
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "edit",
     "implementations",
     "load",
+    "measure_peak",
     "method_names",
     "ops",
     "plan_memory",
@@ -49,6 +51,7 @@ _LAZY = {
     "applied": "fastedit.engine",
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",
+    "measure_peak": "fastedit.engine.utilisation",
     "method_names": "fastedit.methods",
     "plan_memory": "fastedit.engine.plan",
     "read_edits": "fastedit.data",

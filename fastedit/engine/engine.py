@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,11 +20,13 @@ from fastedit.deltas.base import DeltaSpec, new_stack
 from fastedit.engine import provenance
 from fastedit.engine.batch import BatchProblem, EditRows, prepare, split_point
 from fastedit.engine.evaluate import Evaluator
-from fastedit.engine.memory import is_out_of_memory, release_memory
+from fastedit.engine.flops import Peak, nfu
+from fastedit.engine.memory import is_out_of_memory, peak_memory_mib, release_memory
 from fastedit.engine.plan import largest_batch
 from fastedit.engine.progress import ProgressLine, progress
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.utilisation import necessary_flops
 from fastedit.engine.views import ViewSource
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import EditPlan, resolve
@@ -91,6 +91,7 @@ def edit(
     seed: int = 0,
     show_progress: bool | None = None,
     deltas_folder: str | Path | None = None,
+    peak: Peak | None = None,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -112,6 +113,7 @@ def edit(
         show_progress: None shows a progress line with the time left on a terminal.
         deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
             thousands of edits would fill; a new or empty folder.
+        peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
         Run.
@@ -139,6 +141,8 @@ def edit(
 
     if model.device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.reset_peak_memory_stats(model.device)
     run_mode = _single if mode == "single" else _sequential
     with expanded_layers(model, split_point(spec)[0]):
         run_mode(work, batch_size, evaluate, show_progress)
@@ -146,7 +150,7 @@ def edit(
     outcomes = [work.outcomes[number] for number in range(len(edits))]
     scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
     scores = summarise(scored, seed=seed) if evaluate else {}
-    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes), notes)
+    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes)
 
 
 def _single(work: _Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
@@ -275,22 +279,20 @@ def _fit(
         fit(BatchProblem(model, stacked, holders, held, objective, waiting, make, name, timer), stacked, work.solver)
 
 
-def _timing(work: _Work, outcomes: Sequence[FitOutcome]) -> Timing:
+def _timing(work: _Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
     spent = work.timer.total(without=("evaluation",))
+    used = None
+    if peak is not None and spent:
+        roles = work.plan.objective.build(work.plan.objective_config, work.solver.steps).roles
+        necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
+        used = nfu(necessary.total, spent, peak)
     return Timing(
         edits_per_s=len(outcomes) / spent if spent else float("nan"),
         seconds=dict(work.timer.seconds),
         steps=sum(outcome.steps for outcome in outcomes),
-        peak_memory_mib=_peak_memory_mib(work.model.device),
+        peak_memory_mib=peak_memory_mib(work.model.device),
+        nfu=used,
     )
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 2**20
-    # ru_maxrss is in KiB on Linux and in bytes on macOS
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _provenance(

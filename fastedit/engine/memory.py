@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 
 import torch
 
@@ -29,3 +31,12 @@ def release_memory(model: EditableModel) -> None:
     release_workspaces()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of this run on a GPU; of the process so far on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    # ru_maxrss is in KiB on Linux and in bytes on macOS
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import roofline
+from fastedit.engine import utilisation
 
 
 def test_peak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,6 @@ def test_fastest_is_the_least_of_several() -> None:
         calls.append(1)
         time.sleep(0.02 if len(calls) == 3 else 0.05)
 
-    assert 0.015 < roofline.fastest(work, torch.device("cpu"), 0.1) < 0.05
+    assert 0.015 < utilisation.fastest(work, torch.device("cpu"), 0.1) < 0.05
     # One call to warm up, then at least three
     assert len(calls) >= 4

@@ -199,3 +199,28 @@ def test_other_families_edit_too(name: str, edits: list[EditRequest]) -> None:
     together, alone = (run(model, edits[:3], "odedit+ft", batch_size=size, layers=2) for size in (3, 1))
     assert largest_difference(list(together.deltas), list(alone.deltas)) < 1e-8
     assert max(delta.norm for delta in together.deltas) > 0
+
+
+def test_a_run_tells_how_much_of_the_machine_it_used(exact_model: EditableModel, edits: list[EditRequest]) -> None:
+    from fastedit.engine.flops import Peak, nfu
+    from fastedit.engine.utilisation import necessary_flops
+    from fastedit.engine.views import ViewSource
+    from fastedit.objectives import ROLES
+
+    assert run(exact_model, edits[:2]).timing.nfu is None
+    result = run(exact_model, edits, "odedit+lora", peak=Peak(50.0, 10.0, "float64"))
+    spec = result.deltas[0].spec
+    source = ViewSource(edits, None)
+    needed = necessary_flops(exact_model, spec, source, ROLES, result.outcomes)
+    spent = sum(result.timing.seconds.values())
+    assert result.timing.nfu == pytest.approx(nfu(needed.total, spent, Peak(50.0, 10.0)))
+    # All five views of every edit are in it, and the unedited logits of two of them
+    alone = necessary_flops(exact_model, spec, source, ROLES[:1], result.outcomes)
+    assert needed.reference > 0 == alone.reference
+    assert needed.backward > 3 * alone.backward
+
+
+def test_the_measured_peak_is_reached_by_a_product() -> None:
+    peak = fastedit.measure_peak("float32", seconds=0.1, scale=0.1)
+    assert peak.matmul_gflop_per_s > 1
+    assert peak.copy_gib_per_s > 0.1
