@@ -7,15 +7,14 @@ import time
 import pytest
 import torch
 
-from benchmarks import roofline
 from fastedit.engine import utilisation
 
 
 def test_peak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "SIDES", {"cpu": (128, 256)})
-    monkeypatch.setattr(roofline, "COPY_MIB", {"cpu": 4})
+    monkeypatch.setattr(utilisation, "SIDES", {"cpu": (128, 256)})
+    monkeypatch.setattr(utilisation, "COPY_MIB", {"cpu": 4})
     for dtype in ("float32", "bfloat16"):
-        peak = roofline.measure_peak(dtype, seconds=0.02)
+        peak = utilisation.measure_peak(dtype, seconds=0.02)
         assert peak.dtype == dtype
         assert peak.matmul_gflop_per_s > 0.1
         assert peak.copy_gib_per_s > 0.05
