@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.model import VISION_BATCH
+from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.base import new_stack
 from fastedit.engine.batch import split_point
@@ -120,10 +120,11 @@ class Sizes:
         held = self.feed if self.stage == "ffn" else self.query
         return self.element * tokens * (self.hidden + 2 * held)
 
-    def vision(self, images: float, patches: int) -> float:
-        """Bytes of the tower at work on so many images at once."""
+    def vision(self, images: float, patches: int, *, on_cpu: bool) -> float:
+        """Bytes of the tower at work on so many images."""
+        most = VISION_BATCH_CPU if on_cpu else VISION_BATCH
         widths = (self.vision_kept + 8) * self.vision_hidden + 2 * self.vision_feed
-        return self.element * min(images, VISION_BATCH) * patches * widths
+        return self.element * min(images, most) * patches * widths
 
 
 def delta_parameters(spec: DeltaSpec) -> int:
@@ -141,28 +142,32 @@ def expanded_bytes(model: EditableModel, first: int) -> int:
 
 
 def held_parts(
-    model: EditableModel, sizes: Sizes, work: Workload, *, budget: int, parameters: int, cache_bytes: int, on_cpu: bool
+    model: EditableModel, sizes: Sizes, work: Workload, *, budget: int, parameters: int, locality: int, on_cpu: bool
 ) -> dict[str, int]:
     """Bytes that stay over the batches of a run: images, and what is remembered of edits.
 
     Args:
         budget: bytes of the caches of pixels and of features, each. parameters: of a delta that stays in memory.
-        cache_bytes: of prefix states and reference logits that are kept for later batches.
+        locality: rows of an edit whose states and reference logits are kept for later edits.
     """
     training = work.training
     features = work.image_tokens * sizes.hidden * sizes.element
+    states, references = (0, 0)
+    if locality:
+        states, references = model.caches.states.budget_bytes, model.caches.references.budget_bytes
     if work.edits is None:
         # of unknown length: the caches fill up
         images = budget * (2 if on_cpu else 1)
-        return {"image caches": images, "fitted deltas": 0, "state caches": cache_bytes}
+        return {"image caches": images, "fitted deltas": 0, "state caches": states + references}
     count = work.edits * work.images_per_edit
-    tokens, labels = training.per_edit * training.tokens, training.per_edit * training.labels
-    remembered = work.edits * (sizes.states(tokens, labels) + sizes.element * labels * sizes.vocabulary)
+    rows = work.edits * locality
+    planes = rows * training.labels * sizes.vocabulary * sizes.element
+    states = min(states, int(sizes.states(rows * training.tokens, rows * training.labels)))
     cached = min(budget, count * features) + (min(budget, count * work.image_bytes) if on_cpu else 0)
     return {
         "image caches": int(cached),
         "fitted deltas": work.edits * parameters * 4,
-        "state caches": int(min(cache_bytes, remembered)),
+        "state caches": states + min(references, int(planes)),
     }
 
 
@@ -174,7 +179,8 @@ def phase_parts(
     batch_size: int,
     parameters: int,
     evaluate: bool,
-    locality: bool,
+    locality: int,
+    on_cpu: bool,
 ) -> dict[str, dict[str, int]]:
     """Bytes of the phases of a batch, which do not run at once: {phase: {part: bytes}}."""
     kind = work.training
@@ -186,7 +192,7 @@ def phase_parts(
     planes = _PLANES_LOCALITY if locality else _PLANES
     logits = planes * labels * sizes.vocabulary * sizes.element
     phases: dict[str, Mapping[str, float]] = {
-        "encode": {"vision side": sizes.vision(batch_size * work.images_per_edit, work.patches)},
+        "encode": {"vision side": sizes.vision(batch_size * work.images_per_edit, work.patches, on_cpu=on_cpu)},
         "prefix": {"prefix states": states, "prefix layers": sizes.running(tokens)},
         "fit": {
             "prefix states": states,

@@ -89,11 +89,10 @@ class _Run:
     evaluate: bool
     keep_deltas: bool
     budget: int
-    cache_bytes: int
 
     def of_batch(self, batch_size: int) -> MemoryPlan:
         """The plan of a batch size."""
-        roles = _roles(self.model, self.plan)
+        locality = sum(role >= Role.TEXT_LOCALITY for role in _roles(self.model, self.plan))
         on_cpu = self.device.type == "cpu"
         held = {"libraries": self.libraries, "weights": self.weights}
         held |= held_parts(
@@ -102,7 +101,7 @@ class _Run:
             self.work,
             budget=self.budget,
             parameters=self.parameters if self.keep_deltas and on_cpu else 0,
-            cache_bytes=self.cache_bytes,
+            locality=locality,
             on_cpu=on_cpu,
         )
         phases = phase_parts(
@@ -112,7 +111,8 @@ class _Run:
             batch_size=batch_size,
             parameters=self.parameters,
             evaluate=self.evaluate,
-            locality=any(role >= Role.TEXT_LOCALITY for role in roles),
+            locality=locality,
+            on_cpu=on_cpu,
         )
         return MemoryPlan(held, phases, available_bytes(self.device), str(self.device), batch_size)
 
@@ -130,7 +130,6 @@ def plan_memory(
     tokens_per_row: int | None = None,
     keep_deltas: bool = True,
     image_cache_mib: int = 1024,
-    cache_bytes: int = 0,
     **overrides: Any,
 ) -> MemoryPlan:
     """Return the memory that ``fastedit.edit`` would need, without loading weights or editing anything.
@@ -147,7 +146,6 @@ def plan_memory(
         tokens_per_row: instead of what the edits say.
         keep_deltas: whether fitted deltas stay in memory (no ``deltas_folder``).
         image_cache_mib: as ``fastedit.load`` takes it.
-        cache_bytes: budget of what a run remembers of prefix states.
         overrides: fields of the method's and the objective's config.
     Raises:
         ValueError, FileNotFoundError, ImportError: what ``load`` and ``edit`` would refuse.
@@ -173,7 +171,6 @@ def plan_memory(
         tokens_per_row=tokens_per_row,
         keep_deltas=keep_deltas,
         budget=image_cache_mib << 20,
-        cache_bytes=cache_bytes,
     )
     if isinstance(batch_size, int):
         return run.of_batch(batch_size)
@@ -187,13 +184,12 @@ def largest_batch(
     *,
     evaluate: bool = True,
     keep_deltas: bool = True,
-    cache_bytes: int = 0,
 ) -> int:
     """Return the most edits, up to all of them and ``MOST_EDITS``, that fit together in ``SHARE`` of the memory.
 
     Args:
         model: loaded. plan: of the method. edits: of the run. evaluate: whether they are scored.
-        keep_deltas: whether fitted deltas stay in memory. cache_bytes: budget of what a run remembers.
+        keep_deltas: whether fitted deltas stay in memory.
     Returns:
         At least 1, also where not even that fits by the plan.
     """
@@ -209,7 +205,6 @@ def largest_batch(
         tokens_per_row=None,
         keep_deltas=keep_deltas,
         budget=model.image_features.budget_bytes,
-        cache_bytes=cache_bytes,
     )
     return _largest(run, len(edits))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -26,11 +26,12 @@ class RowKind:
 
     Args:
         per_edit: how many an edit has.
-        tokens: of the longest. labels: of one, on average.
+        tokens: of the longest; of training rows the mean over the roles, each by its longest row: rows are not padded.
+        labels: of one, on average.
     """
 
     per_edit: float
-    tokens: int
+    tokens: float
     labels: float
 
 
@@ -70,19 +71,24 @@ def measure_workload(
     """
     step = max(1, -(-len(edits) // SAMPLE)) if edits else 1
     sample = list(edits[::step]) if edits else [typical_edit()]
-    fitted = [query for edit in sample for query in _fitted(edit, roles)]
+    fitted = [[_fitted(edit, role) for edit in sample] for role in roles]
     asked = [view.query for edit in sample for view in evaluation_views(edit)] if evaluate else []
     images: dict[str, ImageInputs] = {}
-    for query in itertools.chain(fitted, asked):
+    for query in itertools.chain(*fitted, asked):
         if query.image is not None:
             read = model.images.read(query.image)
             images[read.key] = read
     # A shaken copy of the image stands in for another picture of the same
     made = Role.IMAGE_REPHRASE in roles
     largest = max(images.values(), key=lambda image: image.tokens, default=None)
-    training = _kind(model, fitted, len(sample))
+    by_role = [_kind(model, queries, len(sample)) for queries in fitted]
+    training = RowKind(
+        per_edit=len(roles),
+        tokens=sum(kind.tokens for kind in by_role) / len(roles),
+        labels=sum(kind.labels for kind in by_role) / len(roles),
+    )
     work = Workload(
-        training=replace(training, per_edit=len(roles)),
+        training=training,
         evaluation=_kind(model, asked, len(sample)),
         images_per_edit=len(images) / len(sample) + made,
         image_tokens=largest.tokens if largest else 0,
@@ -113,13 +119,15 @@ def typical_edit() -> EditRequest:
     )
 
 
-def _fitted(edit: EditRequest, roles: Sequence[Role]) -> Iterable[Query]:
-    """The largest rows that an edit may be fitted on; held-out views are of about the record's own sizes."""
-    yield Query(edit.prompt, edit.image, edit.target)
-    if Role.TEXT_REPHRASE in roles and edit.rephrase is not None:
-        yield Query(edit.rephrase, edit.image, edit.target)
-    if Role.IMAGE_LOCALITY in roles and edit.image_locality_image is not None and edit.image_locality_prompt:
-        yield Query(edit.image_locality_prompt, edit.image_locality_image, edit.image_locality_answer)
+def _fitted(edit: EditRequest, role: Role) -> Query:
+    """About the row that an edit is fitted on in a role; held-out views are of the record's own sizes."""
+    if role is Role.TEXT_REPHRASE and edit.rephrase is not None:
+        return Query(edit.rephrase, edit.image, edit.target)
+    if role is Role.TEXT_LOCALITY and edit.locality_prompt is not None:
+        return Query(edit.locality_prompt, None, edit.locality_answer)
+    if role is Role.IMAGE_LOCALITY and edit.image_locality_prompt is not None:
+        return Query(edit.image_locality_prompt, edit.image_locality_image, edit.image_locality_answer)
+    return Query(edit.prompt, edit.image, edit.target)
 
 
 def _kind(model: EditableModel, queries: Sequence[Query], edits: int) -> RowKind:
