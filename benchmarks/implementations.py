@@ -72,7 +72,5 @@ def run(name: str, model: EditableModel, edits: Sequence[EditRequest], case: Cas
 
 
 def forget(model: EditableModel) -> None:
-    """Drop remembered pixels, image features and answers, so that every timed run starts with nothing but the model."""
-    model.images.clear()
-    model.image_features.clear()
-    model.reference_answers.clear()
+    """Drop all that is remembered, so that every timed run starts with nothing but the model."""
+    model.forget()
