@@ -71,6 +71,9 @@ class SpillCache(Generic[Value]):
             return
         if key in self._near:
             self.held_bytes -= self._size(self._near.pop(key))
+        if key in self._far:
+            # Asked for twice before it was there, and moved away in between
+            self.far_bytes -= self._size(self._far.pop(key)[0])
         self._near[key] = value
         self.held_bytes += self._size(value)
         while self.held_bytes > self.budget_bytes:

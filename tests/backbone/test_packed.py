@@ -265,6 +265,33 @@ def test_an_image_at_the_end_of_a_prompt_leaves_nothing_constant() -> None:
         assert largest_gap(packed_tail(model, hold_constant(model, state)), reference) == 0.0
 
 
+def test_live_are_the_tokens_behind_the_image() -> None:
+    model = exact("random:llava-tiny")
+    encoded = model.encode(mixed_queries(), answers=True)
+    live = packed_start(model, encoded).live
+    assert live is not None
+    for row, part in enumerate(torch.split(live, encoded.lengths.tolist())):
+        images = encoded.image_mask[row].nonzero().flatten().tolist()
+        first = images[-1] + 1 if images else 0
+        assert part.tolist() == [place >= first for place in range(len(part))]
+
+
+def test_features_that_enter_behind_the_last_layer() -> None:
+    """No model here has them that late, but nothing else says so."""
+    model = exact("random:llava-tiny")
+    encoded, last = model.encode(mixed_queries(), answers=True), model.n_layers - 1
+    for layer, stage in ((1, "attention"), (last, "attention"), (last, "ffn")):
+        padded = model.prefix(encoded, layer, stage)
+        packed = packed_prefix(model, packed_start(model, encoded), 1, "attention")
+        deep = random_like(tuple(padded.hidden.shape))
+        padded.deep, packed.deep = {last: deep}, {last: deep[encoded.attention_mask]}
+        packed = packed_prefix(model, packed, layer, stage)
+        positions = encoded.label_positions()
+        reference = model.tail(padded, positions=positions)[positions >= 0]
+        assert largest_gap(packed_tail(model, packed), reference) < TOLERANCE
+        assert largest_gap(packed_tail(model, hold_constant(model, packed)), reference) < TOLERANCE
+
+
 def test_nothing_to_hold_leaves_a_state_alone() -> None:
     model = exact("random:llava-tiny")
     text = packed_start(model, model.encode(text_rows(), answers=True))
