@@ -121,6 +121,8 @@ def test_more_views_and_scoring_need_more() -> None:
     assert plan(method="lora", edits=edits, batch_size=16).phases.keys() - {"encode"} == {
         "prefix", "fit", "store", "evaluate",
     }  # fmt: skip
+    # rows of 576 image tokens and some more, twice: as encoded and as they are fed to the tail
+    assert plan(method="lora", edits=edits, batch_size=16).phases["fit"]["prefix states"] > 2 * 16 * 576 * 4096 * 2
     longer = plan(method="lora", edits=edits, batch_size=16, tokens_per_row=5000)
     assert longer.total_bytes > plan(method="lora", edits=edits, batch_size=16).total_bytes
 
