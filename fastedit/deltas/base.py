@@ -288,10 +288,11 @@ def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dt
 def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
     """One delta that acts as all the given ones together, as after edits made in sequence.
 
-    Full deltas are added; low-rank deltas are laid side by side along the rank. Their sites and kinds must agree.
+    Full deltas are added; low-rank deltas are laid side by side along the rank. Their kinds, sites and positions must
+    agree.
 
     Raises:
-        ValueError: none given, or kinds or sites differ.
+        ValueError: none given, or kinds, sites or positions differ.
     """
     from fastedit.deltas.full import accumulate_full
     from fastedit.deltas.low_rank import accumulate_low_rank
@@ -300,6 +301,8 @@ def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
         raise ValueError("accumulate: at least one delta (got none)")
     first = deltas[0].spec
     for index, delta in enumerate(deltas):
-        if delta.spec.kind != first.kind or delta.spec.sites != first.sites:
-            raise ValueError(f"accumulate: deltas share kind and sites (delta {index} has {delta.spec}, not {first})")
+        spec = delta.spec
+        if (spec.kind, spec.sites, spec.positions) != (first.kind, first.sites, first.positions):
+            told = f"delta {index} has {spec}, not {first}"
+            raise ValueError(f"accumulate: deltas share kind, sites and positions ({told})")
     return {"full": accumulate_full, "low_rank": accumulate_low_rank}[first.kind](deltas)

@@ -202,9 +202,9 @@ class _Scoring:
 
     def flush(self) -> None:
         """Score those that wait for it."""
-        ended, self._ended = self._ended, []
-        while ended:
-            part = ended[: self.size]
+        # What memory has no room for beside a batch stays here until there is room
+        while self._ended:
+            part = self._ended[: self.size]
             stacked = stack([delta for _, delta in part], device=self.work.model.device)
             try:
                 found = self._evaluator.scores([self.work.edits[number] for number, _ in part], stacked)
@@ -218,7 +218,7 @@ class _Scoring:
                 for (number, _), scores in zip(part, found, strict=True):
                     self.work.scored[number] = scores
                     self.line.advance()
-                ended = ended[len(part) :]
+                del self._ended[: len(part)]
                 continue
             release_memory(self.work.model)
 

@@ -196,7 +196,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         (lambda: stack([]), r"at least one delta"),
         (lambda: accumulate([]), r"at least one delta"),
         (lambda: stack([filled(s).unstack(0) for s in SPECS]), r"deltas share one spec"),
-        (lambda: accumulate([filled(s).unstack(0) for s in SPECS]), r"deltas share kind and sites"),
+        (lambda: accumulate([filled(s).unstack(0) for s in SPECS]), r"deltas share kind, sites and positions"),
         (lambda: Rows((1, 1)).token_offsets(4, 3), r"one count per edit \(got counts=2, edits=3\)"),
         (lambda: Rows((1, 2)).token_offsets(4, 2), r"tokens must divide into rows \(got tokens=4, rows=3\)"),
         (lambda: Rows().token_offsets(4, 2), r"a map is needed for more than one edit"),
