@@ -50,6 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_kept_memory", &fastedit::release_kept_memory,
         "Give memory kept for large results back to the system; returns its bytes.");
   m.def("keep_freed_memory", &fastedit::keep_freed_memory,
-        "Let the C library keep freed memory up to so many bytes; false where it cannot.");
+        "Let torch take large blocks from those freed before, of which so many bytes are kept.");
   m.def("use_isa", &use_isa, "Choose an instruction set, for tests.");
 }

@@ -85,8 +85,11 @@ def release_kept_memory() -> int:
 
 
 def keep_freed_memory(limit_bytes: int) -> bool:
-    """Let the C library keep freed memory up to so many bytes; False where it cannot, or without a library."""
-    return LIBRARY is not None and bool(LIBRARY.keep_freed_memory(limit_bytes))
+    """Let torch take large blocks from those freed before, so many bytes of which are kept; False without a library."""
+    if LIBRARY is None:
+        return False
+    LIBRARY.keep_freed_memory(limit_bytes)
+    return True
 
 
 def use_instruction_set(name: str) -> None:

@@ -1,6 +1,7 @@
 #include "cpu/memory.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -12,6 +13,7 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <unordered_map>
 #include <vector>
 
 #if defined(__GLIBC__)
@@ -21,10 +23,10 @@
 namespace fastedit {
 namespace {
 
-constexpr int64_t kPage = int64_t{2} << 20;
-constexpr int64_t kLeast = 2 * kPage;        // smaller ones are the C library's business
-constexpr int64_t kMost = int64_t{1} << 30;  // bytes kept at a time
-constexpr int kWaste = 2;                    // a kept block serves requests of half its size and more
+constexpr int64_t kHuge = int64_t{2} << 20;    // a huge page, and what blocks are aligned to
+constexpr int64_t kGrain = int64_t{64} << 10;  // sizes are multiples of it
+constexpr int64_t kLeast = int64_t{1} << 19;   // smaller ones are the C library's business
+constexpr int kWaste = 2;                      // a kept block serves requests of half its size and more
 
 struct Block {
   void* begin;
@@ -40,28 +42,34 @@ class Kept {
     return *kept;
   }
 
+  void limit(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    most_ = bytes;
+  }
+
+  // The smallest free block that is large enough, or a new one.
   Block take(int64_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block) {
         if (block->bytes < bytes || block->bytes / kWaste > bytes) continue;
-        const Block found = *block;
-        free_.erase(std::next(block).base());
+        if (best == free_.end() || block->bytes <= best->bytes) best = block;
+      }
+      if (best != free_.end()) {
+        const Block found = *best;
+        free_.erase(best);
         total_ -= found.bytes;
         return found;
       }
     }
-    const int64_t whole = (bytes + kPage - 1) / kPage * kPage;
-    void* begin = std::aligned_alloc(kPage, whole);
+    const int64_t whole = (bytes + kGrain - 1) / kGrain * kGrain;
+    void* begin = fresh(whole);
     if (begin == nullptr) {
       release();
-      begin = std::aligned_alloc(kPage, whole);
+      begin = fresh(whole);
       if (begin == nullptr) throw std::bad_alloc();
     }
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // a refusal changes nothing but the speed
-    madvise(begin, whole, MADV_HUGEPAGE);
-#endif
     return {begin, whole};
   }
 
@@ -71,7 +79,7 @@ class Kept {
       const std::lock_guard lock(mutex_);
       free_.push_back(block);
       total_ += block.bytes;
-      while (total_ > kMost) {
+      while (total_ > most_) {
         old.push_back(free_.front());
         total_ -= free_.front().bytes;
         free_.erase(free_.begin());
@@ -96,10 +104,75 @@ class Kept {
   }
 
  private:
+  static void* fresh(int64_t bytes) {
+    void* begin = nullptr;
+    const int64_t alignment = bytes < kHuge ? 64 : kHuge;
+    if (posix_memalign(&begin, alignment, bytes) != 0) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // a refusal changes nothing but the speed
+    if (bytes >= kHuge) madvise(begin, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
+    return begin;
+  }
+
   std::mutex mutex_;
   std::vector<Block> free_;
   int64_t total_ = 0;
+  int64_t most_ = int64_t{1} << 30;
 };
+
+// torch's allocator on the CPU with large blocks from those that were freed. A C library gives blocks of some MiB back
+// to the system, or cuts small ones out of them; either way the next large one is new, and every page of it a fault.
+class Recycler final : public at::Allocator {
+ public:
+  explicit Recycler(at::Allocator* small) : small_(small) {}
+
+  at::DataPtr allocate(size_t bytes) override {
+    if (static_cast<int64_t>(bytes) < kLeast) return small_->allocate(bytes);
+    const Block block = Kept::get().take(static_cast<int64_t>(bytes));
+    {
+      const std::lock_guard lock(mutex_);
+      given_[block.begin] = block.bytes;
+    }
+    // data and context are one, which allocation without an owner (oneDNN's) relies on
+    return {block.begin, block.begin, &give_back, at::Device(at::DeviceType::CPU)};
+  }
+
+  at::DeleterFnPtr raw_deleter() const override { return &give_back; }
+
+  void copy_data(void* target, const void* source, std::size_t count) const override {
+    default_copy_data(target, source, count);
+  }
+
+  static Recycler* installed;
+
+ private:
+  // Of either kind: small blocks without an owner come here as well.
+  static void give_back(void* begin) {
+    if (begin == nullptr) return;
+    Block block{begin, 0};
+    {
+      const std::lock_guard lock(installed->mutex_);
+      const auto found = installed->given_.find(begin);
+      if (found != installed->given_.end()) {
+        block.bytes = found->second;
+        installed->given_.erase(found);
+      }
+    }
+    if (block.bytes > 0) {
+      Kept::get().give(block);
+    } else {
+      installed->small_->raw_deleter()(begin);
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<void*, int64_t> given_;
+  at::Allocator* small_;
+};
+
+// never destroyed, and never uninstalled: what it gave out comes back to it
+Recycler* Recycler::installed = nullptr;
 
 }  // namespace
 
@@ -125,16 +198,12 @@ int64_t release_kept_memory() {
   return bytes;
 }
 
-bool keep_freed_memory([[maybe_unused]] int64_t bytes) {
-#if defined(__GLIBC__)
-  // what glibc before 2.35 allows; later ones take any
-  constexpr int kLargest = 32 << 20;
-  const int limit = static_cast<int>(std::min<int64_t>(bytes, std::numeric_limits<int>::max()));
-  if (mallopt(M_TRIM_THRESHOLD, limit) == 0) return false;
-  return mallopt(M_MMAP_THRESHOLD, limit) != 0 || mallopt(M_MMAP_THRESHOLD, std::min(limit, kLargest)) != 0;
-#else
-  return false;
-#endif
+void keep_freed_memory(int64_t bytes) {
+  Kept::get().limit(bytes);
+  if (Recycler::installed == nullptr) {
+    Recycler::installed = new Recycler(at::getCPUAllocator());
+    c10::SetCPUAllocator(Recycler::installed, 1);
+  }
 }
 
 TORCH_LIBRARY_IMPL(fastedit, CPU, m) {

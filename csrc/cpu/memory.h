@@ -15,9 +15,9 @@ at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options);
 // Gives kept memory back to the system, and what the C library keeps; returns the bytes of the former.
 int64_t release_kept_memory();
 
-// Lets the C library keep freed memory up to so many bytes instead of giving it back, and take blocks up to that size
-// from it: activations are freed and taken again at every step, and every page given back costs a fault when it is
-// touched again. For the whole process. False where the C library is not glibc, or refuses.
-bool keep_freed_memory(int64_t bytes);
+// Lets torch take large blocks of memory from those that were freed before, of which so many bytes are kept:
+// activations are freed and taken again at every step, and every page of a new block costs a fault when it is first
+// touched. For the whole process, until it ends.
+void keep_freed_memory(int64_t bytes);
 
 }  // namespace fastedit

@@ -40,17 +40,17 @@ def release_workspaces() -> int:
 
 
 def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
-    """Let the C library keep freed memory for what is allocated next; return whether it does from now on.
+    """Let torch take large blocks on the CPU from those freed before; return whether it does from now on.
 
-    glibc gives freed blocks of some MiB back to the system, and every page of the next one is a fault: activations are
-    freed and taken again at every step of a fit. This holds for the whole process and cannot be taken back;
-    ``release_workspaces`` gives what is kept at the time back. The environment variable ``FASTEDIT_MALLOC=system``
-    leaves the C library as it is.
+    A C library gives freed blocks of some MiB back to the system, or cuts small ones out of them, and every page of the
+    next large one is a fault: activations are freed and taken again at every step of a fit. This holds for the whole
+    process and cannot be taken back; ``release_workspaces`` gives what is kept at the time back. The environment
+    variable ``FASTEDIT_MALLOC=system`` leaves all to the C library.
 
     Args:
-        limit_bytes: most that is kept, and the largest block that is taken from it.
+        limit_bytes: most that is kept free.
     Returns:
-        False where the variable says so, the C library is not glibc, or there is no compiled library.
+        False where the variable says so, or there is no compiled library.
     Raises:
         ValueError: a limit that is not positive, or another value of the variable.
     """
