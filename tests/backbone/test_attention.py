@@ -258,6 +258,27 @@ def test_a_second_walk_overwrites_the_first(share: int) -> None:
         rows.walk((1, 1, 2), (2, 3, 1), None)
 
 
+@pytest.mark.parametrize("share", [1, 2])
+def test_rows_alike_are_stored_too(share: int) -> None:
+    rows = Rows(2, 8, share)
+    assert rows.walk((0, 0), (3, 3), None).query_slots is None
+    rows.walk((3, 3), (2, 2), None)
+    rows.walk((5, 5), (1, 1), 2)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_rows_without_tokens(window: int | None) -> None:
+    """A row without constants among rows that have them is one, where these are read."""
+    state = packed((3, 0, 2))
+    query, key, value = draw(3, 5, GROUPS, D_HEAD, seed=1)
+    plan = plan_attention(state, None, state.counts, window=window)
+    # Kernels for packed rows are not asked what they make of those
+    assert plan.packed is None
+    found = attend(LAYER, query, key, value, plan, scale=SCALE, past=None, varlen=plain_varlen)
+    expected = reference(state, None, query, None, key, value, window)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
 def test_last_tokens_ask_over_what_is_stored() -> None:
     rows = Rows(3, 9, 2)
     rows.walk((0, 0, 0), (4, 2, 6), None, chosen=[3, 5, 11])

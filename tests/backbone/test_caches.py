@@ -235,6 +235,10 @@ def test_locality_questions_are_prepared_once(monkeypatch: pytest.MonkeyPatch, p
     model = watched.model
     tokens = [int((rows.role >= int(Role.TEXT_LOCALITY)).sum()) for rows in first]
     assert sum(watched.logits) == sum(tokens) == sum(len(rows.reference) for rows in first)  # type: ignore[arg-type]
+    # Text alone has no constants
+    assert [[start > 0 for start in rows.state.starts] for rows in first] == (
+        [[False] * 3, [False] * 2] if positions == "all" else [[True, False, True], [True, True]]
+    )
     again = watched.prepare(VIEWS, positions=positions)
     # Only the edits' own questions
     assert watched.rows == [5, 2]

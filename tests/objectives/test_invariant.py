@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastedit.objectives import PENALTY_MODES, InvariantConfig, InvariantObjective, Role, tripartite
+from fastedit.objectives import PENALTY_MODES, InvariantConfig, InvariantObjective, Role, TokenBatch, tripartite
 from fastedit.objectives.invariant import DualNetwork
 from tests.objectives.test_tripartite import make_batch
 
@@ -136,3 +136,95 @@ def test_edits_have_multipliers_of_their_own() -> None:
 def test_bad_settings_are_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"odedit: .*\(got {field}="):
         dataclasses.replace(InvariantConfig(), **{field: value})
+
+
+def batches_by_edit(n_edits: int, seed: int) -> tuple[TokenBatch, list[TokenBatch]]:
+    """A batch of several edits, and each of them as a batch of its own."""
+    whole, _ = make_batch(n_edits, seed)
+    assert whole.reference is not None
+    out = whole.role >= int(Role.TEXT_LOCALITY)
+    singles = []
+    for number in range(n_edits):
+        own = whole.edit == number
+        single = TokenBatch(
+            hidden=whole.hidden[own], logits=whole.logits[own], labels=whole.labels[own],
+            edit=torch.zeros_like(whole.edit[own]), role=whole.role[own], n_edits=1,
+            reference=whole.reference[own[out]],
+        )  # fmt: skip
+        singles.append(single)
+    return whole, singles
+
+
+def gradients(total: Tensor, flat: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """By the parameters, which nothing depends on before the penalty, and by the hidden states."""
+    by_flat, by_hidden = torch.autograd.grad(total.sum(), (flat, hidden), allow_unused=True, retain_graph=True)
+    return torch.zeros_like(flat) if by_flat is None else by_flat, by_hidden
+
+
+@pytest.mark.parametrize("mode", PENALTY_MODES)
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
+def test_edits_at_steps_of_their_own_are_as_they_are_alone(mode: str, warmup: float) -> None:
+    """Places are taken over: the edits of one call are before, at and behind the start of the penalty."""
+    config = InvariantConfig(penalty=mode, warmup=warmup, dual_lr=0.05, sketch=7)
+    together = InvariantObjective(config, steps=10)
+    # By place the calls at which another edit enters
+    entered = [(0,), (0, 3, 9), (0, 5), (0, 7)]
+    alone: dict[int, InvariantObjective] = {}
+    ratios = set()
+    for call in range(14):
+        taken = [call - max(start for start in starts if start <= call) for starts in entered]
+        whole, singles = batches_by_edit(len(entered), seed=call)
+        flat = with_flat(whole, seed=call)
+        losses = together(whole, torch.tensor(taken))
+        by_flat, by_hidden = gradients(losses.total, flat, whole.hidden)
+        for place, (single, step) in enumerate(zip(singles, taken, strict=True)):
+            if step == 0:
+                alone[place] = InvariantObjective(config, steps=10)
+            single.flat = flat.detach()[place : place + 1].requires_grad_(True)
+            expected = alone[place](single, step)
+            started = step >= alone[place].start
+            assert started == ("lambda" in expected.parts)
+            torch.testing.assert_close(losses.total[place], expected.total[0], rtol=1e-12, atol=0)
+            torch.testing.assert_close(losses.nll[place], expected.nll[0], rtol=1e-12, atol=0)
+            for name, value in expected.parts.items():
+                torch.testing.assert_close(losses.parts[name][place], value[0], rtol=1e-11, atol=1e-15)
+            if not started:
+                assert "lambda" not in losses.parts or losses.parts["lambda"][place] == 0
+            own_flat, own_hidden = gradients(expected.total, single.flat, whole.hidden)
+            torch.testing.assert_close(by_flat[place], own_flat[0], rtol=1e-10, atol=1e-13)
+            own = whole.edit == place
+            torch.testing.assert_close(by_hidden[own], own_hidden[own], rtol=1e-10, atol=1e-13)
+            if started:
+                assert alone[place].scale is not None
+                ratios.add(round(float(expected.parts["lambda"] / alone[place].scale), 6))  # type: ignore[operator]
+    assert len(ratios) > 1, "multipliers differ by edit and step"
+
+
+def test_a_number_of_steps_is_the_same_for_every_edit() -> None:
+    objectives = [InvariantObjective(InvariantConfig(warmup=0.2, dual_lr=0.05), steps=10) for _ in range(2)]
+    for step in range(6):
+        batch, _ = make_batch(3, seed=step)
+        with_flat(batch, seed=step)
+        one, other = (
+            each(batch, steps) for each, steps in zip(objectives, (step, torch.full((3,), step)), strict=True)
+        )
+        assert torch.equal(one.total, other.total)
+        assert one.parts.keys() == other.parts.keys()
+
+
+def test_an_edit_that_broke_leaves_the_others_and_its_place_alone() -> None:
+    """Its losses are nobody's concern, but the next edit in its place starts from a network without NaN."""
+    config = InvariantConfig(warmup=0.0, dual_lr=0.05)
+    objective, fresh = (InvariantObjective(config, steps=10) for _ in range(2))
+    for step in range(4):
+        whole, singles = batches_by_edit(2, seed=step)
+        flat = with_flat(whole, seed=step)
+        if step == 2:
+            spoiled = torch.where((whole.edit == 1)[:, None], float("nan"), whole.logits)
+            whole = dataclasses.replace(whole, logits=spoiled)
+        losses = objective(whole, torch.tensor([step, 0 if step == 3 else step]))
+        singles[0].flat, singles[1].flat = flat[:1], flat[1:]
+        torch.testing.assert_close(losses.total[0], fresh(singles[0], step).total[0], rtol=1e-12, atol=0)
+        assert bool(losses.total[1].isfinite()) == (step != 2)
+    newcomer = InvariantObjective(config, steps=10)(singles[1], 0)
+    torch.testing.assert_close(losses.total[1], newcomer.total[0], rtol=1e-12, atol=0)
