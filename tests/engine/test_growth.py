@@ -1,0 +1,56 @@
+"""Memory over a long run: a thousand batches take no more than the first hundred."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# In a process of its own: what other tests hold, or give back meanwhile, does not count
+LONG_RUN = """
+import dataclasses, json, sys
+import fastedit.deltas
+from tests.engine.conftest import make_edits
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) / 256
+
+edits = make_edits(5)
+pool = [dataclasses.replace(edit, id=f"pool-{n}") for n, edit in enumerate(make_edits(8)[5:])]
+many = [dataclasses.replace(edits[n % 5], id=f"edit-{n}") for n in range(1000)]
+model = fastedit.load("random:llava-tiny")
+seen = []
+original = fastedit.deltas.StoredDeltas.append
+
+def watching(self, deltas, places=None):
+    original(self, deltas, places)
+    if len(self) % 100 == 0:
+        seen.append(resident_mib())
+
+fastedit.deltas.StoredDeltas.append = watching
+run = fastedit.edit(
+    model, many, "kl+lora", batch_size=1, steps=1, rank=2, pool=pool, evaluate=False, deltas_folder=sys.argv[1]
+)
+print(json.dumps([seen, len(run.deltas), run.deltas[-1].request_id]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_memory_does_not_grow_over_a_thousand_batches(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_RUN, str(tmp_path / "deltas")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-800:]
+    seen, count, last = json.loads(done.stdout.splitlines()[-1])
+    assert (count, last) == (1000, "edit-999")
+    assert len(seen) == 10
+    # A tensor of a batch that stayed would be 20 MiB by now
+    assert seen[-1] - seen[0] < 8, seen
