@@ -120,6 +120,29 @@ def test_a_quarter_of_the_places_must_be_free(
     same(found, singles["lora", "all"], many)
 
 
+def test_rows_of_ended_edits_are_taken_out(
+    exact_model: EditableModel, many: list[EditRequest], singles: dict[tuple[str, str], Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rows: list[int] = []
+    real = batch.packed_tail
+
+    def walked(model: Any, state: Any) -> Tensor:
+        rows.append(len(state))
+        return real(model, state)
+
+    monkeypatch.setattr(batch, "packed_tail", walked)
+    run(exact_model, many, "lora", batch_size=MANY)
+    # One row per edit. At no step may a quarter of them, or more, be of edits that had ended before
+    steps = [outcome.steps for outcome in singles["lora", "all"].outcomes]
+    last = max(steps)
+    working = [sum(own >= step for own in steps) for step in range(last)]
+    assert len(set(working)) > 2
+    assert rows[0] == MANY
+    for step in range(1, last):
+        assert working[step] <= rows[step] < working[step] / 0.75, (rows, working)
+
+
 def test_other_orders_give_the_same(
     exact_model: EditableModel, many: list[EditRequest], singles: dict[tuple[str, str], Run]
 ) -> None:
@@ -297,6 +320,24 @@ def test_behind_the_image_is_what_a_masked_delta_does(
         whole, held = packed_tail(model, state), packed_tail(model, constants)
     assert float((whole - held).abs().max()) < 1e-12
     assert float((whole - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("method", "mode"), [("lora", "single"), ("kl+lora", "sequential"), ("ft", "sequential")])
+def test_constants_change_no_fit(
+    exact_model: EditableModel, many: list[EditRequest], method: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on top of earlier edits, which act behind the image alone as well."""
+    settings: dict[str, Any] = {"positions": "after_image", "names": ("q", "v", "down"), "steps": 6, "mode": mode}
+    exact_model.forget()
+    held = run(exact_model, many[1:4], method, batch_size=2, **settings)
+    calls: list[int] = []
+    monkeypatch.setattr(batch, "hold_constant", lambda _model, state: calls.append(1) or state)
+    exact_model.forget()
+    whole = run(exact_model, many[1:4], method, batch_size=2, **settings)
+    # What is kept belongs to this test
+    exact_model.forget()
+    assert calls
+    same(held, whole, many[1:4])
 
 
 class Seen:
