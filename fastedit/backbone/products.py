@@ -15,6 +15,8 @@ LINEAR: tuple[str, ...] = ("auto", "torch", "onednn")
 
 # Below so many rows the weights are read once either way, and oneDNN's set-up shows.
 _FEW_ROWS = 8
+# Numbers of a weight that are multiplied at once: 128 MiB
+_LARGEST = 1 << 25
 
 
 def choose_linear(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -72,7 +74,31 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if torch.is_grad_enabled() and x.requires_grad:
         product = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     else:
-        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        product = _in_parts(x, weight, bias)
+    return product
+
+
+def _multiply(*arguments: Any) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(*arguments)
+    return product
+
+
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product without gradient. oneDNN lays weights out anew at every call: of a large one a part at a time."""
+    if weight.numel() <= _LARGEST:
+        product: Tensor = _multiply(x, weight, bias, "none", [], "")
+        return product
+    outward, inward = weight.shape
+    if outward >= inward:
+        size = max(1, _LARGEST // inward)
+        biases = [None] * len(range(0, outward, size)) if bias is None else torch.split(bias, size)
+        parts = zip(torch.split(weight, size), biases, strict=True)
+        return torch.cat([_multiply(x, part, own, "none", [], "") for part, own in parts], dim=-1)
+    size = max(1, _LARGEST // outward)
+    product = _multiply(x[..., :size].contiguous(), weight[:, :size], bias, "none", [], "")
+    for start in range(size, inward, size):
+        inner = x[..., start : start + size].contiguous()
+        product += _multiply(inner, weight[:, start : start + size], None, "none", [], "")
     return product
 
 

@@ -91,6 +91,32 @@ def test_choice(monkeypatch):
 
 
 @needs_onednn
+@pytest.mark.parametrize(("outward", "inward"), [(50, 7), (7, 50), (20, 20)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_weights_are_multiplied_in_parts(monkeypatch, outward, inward, bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 9, inward, generator=generator), torch.randn(outward, inward, generator=generator)
+    added = torch.randn(outward, generator=generator) if bias else None
+    shapes = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def multiply(a, w, *rest):
+        shapes.append(tuple(w.shape))
+        return real(a, w, *rest)
+
+    monkeypatch.setattr(products, "_LARGEST", 100)
+    monkeypatch.setattr(products, "_multiply", multiply)
+    x.requires_grad_()
+    found = products.onednn_product(x, weight, added)
+    expected = torch.nn.functional.linear(x, weight, added)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0], atol=1e-4, rtol=1e-4)
+    assert max(a * b for a, b in shapes) <= 100
+    assert len(shapes) > 2
+
+
+@needs_onednn
 def test_models_answer_alike_whoever_multiplies():
     models = [fastedit.load("random:qwen2vl-tiny", linear=linear, device="cpu") for linear in ("torch", "onednn")]
     assert [model.linear for model in models] == ["torch", "onednn"]
