@@ -53,7 +53,9 @@ def points(model: EditableModel) -> list[tuple[int, str]]:
 
 
 def random_like(sizes: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # Where models are loaded to
+    return drawn.to(exact("random:llava-tiny").device)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,7 +135,7 @@ def test_states_of_different_questions_join_with_and_without_deep_features() -> 
         assert bool(joined.deep) == (layer < 2)
         assert largest_gap(packed_tail(model, joined), apart) < TOLERANCE
         assert joined.live is not None
-        live = [torch.ones(s.hidden.shape[0], dtype=torch.bool) if s.live is None else s.live for s in states]
+        live = [torch.ones_like(s.hidden[:, 0], dtype=torch.bool) if s.live is None else s.live for s in states]
         assert torch.equal(joined.live, torch.cat(live))
 
 
@@ -148,7 +150,7 @@ def test_only_drops_tokens_that_nobody_sees_any_more(name: str) -> None:
     assert small.counts == small.wanted_counts == state.wanted_counts
     assert largest_gap(packed_tail(model, small), reference) < TOLERANCE
     # Of the small state every other token of every row: what is left is where it was
-    chosen = torch.zeros(small.hidden.shape[0], dtype=torch.bool)
+    chosen = torch.zeros_like(small.hidden[:, 0], dtype=torch.bool)
     chosen[::2] = True
     sparse = small.only(chosen)
     assert torch.equal(sparse.hidden, small.hidden[::2])

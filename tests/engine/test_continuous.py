@@ -316,7 +316,7 @@ def test_behind_the_image_is_what_a_masked_delta_does(
     plain = packed_tail(model, state)
     constants = hold_constant(model, state)
     assert constants.hidden.shape[0] < state.hidden.shape[0]
-    with installed(model, stack([delta]), Rows()):
+    with installed(model, stack([delta], device=model.device), Rows()):
         whole, held = packed_tail(model, state), packed_tail(model, constants)
     assert float((whole - held).abs().max()) < 1e-12
     assert float((whole - plain).abs().max()) > 1e-3
@@ -354,7 +354,7 @@ class Seen:
                 self.outputs[path] = output[0].detach().clone()
 
             handles.append((model.module(site), hook))
-        with installed(model, stack(deltas), Rows()) if deltas else _nothing():
+        with installed(model, stack(deltas, device=model.device), Rows()) if deltas else _nothing():
             # After the deltas' own hooks, so that these see what goes on
             removed = [module.register_forward_hook(hook) for module, hook in handles]
             try:
