@@ -455,7 +455,7 @@ def singles_options(found: Run) -> dict[str, Any]:
 
 def test_the_plan_chooses_a_batch(
     exact_model: EditableModel, many: list[EditRequest], singles: dict[tuple[str, str], Run],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     asked: list[tuple[int, bool, bool]] = []
 
@@ -467,7 +467,9 @@ def test_the_plan_chooses_a_batch(
         patched.setattr(engine, "largest_batch", largest)
         refills = Refills(patched)
         found = run(exact_model, many, "lora", batch_size="auto")
-    assert asked == [(MANY, False, True)]
+        run(exact_model, many[:3], "lora", batch_size="auto", steps=1, evaluate=True, deltas_folder=tmp_path)
+    # Who is scored, and whether deltas stay in memory
+    assert asked == [(MANY, False, True), (3, True, False)]
     assert refills.sizes[0] == max(refills.sizes) == 2
     assert found.provenance["run"]["batch_size"] == 2
     same(found, singles["lora", "all"], many)
