@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+#: Bytes of a weight that are on the host at a time.
+PART = 64 << 20
 #: Configuration entries that say where or how a model was loaded, not what it computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
 
@@ -24,7 +27,8 @@ def weights_hash(module: nn.Module) -> str:
             digest.update(repr(value).encode())
             continue
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        for part in _bytes(value):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -35,10 +39,12 @@ def model_fingerprint(hf: Any) -> str:
     return digest.hexdigest()
 
 
-def _bytes(value: Tensor) -> bytes:
-    """The raw bytes of a tensor of any dtype."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+def _bytes(value: Tensor) -> Iterator[Any]:
+    """The raw bytes of a tensor of any dtype, a part at a time: the largest weight is not copied whole."""
+    flat = value.detach().contiguous().reshape(-1)
+    if flat.numel():
+        for part in torch.split(flat.view(torch.uint8), PART):
+            yield part.cpu().numpy()
 
 
 def _stable(config: Any) -> Any:

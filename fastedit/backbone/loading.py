@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastedit.ops import release_workspaces
+
 from .adapters import check_family, make_adapter
 from .model import EditableModel
 from .processors import load_processor
@@ -50,6 +52,7 @@ def load(
     keep: Sequence[int | str] = (),
     seed: int = 0,
     image_cache_mib: int = 1024,
+    state_cache_mib: int = 256,
     linear: str = "auto",
 ) -> EditableModel:
     """Return a frozen multimodal model that can be edited.
@@ -67,6 +70,8 @@ def load(
         keep: what stays unquantized besides: decoder layers by number, modules by dotted path.
         seed: of random weights.
         image_cache_mib: memory for image features, and as much for preprocessed images.
+        state_cache_mib: memory on the device for prefix states of locality questions, and as much for their reference
+            logits. What no longer fits, of this and of image features, goes to as much host memory, then is made again.
         linear: who multiplies frozen float32 weights on a CPU: "torch", "onednn", or "auto", which takes oneDNN where
             torch's own library does not use the processor's full width (AVX-512 that is not Intel's).
     Raises:
@@ -80,8 +85,9 @@ def load(
         check_choice("attention", attention, ATTENTIONS)
     check_choice("linear", linear, LINEAR)
     check_template(template)
-    if image_cache_mib < 0:
-        raise ValueError(f"load: image_cache_mib must not be negative (got image_cache_mib={image_cache_mib})")
+    for field, budget in (("image_cache_mib", image_cache_mib), ("state_cache_mib", state_cache_mib)):
+        if budget < 0:
+            raise ValueError(f"load: {field} must not be negative (got {field}={budget})")
     place = torch.device(device) if device is not None else default_device()
     choose_linear(linear, DTYPES[dtype or "float32"], place)
     if name.startswith(RANDOM_PREFIX):
@@ -104,6 +110,8 @@ def load(
     multiplied_by = choose_linear(linear, _float_dtype(hf), place)
     if multiplied_by == "onednn":
         use_onednn(hf)
+    # What reading and quantizing weights left behind
+    release_workspaces()
     return EditableModel(
         hf,
         processor,
@@ -114,6 +122,7 @@ def load(
         template=template,
         end_token_ids=end_tokens(hf, processor.tokenizer),
         image_cache_mib=image_cache_mib,
+        state_cache_mib=state_cache_mib,
         linear=multiplied_by,
     )
 

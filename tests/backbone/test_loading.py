@@ -60,6 +60,7 @@ def test_bfloat16_runs_and_stays_near(name: str) -> None:
         ({"quantize": "nf5"}, r"quantize must be one of none, nf4, int8 \(got quantize='nf5'; the nearest is 'nf4'\)"),
         ({"dtype": "fp32"}, r"dtype must be one of float32, .*\(got dtype='fp32'"),
         ({"attention": "flash"}, r"attention must be one of .*\(got attention='flash'; the nearest is 'flash_att"),
+        ({"state_cache_mib": -1}, r"state_cache_mib must not be negative \(got state_cache_mib=-1\)"),
         ({"image_cache_mib": -1}, r"image_cache_mib must not be negative \(got image_cache_mib=-1\)"),
     ],
 )
