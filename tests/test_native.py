@@ -49,6 +49,8 @@ def test_living_results_do_not_share_memory():
 
 def test_release_gives_all_of_it_back_once():
     grads = [_gradient(), _gradient()]
+    # what others freed before; those that are alive stay
+    _native.release_kept_memory()
     assert _native.release_kept_memory() == 0
     del grads
     assert _native.release_kept_memory() >= 2 * PLANE
@@ -60,7 +62,7 @@ def test_what_is_kept_is_bounded():
     like = torch.zeros(0, dtype=torch.int8)
     buffers = [ops.workspace(like, (100 << 20,)) for _ in range(12)]
     del buffers
-    assert 900 << 20 < _native.release_kept_memory() <= 1 << 30
+    assert 400 << 20 < _native.release_kept_memory() <= 512 << 20
 
 
 def test_a_much_larger_block_is_not_spent_on_a_small_result():

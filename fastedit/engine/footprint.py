@@ -18,6 +18,7 @@ from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.base import new_stack
 from fastedit.engine.batch import split_point
+from fastedit.engine.evaluate import LOGITS, MEMORY
 from fastedit.engine.workload import RowKind, Workload
 
 # Widths alive per token while a layer runs without gradient: of the residual stream, of queries (keys and values
@@ -38,10 +39,12 @@ _PLANES_SCORED = 3.0
 _STATES = 2
 # Rows of parameters per edit while fitting: values, gradient, two moments; the finished delta is a fifth
 _DELTA_ROWS = 4
+# Parts that are there over several phases
+_LASTING = ("prefix states", "delta rows", "expanded tail")
 # Rows of one forward and tokens of one answer, the defaults of ``Evaluator``
 EVALUATED_ROWS, NEW_TOKENS = 256, 48
-# Freed buffers are kept up to so many bytes (``ops.workspace``)
-_KEPT_BUFFERS = 1 << 30
+# Freed blocks are kept up to so many bytes on a CPU (``ops.keep_freed_memory``)
+_KEPT_BLOCKS = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -209,21 +212,32 @@ def phase_parts(
         },
     }
     if evaluate:
+        # Edits that have ended are scored while the places they left are there: rows, the deltas and their stack
         phases["evaluate"] = {
-            "delta rows": delta + max(delta, min(_DELTA_ROWS * delta, _KEPT_BUFFERS)),
+            "prefix states": states,
+            "delta rows": (_DELTA_ROWS + 2) * delta,
             **_evaluation(sizes, work.evaluation, batch_size),
         }
-    return {phase: {name: int(part) for name, part in parts.items() if part} for phase, parts in phases.items()}
+    found = {phase: {name: int(part) for name, part in parts.items() if part} for phase, parts in phases.items()}
+    if on_cpu:
+        # What one phase frees is kept for the next, which wants blocks of other sizes
+        working = {phase: sum(p for name, p in parts.items() if name not in _LASTING) for phase, parts in found.items()}
+        for phase, parts in found.items():
+            others = sum(size for other, size in working.items() if other != phase)
+            if others:
+                parts["kept blocks"] = min(_KEPT_BLOCKS, others // 2)
+    return found
 
 
 def _evaluation(sizes: Sizes, kind: RowKind, batch_size: int) -> dict[str, float]:
     rows = min(EVALUATED_ROWS, batch_size * kind.per_edit)
-    tokens, labels = rows * kind.tokens, rows * kind.labels
-    hidden = _STATES * tokens * sizes.hidden * sizes.element
-    fed = hidden + _PLANES_SCORED * labels * sizes.vocabulary * sizes.element
-    cache = rows * (kind.tokens + NEW_TOKENS) * 2 * sizes.key * sizes.layers * sizes.element
-    # Given answers are fed and others generated, one after the other
+    # Rows without a given answer are fed the model's own, which may be as long as an answer can be
+    tokens, fed = rows * kind.tokens, rows * max(kind.labels, NEW_TOKENS)
+    hidden = _STATES * (tokens + fed) * sizes.hidden * sizes.element
+    scored = _PLANES_SCORED * min(float(LOGITS), fed * sizes.vocabulary * sizes.element)
+    # As long as the longest row, answer included, and made longer once where an answer has more tokens
+    cache = 1.5 * rows * (kind.tokens + NEW_TOKENS) * 2 * sizes.key * sizes.layers * sizes.element
     return {
-        "evaluation rows": fed + sizes.running(tokens),
-        "evaluation KV cache": max(0.0, cache - (fed - hidden)),
+        "evaluation rows": hidden + max(scored, sizes.running(max(tokens, fed))),
+        "evaluation KV cache": min(cache, 1.5 * MEMORY),
     }
