@@ -62,7 +62,7 @@ def test_what_is_kept_is_bounded():
     like = torch.zeros(0, dtype=torch.int8)
     buffers = [ops.workspace(like, (100 << 20,)) for _ in range(12)]
     del buffers
-    assert 400 << 20 < _native.release_kept_memory() <= 512 << 20
+    assert 900 << 20 < _native.release_kept_memory() <= 1 << 30
 
 
 def test_a_much_larger_block_is_not_spent_on_a_small_result():

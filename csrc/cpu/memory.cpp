@@ -118,7 +118,7 @@ class Kept {
   std::mutex mutex_;
   std::vector<Block> free_;
   int64_t total_ = 0;
-  int64_t most_ = int64_t{1} << 29;
+  int64_t most_ = int64_t{1} << 30;
 };
 
 // torch's allocator on the CPU with large blocks from those that were freed. A C library gives blocks of some MiB back

@@ -44,7 +44,7 @@ _LASTING = ("prefix states", "delta rows", "expanded tail")
 # Rows of one forward and tokens of one answer, the defaults of ``Evaluator``
 EVALUATED_ROWS, NEW_TOKENS = 256, 48
 # Freed blocks are kept up to so many bytes on a CPU (``ops.keep_freed_memory``)
-_KEPT_BLOCKS = 1 << 29
+_KEPT_BLOCKS = 1 << 30
 
 
 @dataclass(frozen=True)

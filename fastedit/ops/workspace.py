@@ -20,7 +20,7 @@ def workspace(like: Tensor, size: Sequence[int]) -> Tensor:
 
     On the CPU it lies on huge pages where the system has them, and the memory of a large one is kept when the tensor is
     dropped, for the next of about its size: the first touch of fresh pages costs more than most of what is written
-    there. At most 512 MiB is kept; ``release_workspaces`` gives it back. A GPU's memory is kept by torch itself.
+    there. At most 1 GiB is kept; ``release_workspaces`` gives it back. A GPU's memory is kept by torch itself.
 
     Args:
         like: any tensor.
@@ -39,7 +39,7 @@ def release_workspaces() -> int:
     return _native.release_kept_memory()
 
 
-def keep_freed_memory(limit_bytes: int = 1 << 29) -> bool:
+def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
     """Let torch take large blocks on the CPU from those freed before; return whether it does from now on.
 
     A C library gives freed blocks of some MiB back to the system, or cuts small ones out of them, and every page of the
