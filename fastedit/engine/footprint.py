@@ -223,9 +223,12 @@ def phase_parts(
         # What one phase frees is kept for the next, which wants blocks of other sizes
         working = {phase: sum(p for name, p in parts.items() if name not in _LASTING) for phase, parts in found.items()}
         for phase, parts in found.items():
-            others = sum(size for other, size in working.items() if other != phase)
+            others = sum(size for other, size in working.items() if other != phase) // 2
+            if phase == "evaluate":
+                # Every decoding step wants blocks of other sizes than the one before
+                others += working[phase]
             if others:
-                parts["kept blocks"] = min(_KEPT_BLOCKS, others // 2)
+                parts["kept blocks"] = min(_KEPT_BLOCKS, others)
     return found
 
 

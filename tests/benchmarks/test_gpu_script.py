@@ -12,6 +12,7 @@ import torch
 from benchmarks import kernel_timing, kernels, record, roofline, serving, summary
 from benchmarks.kernel_cases import low_rank
 from fastedit import ops
+from fastedit.engine import utilisation
 from fastedit.engine.flops import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,7 +207,7 @@ def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch):
 
 
 def test_rehearsed_peaks_keep_to_themselves(monkeypatch):
-    monkeypatch.setattr(roofline, "SIDES", {"cpu": (128,)})
+    monkeypatch.setattr(utilisation, "SIDES", {"cpu": (128,)})
     peaks = [roofline.measure_peak(dtype, seconds=0.01, scale=0.01) for dtype in ("float32", "bfloat16")]
     rows = roofline.rows_of(peaks, "cpu", 0.01)
     assert {row.case for row in rows} == {"machine_float32@0.01", "machine_bfloat16@0.01"}
@@ -215,6 +216,6 @@ def test_rehearsed_peaks_keep_to_themselves(monkeypatch):
 
 def test_precision_is_put_back():
     assert torch.get_float32_matmul_precision() == "highest"
-    with roofline._precision("high"):
+    with utilisation._precision("high"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "highest"
