@@ -141,7 +141,7 @@ def edit(
 
     if model.device.type == "cpu":
         keep_freed_memory()
-    else:
+    elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     run_mode = _single if mode == "single" else _sequential
     with expanded_layers(model, split_point(spec)[0]):
