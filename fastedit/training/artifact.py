@@ -1,0 +1,173 @@
+"""Trained parts as a value and as a file: safetensors, everything that is not a tensor as JSON in its header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastedit.backbone import EditableModel
+
+FORMAT = "fastedit-artifact/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """The trained part of a method, bound to the model that it was trained on.
+
+    Args:
+        kind: the method's name as spelled when it was trained, e.g. "mend" or "odedit+mend".
+        model_fingerprint: of the frozen model.
+        config: what the tensors mean: sizes, settings, what it was trained on. Plain values, kept as JSON keeps them
+            (tuples become lists).
+        tensors: name -> tensor, any dtype; copied to host memory, without gradients.
+        metrics: how training went; no part of the identity.
+    Raises:
+        ValueError: no kind, or a config or metrics that JSON does not know.
+    """
+
+    kind: str
+    model_fingerprint: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            raise ValueError(f"artifact: kind is a method's name (got kind={self.kind!r})")
+        for name in ("config", "metrics"):
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "tensors", copies)
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 over kind, model, config and tensors: equal means that both act alike to the bit."""
+        digest = hashlib.sha256(_json([FORMAT, self.kind, self.model_fingerprint, self.config]).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            if tensor.numel():
+                content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+                digest.update(content)
+        return digest.hexdigest()
+
+
+def save_artifact(artifact: Artifact, path: str | Path) -> Path:
+    """Write an artifact to one safetensors file that is there whole or not at all; folders are made."""
+    header = {
+        "format": FORMAT,
+        "kind": artifact.kind,
+        "model": artifact.model_fingerprint,
+        "config": artifact.config,
+        "metrics": artifact.metrics,
+        "id": artifact.id,
+    }
+    return write_tensors(artifact.tensors, header, path)
+
+
+def load_artifact(path: str | Path, model: EditableModel | None = None, *, kind: str | None = None) -> Artifact:
+    """Read an artifact.
+
+    Args:
+        path: of a file that ``save_artifact`` or ``fastedit.train`` wrote.
+        model: the model it must have been trained on; None leaves that unchecked.
+        kind: the method it must be for; None takes any.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, an incomplete or changed file, another kind, or another model.
+    """
+    tensors, header = read_tensors(path, FORMAT)
+    try:
+        artifact = Artifact(header["kind"], header["model"], header["config"], tensors, header["metrics"])
+        stored = header["id"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"artifact: a complete header (got {error!r} in path={str(path)!r})") from error
+    if artifact.id != stored:
+        raise ValueError(
+            f"artifact: the content is what was written (got id={artifact.id[:12]} where the header of {str(path)!r} "
+            f"has id={stored[:12]})"
+        )
+    require_artifact(artifact, kind or artifact.kind, model)
+    return artifact
+
+
+def require_artifact(artifact: Artifact | None, kind: str, model: EditableModel | None = None) -> Artifact:
+    """Return the artifact if a method can use it on a model.
+
+    Args:
+        artifact: as given; None is refused.
+        kind: the method's name as spelled.
+        model: the model in use; None leaves that unchecked.
+    Raises:
+        ValueError: none was given, or it is of another kind or model; names the call that makes one.
+    """
+    call = f"fastedit.train(model, {kind!r}, records)"
+    if artifact is None:
+        raise ValueError(f"{kind}: needs a trained part; make one with {call} and pass it as artifact= (got none)")
+    if artifact.kind != kind:
+        raise ValueError(f"{kind}: the artifact is of this kind, see {call} (got kind={artifact.kind!r})")
+    if model is not None and artifact.model_fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{kind}: the artifact was trained on the model in use, see {call} (got model="
+            f"{artifact.model_fingerprint[:12]!r}, in use {model.fingerprint[:12]!r})"
+        )
+    return artifact
+
+
+def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Path:
+    """Write tensors and a JSON header as safetensors: beside the path first, then renamed."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, partial, metadata={"fastedit": _json(header)})
+    partial.replace(path)
+    return path
+
+
+def read_tensors(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``write_tensors`` wrote; nothing in a file is ever executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, no header, or another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"artifact: the file exists (got path={str(path)!r})")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            raw = (file.metadata() or {}).get("fastedit", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(raw)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"artifact: a whole safetensors file (got {error} in path={str(path)!r})") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != format:
+        raise ValueError(f"artifact: format is {format!r} (got format={found!r} in path={str(path)!r})")
+    return tensors, header
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """The value as it will be after it was saved and loaded."""
+    try:
+        return json.loads(_json(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"artifact: {name} is made of plain values ({error})") from error
