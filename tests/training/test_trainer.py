@@ -175,7 +175,7 @@ def test_learning_rates_warm_up_and_differ_by_group() -> None:
 
 def test_the_cosine_ends_low() -> None:
     before = Line()
-    config = dict(lr=0.01, warmup=0, schedule="cosine", valid_every=None, betas=(0.0, 0.0))
+    config = {"lr": 0.01, "warmup": 0, "schedule": "cosine", "valid_every": None, "betas": (0.0, 0.0)}
     train_task(before, TrainerConfig(steps=2, **config))  # type: ignore[arg-type]
     moved = []
     for steps in (1, 2):
