@@ -232,7 +232,7 @@ def count_necessary(
 ) -> NecessaryFlops:
     """Operations that fitting these edits, which ended like this, cannot do without."""
     plan = case.plan()
-    objective = plan.objective.build(plan.objective_config, case.steps)
+    objective = plan.build_objective(case.steps)
     source = ViewSource(edits, None, seed=case.seed)
     return necessary_flops(model, plan.method.spec(model, plan.config), source, objective.roles, outcomes)
 

@@ -80,6 +80,9 @@ class Problem(Protocol):
     def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
         """Put waiting edits into free places, where any wait and it is worth while; which. ``idle``: all are free."""
 
+    def started(self, places: Sequence[int]) -> None:
+        """The deltas of these places are fresh; whatever they should start from is to be written now."""
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """A timer for a part of the loop."""
 
@@ -134,6 +137,7 @@ class _Places:
                 break
             with problem.phase("setup"):
                 self._restart(filled)
+                problem.started(filled)
             if self.config.steps > 0:
                 break
             problem.ended({place: FitOutcome("max_steps", 0, math.nan, math.nan) for place in filled})

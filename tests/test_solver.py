@@ -38,6 +38,9 @@ class Regression:
         self.ends.append(sorted(outcomes))
         self.outcomes.update(outcomes)
 
+    def started(self, places: Sequence[int]) -> None:
+        """Nothing."""
+
     def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
         entering, self.waiting = self.waiting, []
         return entering
@@ -105,6 +108,9 @@ class Queue(Regression):
     def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
         for place, outcome in outcomes.items():
             self.found[self.task[place]] = outcome, self.stacked.flat[place].clone()
+
+    def started(self, places: Sequence[int]) -> None:
+        """Nothing."""
 
     def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
         entering = list(free)[: len(self.waiting)]

@@ -21,7 +21,7 @@ from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_po
 if TYPE_CHECKING:
     from fastedit.requests import ImageSource, Query
 
-    from .walk import Running
+    from .walk import Holder, Running
 
 #: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
 VISION_BATCH, VISION_BATCH_CPU = 32, 4
@@ -81,6 +81,10 @@ class EditableModel:
         self.reference_answers: dict[tuple[str, str, int], str] = {}
         #: Whose tokens the linear maps see now, for hooks; None outside of walks over packed rows.
         self.running: Running | None = None
+        #: Installed deltas that act on some prompts only, or ask another question.
+        self.holders: list[Holder] = []
+        #: Trained parts by id, of deltas that do not act without.
+        self.artifacts: dict[str, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +266,10 @@ class EditableModel:
             raise ValueError(f"generate: max_new_tokens and batch_size must be at least 1 (got {got})")
         answers: list[str] = []
         for start in range(0, len(queries), batch_size):
-            encoded = self.encode(queries[start : start + batch_size], answers=False)
+            asked = queries[start : start + batch_size]
+            for holder in self.holders:
+                asked = holder.ask(asked)
+            encoded = self.encode(asked, answers=False)
             for ids in greedy(self, encoded, max_new_tokens):
                 answers.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return answers

@@ -36,6 +36,7 @@ class PackedState:
         deep: visual features (T, d) by the layer whose output they are added to, from `layer` on.
         constant: keys and values (sum(starts), heads, d_head) of the constant tokens by layer.
         live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
+        image: (T,), bool, the tokens of images; None where there are none.
     """
 
     hidden: Tensor
@@ -50,6 +51,7 @@ class PackedState:
     deep: dict[int, Tensor] = field(default_factory=dict)
     constant: dict[int, KeyValue] = field(default_factory=dict)
     live: Tensor | None = None
+    image: Tensor | None = None
     # Attention plans and the like, made at the first use
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -87,6 +89,7 @@ class PackedState:
             deep={layer: part[a:b] for layer, part in self.deep.items()},
             constant={layer: (k[c:d], v[c:d]) for layer, (k, v) in self.constant.items()},
             live=None if self.live is None else self.live[a:b],
+            image=None if self.image is None else self.image[a:b],
             memory={},
         )
 
@@ -101,6 +104,7 @@ class PackedState:
             deep={layer: change(part) for layer, part in self.deep.items()},
             constant={layer: (change(k), change(v)) for layer, (k, v) in self.constant.items()},
             live=None if self.live is None else change(self.live),
+            image=None if self.image is None else change(self.image),
             memory={},
         )
 
@@ -120,6 +124,7 @@ class PackedState:
             wanted=number[self.wanted],
             deep={layer: part[kept] for layer, part in self.deep.items()},
             live=None if self.live is None else self.live[kept],
+            image=None if self.image is None else self.image[kept],
             memory={},
         )
 
@@ -139,9 +144,6 @@ class PackedState:
         if len(states) == 1:
             return first
         before = accumulate((state.hidden.shape[0] for state in states), initial=0)
-        live = None
-        if any(state.live is not None for state in states):
-            live = torch.cat([_live(state) for state in states])
         return replace(
             first,
             hidden=torch.cat([state.hidden for state in states]),
@@ -156,7 +158,8 @@ class PackedState:
                 for layer in sorted({layer for state in states for layer in state.deep})
             },
             constant=_cat_constants([state.constant for state in states]),
-            live=live,
+            live=_cat_marks(states, "live", True),
+            image=_cat_marks(states, "image", False),
             memory={},
         )
 
@@ -207,10 +210,17 @@ def _span(counts: Sequence[int], row: int) -> tuple[int, int]:
     return start, start + counts[row]
 
 
-def _live(state: PackedState) -> Tensor:
-    if state.live is not None:
-        return state.live
-    return torch.ones(state.hidden.shape[0], dtype=torch.bool, device=state.hidden.device)
+def _cat_marks(states: Sequence[PackedState], name: str, absent: bool) -> Tensor | None:
+    """Marks of the tokens of several states, where any has such marks; ``absent`` is what none of its own means."""
+    found = [getattr(state, name) for state in states]
+    if all(marks is None for marks in found):
+        return None
+    return torch.cat(
+        [
+            torch.full(state.hidden.shape[:1], absent, device=state.hidden.device) if marks is None else marks
+            for state, marks in zip(states, found, strict=True)
+        ]
+    )
 
 
 def _cat_pairs(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import StoredPast
 from .packed import PackedState, token_rows
-from .states import Encoded
+from .states import STAGES, Encoded
 from .walk import packed_prefix, packed_start, packed_tail
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Reader:
     """
 
     def __init__(self, model: EditableModel, encoded: Encoded, room: int) -> None:
-        self.model = model
+        self.model, self.room = model, room
         self.lengths: list[int] = encoded.lengths.tolist()
         self.past = StoredPast(len(encoded), max(self.lengths) + room)
         self._state = packed_start(model, encoded)
@@ -47,8 +47,17 @@ class Reader:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """Walk the prompts from there to the end; return the final hidden states (R, d) of their last tokens."""
-        return packed_tail(self.model, self._state, self.past)
+        """Walk the prompts from there to the end; return the final hidden states (R, d) of their last tokens.
+
+        On the way those who decide what acts on which prompt are asked.
+        """
+        state = self._state
+        for holder in sorted(self.model.holders, key=lambda each: each.point):
+            if not holder.asks:
+                if (state.layer, STAGES.index(state.stage)) < (holder.point[0], STAGES.index(holder.point[1])):
+                    state = packed_prefix(self.model, state, *holder.point, self.past)
+                holder.decide(state)
+        return packed_tail(self.model, state, self.past)
 
     @torch.no_grad()
     def extend(self, tokens: Mapping[int, Sequence[int]], behind: Mapping[int, int]) -> Tensor:

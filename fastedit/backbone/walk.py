@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from .packed import KeyValue, PackedState, pack
 from .states import Encoded
 
 if TYPE_CHECKING:
+    from fastedit.requests import Query
+
     from .model import EditableModel
 
 
@@ -41,6 +43,22 @@ class Running:
             self.layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live)
         #: For those who hook in: what they worked out of a layout.
         self.memory: dict[Any, Any] = {}
+
+
+class Holder(Protocol):
+    """Installed deltas that act on some prompts only, or ask another question (``fastedit.deltas.RowsHolder``)."""
+
+    point: tuple[int, str]
+
+    @property
+    def asks(self) -> bool:
+        """Whether other questions are asked."""
+
+    def decide(self, state: PackedState) -> None:
+        """Choose what acts on these prompts, walked to ``point``."""
+
+    def ask(self, queries: Sequence[Query]) -> list[Query]:
+        """The questions to be asked instead."""
 
 
 class Attention:
@@ -80,6 +98,7 @@ def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
     packed = pack(state, rotary, wanted)
     if any(image is not None for image in encoded.images):
         packed.live = _behind_image(encoded)[encoded.attention_mask]
+        packed.image = encoded.image_mask[encoded.attention_mask]
     return packed
 
 
@@ -91,11 +110,16 @@ def packed_prefix(
 
     At the feed-forward block of the last layer no token sees another any more: only wanted tokens are kept.
     """
+    if (state.layer, state.stage) == (layer, stage):
+        return state
     text = model.adapter.text
-    hidden = state.hidden
+    hidden, first = state.hidden, state.layer
     attention = Attention(model, state, past, None)
     with _running(model, state):
-        for index in range(state.layer, layer):
+        if state.stage == "ffn":
+            hidden = _fed(model, first, hidden, state.deep)
+            first += 1
+        for index in range(first, layer):
             hidden = text.attend_packed(index, hidden, attention)
             hidden = _fed(model, index, hidden, state.deep)
         if stage == "ffn":

@@ -2,7 +2,7 @@
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta, accumulate, stack
 from fastedit.deltas.full import FullDelta
-from fastedit.deltas.install import installed
+from fastedit.deltas.install import RowsHolder, installed, split_point
 from fastedit.deltas.low_rank import LowRankDelta
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.storage import StoredDeltas, load_deltas, save_deltas
@@ -13,6 +13,7 @@ __all__ = [
     "FullDelta",
     "LowRankDelta",
     "Rows",
+    "RowsHolder",
     "StackedDelta",
     "StoredDeltas",
     "TokenSpans",
@@ -20,5 +21,6 @@ __all__ = [
     "installed",
     "load_deltas",
     "save_deltas",
+    "split_point",
     "stack",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastedit.backbone import Site
+from fastedit.backbone import EditableModel, Site
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import workspace
 
@@ -20,7 +21,7 @@ class DeltaSpec:
     """The shape of a delta: its kind, where it sits, and the kind's own settings.
 
     Args:
-        kind: "full" or "low_rank".
+        kind: one of ``KINDS``.
         sites: the linear modules that the delta stands beside.
         options: the kind's settings (rank, scale, seed ...), plain values only: they are saved with the delta.
             ``positions`` says on which tokens any kind acts: "all", or "after_image": behind the last image token of
@@ -46,12 +47,14 @@ class EditDelta:
         tensors: part name -> tensor, e.g. ``"11.down:delta"``; the order is the order of the flat row.
         model_fingerprint: of the base model it was fitted on ("" when unknown).
         request_id: of the edit.
+        texts: what is text in it; "template" is the question to ask instead of any, "{prompt}" standing for that one.
     """
 
     spec: DeltaSpec
     tensors: Mapping[str, Tensor]
     model_fingerprint: str = ""
     request_id: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_parameters(self) -> int:
@@ -74,13 +77,30 @@ class StackedDelta(Protocol):
     spec: DeltaSpec
     flat: Tensor
     grad: Tensor
+    fixed: dict[str, Tensor]
+    texts: list[Mapping[str, str]]
+    row_roles: tuple[int, ...]
 
     @property
     def size(self) -> int:
         """B."""
 
-    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
-        """Change of the output of site number ``site`` for input x (tokens, d_in), as (tokens, d_out)."""
+    def bind(self, model: EditableModel) -> None:
+        """Take from the model what the delta needs of it to act; called whenever the deltas are installed."""
+
+    def reader(self, site: int) -> str | None:
+        """Name of the linear module of the same layer whose input the change is a function of; None is the site's."""
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor) -> Tensor:
+        """Change (tokens, d_out) of the output of site number ``site``.
+
+        Args:
+            x: (tokens, d_in) input of the reader's or the site's module, tokens sorted by edit.
+            output: (tokens, d_out) of the site's module.
+        """
+
+    def extra_loss(self) -> Tensor | None:
+        """(B,) the delta's own regularisers after a forward pass, added to any objective; None where it has none."""
 
     def parameters_as_input(self) -> Tensor:
         """``flat`` as a differentiable input, for objectives that are functions of the parameters themselves."""
@@ -90,6 +110,9 @@ class StackedDelta(Protocol):
 
     def restart(self, edits: Sequence[int]) -> None:
         """Give these rows the values of a fresh delta, which changes nothing."""
+
+    def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
+        """Write parts or fixed tensors of one edit."""
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own."""
@@ -114,6 +137,7 @@ class FlatStack:
         size: B.
         dtype, device: of the rows.
         trainable: also allocate gradients.
+        fixed: name -> shape of what belongs to an edit and is not fitted.
     """
 
     def __init__(
@@ -125,9 +149,16 @@ class FlatStack:
         dtype: torch.dtype,
         device: torch.device | str,
         trainable: bool,
+        fixed: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.spec = spec
         self.shapes = dict(shapes)
+        self.fixed = {
+            name: torch.zeros(size, *shape, dtype=dtype, device=device) for name, shape in (fixed or {}).items()
+        }
+        self.texts: list[Mapping[str, str]] = [{} for _ in range(size)]
+        #: Role of every row of the running batch, while the deltas are fitted.
+        self.row_roles: tuple[int, ...] = ()
         self.trainable = trainable
         width = sum(math.prod(shape) for shape in shapes.values())
         like = torch.empty(0, dtype=dtype, device=device)
@@ -156,6 +187,27 @@ class FlatStack:
         """Names of the parts in the order of the flat row."""
         return list(self.shapes)
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Everything that is saved of an edit, by name: parts, then fixed tensors."""
+        return {**self.shapes, **{name: tuple(tensor.shape[1:]) for name, tensor in self.fixed.items()}}
+
+    def bind(self, model: EditableModel) -> None:
+        """Nothing is needed of the model."""
+
+    def reader(self, site: int) -> str | None:
+        """The site's own input."""
+        return None
+
+    def extra_loss(self) -> Tensor | None:
+        """None."""
+        return None
+
+    def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
+        """Write parts or fixed tensors of one edit."""
+        for name, value in values.items():
+            target = self.parts[name] if name in self.parts else self.fixed[name]
+            target[edit].copy_(value)
+
     def initial(self, _name: str) -> Tensor | float:
         """The value of a part in a fresh delta, without the leading B."""
         return 0.0
@@ -166,6 +218,9 @@ class FlatStack:
             value = self.initial(name)
             for edit in edits:
                 _ = part[edit].copy_(value) if isinstance(value, Tensor) else part[edit].fill_(value)
+        for tensor in self.fixed.values():
+            for edit in edits:
+                tensor[edit].zero_()
 
     def differentiable(self, name: str) -> Tensor:
         """Part ``name`` (B, ...) as an input of the graph; its gradient lands in ``part_grads[name]``."""
@@ -209,8 +264,9 @@ class FlatStack:
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own (copied to host memory)."""
-        tensors = {name: part[index].detach().to("cpu", copy=True).contiguous() for name, part in self.parts.items()}
-        return EditDelta(self.spec, tensors, model_fingerprint, request_id)
+        kept = {**self.parts, **self.fixed}
+        tensors = {name: part[index].detach().to("cpu", copy=True).contiguous() for name, part in kept.items()}
+        return EditDelta(self.spec, tensors, model_fingerprint, request_id, self.texts[index])
 
     def copy_from(self, deltas: Sequence[EditDelta]) -> None:
         """Fill row b from ``deltas[b]``.
@@ -219,14 +275,15 @@ class FlatStack:
             ValueError: a delta has other parts or shapes than this stack.
         """
         for row, delta in enumerate(deltas):
-            for name, shape in self.shapes.items():
+            for name, shape in self.stored_shapes().items():
                 tensor = delta.tensors.get(name)
                 if tensor is None or tuple(tensor.shape) != shape:
                     got = None if tensor is None else tuple(tensor.shape)
                     raise ValueError(
                         f"stack: every delta has part {name!r} of shape {shape} (got {got} in delta {row})"
                     )
-                self.parts[name][row].copy_(tensor)
+                (self.parts[name] if name in self.parts else self.fixed[name])[row].copy_(tensor)
+        self.texts = [delta.texts for delta in deltas]
 
 
 class _Gate(torch.autograd.Function):
@@ -243,6 +300,25 @@ class _Gate(torch.autograd.Function):
         return None, None, None, None
 
 
+#: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and
+#: ``joined_<kind>`` (deltas of different sizes as deltas of one spec).
+KINDS: dict[str, tuple[str, str]] = {
+    "full": ("full", "FullDelta"),
+    "low_rank": ("low_rank", "LowRankDelta"),
+    "key_value": ("key_value", "KeyValueDelta"),
+    "side": ("side", "SideDelta"),
+    "codebook": ("codebook", "CodebookDelta"),
+    "localized": ("localized", "LocalizedDelta"),
+    "context": ("context", "ContextDelta"),
+}
+
+
+def of_kind(kind: str, function: str) -> Any:
+    """``<function>_<kind>`` of the module of a kind, or None where it has none."""
+    module = importlib.import_module(f"fastedit.deltas.{KINDS[kind][0]}")
+    return getattr(module, f"{function}_{kind}", None)
+
+
 def new_stack(
     spec: DeltaSpec,
     size: int,
@@ -256,15 +332,13 @@ def new_stack(
     Raises:
         ValueError: unknown kind, or no sites.
     """
-    from fastedit.deltas.full import FullDelta
-    from fastedit.deltas.low_rank import LowRankDelta
-
-    kinds = {"full": FullDelta, "low_rank": LowRankDelta}
-    if spec.kind not in kinds:
-        raise ValueError(f"delta: kind is one of {sorted(kinds)} (got kind={spec.kind!r})")
-    if not spec.sites:
+    if spec.kind not in KINDS:
+        raise ValueError(f"delta: kind is one of {sorted(KINDS)} (got kind={spec.kind!r})")
+    if not spec.sites and spec.kind != "context":
         raise ValueError(f"delta: at least one site (got sites={spec.sites!r})")
-    return kinds[spec.kind](spec, size, dtype=dtype, device=device, trainable=trainable)
+    module, name = KINDS[spec.kind]
+    kind: Any = getattr(importlib.import_module(f"fastedit.deltas.{module}"), name)
+    return kind(spec, size, dtype=dtype, device=device, trainable=trainable)
 
 
 def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -275,9 +349,13 @@ def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dt
     """
     if not deltas:
         raise ValueError("stack: at least one delta (got none)")
+    kinds = {delta.spec.kind for delta in deltas}
+    joined = of_kind(deltas[0].spec.kind, "joined") if len(kinds) == 1 else None
+    if joined is not None and any(delta.spec != deltas[0].spec for delta in deltas):
+        deltas = joined(deltas)
     spec = deltas[0].spec
     for index, delta in enumerate(deltas):
-        if delta.spec.kind != spec.kind or delta.spec.sites != spec.sites or delta.spec.options != spec.options:
+        if delta.spec != spec:
             raise ValueError(f"stack: deltas share one spec (delta {index} has {delta.spec}, delta 0 has {spec})")
     kind_dtype = dtype or next((t.dtype for t in deltas[0].tensors.values()), torch.float32)
     stacked = new_stack(spec, len(deltas), dtype=kind_dtype, device=device, trainable=False)
@@ -288,21 +366,24 @@ def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dt
 def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
     """One delta that acts as all the given ones together, as after edits made in sequence.
 
-    Full deltas are added; low-rank deltas are laid side by side along the rank. Their kinds, sites and positions must
-    agree.
+    Full deltas are added; low-rank deltas are laid side by side along the rank, or added as full ones where that is
+    less, and so are both together. Their sites and positions must agree, and else their kinds.
 
     Raises:
-        ValueError: none given, or kinds, sites or positions differ.
+        ValueError: none given; kinds, sites or positions differ; or deltas of which each has a router of its own.
     """
-    from fastedit.deltas.full import accumulate_full
-    from fastedit.deltas.low_rank import accumulate_low_rank
-
     if not deltas:
         raise ValueError("accumulate: at least one delta (got none)")
     first = deltas[0].spec
+    kinds = {delta.spec.kind for delta in deltas}
     for index, delta in enumerate(deltas):
         spec = delta.spec
-        if (spec.kind, spec.sites, spec.positions) != (first.kind, first.sites, first.positions):
+        alike = spec.kind == first.kind or kinds == {"full", "low_rank"}
+        if not alike or (spec.sites, spec.positions) != (first.sites, first.positions):
             told = f"delta {index} has {spec}, not {first}"
             raise ValueError(f"accumulate: deltas share kind, sites and positions ({told})")
-    return {"full": accumulate_full, "low_rank": accumulate_low_rank}[first.kind](deltas)
+    together = of_kind("low_rank" if len(kinds) > 1 else first.kind, "accumulate")
+    if together is None:
+        raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")
+    made: EditDelta = together(deltas)
+    return made

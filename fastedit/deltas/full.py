@@ -28,7 +28,7 @@ class FullDelta(FlatStack):
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
         self.products = _OneDnn if choose_linear("auto", dtype, self.flat.device) == "onednn" else _Torch
 
-    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
         name = self.part_names()[site]
         offsets = rows.token_offsets(x.shape[0], self.size)
@@ -129,5 +129,10 @@ class _PerEditLinear(torch.autograd.Function):
 
 def accumulate_full(deltas: Sequence[EditDelta]) -> EditDelta:
     """The sum of full deltas."""
-    tensors = {name: torch.stack([d.tensors[name] for d in deltas]).sum(0) for name in deltas[0].tensors}
+    tensors = {}
+    for name, first in deltas[0].tensors.items():
+        total = first.clone()
+        for delta in deltas[1:]:
+            total += delta.tensors[name]
+        tensors[name] = total
     return replace(deltas[0], tensors=tensors, request_id="+".join(d.request_id for d in deltas))

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.full import accumulate_full
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import low_rank
 
@@ -49,7 +51,7 @@ class LowRankDelta(FlatStack):
         """The drawn first factor; zero for the second."""
         return self._drawn.get(name, 0.0)
 
-    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
         down, up = (self.differentiable(name) for name in self._pairs[site])
         offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
@@ -59,7 +61,14 @@ class LowRankDelta(FlatStack):
 
 
 def accumulate_low_rank(deltas: Sequence[EditDelta]) -> EditDelta:
-    """Low-rank deltas laid side by side: the rank is the sum of theirs, the scale is folded into ``up``."""
+    """Low-rank deltas laid side by side: the rank is the sum of theirs, the scale is folded into ``up``.
+
+    Where a full matrix would be smaller, or one of the deltas is full, they are added as full ones.
+    """
+    low = [d for d in deltas if d.spec.kind == "low_rank"]
+    rank = sum(int(d.spec.options["rank"]) for d in low)
+    if len(low) < len(deltas) or any(rank * (s.d_in + s.d_out) > s.d_in * s.d_out for s in deltas[0].spec.sites):
+        return accumulate_full([d if d.spec.kind == "full" else full_of(d) for d in deltas])
     tensors: dict[str, Tensor] = {}
     for name in deltas[0].tensors:
         if name.endswith(":down"):
@@ -67,7 +76,35 @@ def accumulate_low_rank(deltas: Sequence[EditDelta]) -> EditDelta:
         else:
             scaled = [d.tensors[name] * float(d.spec.options.get("scale", 1.0)) for d in deltas]
             tensors[name] = torch.cat(scaled, dim=0)
-    rank = sum(int(d.spec.options["rank"]) for d in deltas)
     options = {**deltas[0].spec.options, "rank": rank, "scale": 1.0}
     spec = replace(deltas[0].spec, options=options)
     return replace(deltas[0], spec=spec, tensors=tensors, request_id="+".join(d.request_id for d in deltas))
+
+
+def full_of(delta: EditDelta) -> EditDelta:
+    """A low-rank delta as a full one."""
+    scale = float(delta.spec.options.get("scale", 1.0))
+    options = {name: value for name, value in delta.spec.options.items() if name in ("positions", "router")}
+    tensors = {}
+    for site in delta.spec.sites:
+        name = f"{site.layer}.{site.name}"
+        tensors[f"{name}:delta"] = (
+            (delta.tensors[f"{name}:down"] @ delta.tensors[f"{name}:up"]) * scale
+        ).T.contiguous()
+    return replace(delta, spec=DeltaSpec("full", delta.spec.sites, options), tensors=tensors)
+
+
+def joined_low_rank(deltas: Sequence[EditDelta]) -> list[EditDelta]:
+    """Deltas of different ranks and scales as deltas of the largest rank, filled up with zeros."""
+    rank = max(int(d.spec.options["rank"]) for d in deltas)
+    made = []
+    for delta in deltas:
+        missing = rank - int(delta.spec.options["rank"])
+        scale = float(delta.spec.options.get("scale", 1.0))
+        tensors = {
+            name: F.pad(t, (0, missing)) if name.endswith(":down") else F.pad(t * scale, (0, 0, 0, missing))
+            for name, t in delta.tensors.items()
+        }
+        options = {**delta.spec.options, "rank": rank, "scale": 1.0}
+        made.append(replace(delta, spec=replace(delta.spec, options=options), tensors=tensors))
+    return made

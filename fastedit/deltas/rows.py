@@ -65,10 +65,11 @@ class TokenSpans:
     Args:
         offsets: edit b owns tokens ``offsets[b]`` to ``offsets[b + 1]``.
         live: (tokens,) bool, where a delta that leaves some tokens alone acts; None is everywhere.
+        order: (tokens,) int64, which of the packed tokens these are, sorted by edit; None is all of them as they stand.
     """
 
-    def __init__(self, offsets: Sequence[int], live: Tensor | None = None) -> None:
-        self.offsets, self.live = list(offsets), live
+    def __init__(self, offsets: Sequence[int], live: Tensor | None = None, order: Tensor | None = None) -> None:
+        self.offsets, self.live, self.order = list(offsets), live, order
         self._on_device: Tensor | None = None
 
     @staticmethod
@@ -86,6 +87,28 @@ class TokenSpans:
             raise ValueError(f"rows: a map has every row once and a count for every edit (got {got})")
         ends = [0, *itertools.accumulate(counts)]
         return TokenSpans([ends[row] for row in itertools.accumulate(per_edit, initial=0)], live)
+
+    @staticmethod
+    def chosen(choice: Sequence[int], counts: Sequence[int], n_edits: int, live: Tensor | None) -> TokenSpans:
+        """Spans of rows of which each goes to the edit that was chosen for it, -1 for none.
+
+        Raises:
+            ValueError: other rows than were chosen for.
+        """
+        if len(choice) != len(counts):
+            got = f"rows={len(counts)}, chosen for={len(choice)}"
+            raise ValueError(f"rows: what acts is decided when prompts are read, for as many rows ({got})")
+        starts = [0, *itertools.accumulate(counts)]
+        order: list[int] = []
+        offsets = [0]
+        by_edit: dict[int, list[int]] = {}
+        for row, edit in enumerate(choice):
+            by_edit.setdefault(edit, []).append(row)
+        for edit in range(n_edits):
+            for row in by_edit.get(edit, ()):
+                order += range(starts[row], starts[row + 1])
+            offsets.append(len(order))
+        return TokenSpans(offsets, None if live is None else live[order], torch.tensor(order, dtype=torch.long))
 
     def token_offsets(self, tokens: int, n_edits: int) -> list[int]:
         """The offsets, once they are seen to fit.

@@ -34,6 +34,8 @@ def save_deltas(deltas: Sequence[EditDelta], path: str | Path, places: Sequence[
         if spec not in specs:
             specs.append(spec)
         entry = {"id": delta.request_id, "model": delta.model_fingerprint, "spec": specs.index(spec)}
+        if delta.texts:
+            entry["texts"] = dict(delta.texts)
         entries.append(entry)
         for name, tensor in delta.tensors.items():
             tensors[f"{index:06d}/{name}"] = tensor.contiguous()
@@ -57,7 +59,7 @@ def load_deltas(path: str | Path) -> list[EditDelta]:
         return [_read(file, path, index, entry) for index, entry in enumerate(entries)]
 
 
-_Entry = tuple[DeltaSpec, str, str]
+_Entry = tuple[DeltaSpec, str, str, dict[str, str]]
 
 
 @contextmanager
@@ -77,7 +79,10 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry], list[int] | N
                 DeltaSpec(s["kind"], tuple(Site(**site) for site in s["sites"]), dict(s["options"]))
                 for s in header["specs"]
             ]
-            entries = [(specs[e["spec"]], str(e["model"]), str(e["id"])) for e in header["deltas"]]
+            entries = [
+                (specs[e["spec"]], str(e["model"]), str(e["id"]), {k: str(v) for k, v in e.get("texts", {}).items()})
+                for e in header["deltas"]
+            ]
             places = None if header.get("places") is None else [int(place) for place in header["places"]]
             if places is not None and len(places) != len(entries):
                 raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(entries)})")
@@ -87,10 +92,10 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry], list[int] | N
 
 
 def _read(file: Any, path: str | Path, index: int, entry: _Entry) -> EditDelta:
-    spec, model, request_id = entry
+    spec, model, request_id, texts = entry
     names = set(file.keys())
     tensors = {}
-    for name, shape in new_stack(spec, 0, trainable=False).shapes.items():
+    for name, shape in new_stack(spec, 0, trainable=False).stored_shapes().items():
         key = f"{index:06d}/{name}"
         if key not in names:
             raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(path)!r})")
@@ -98,7 +103,7 @@ def _read(file: Any, path: str | Path, index: int, entry: _Entry) -> EditDelta:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"deltas: part {key!r} has shape {shape} (got shape={tuple(tensor.shape)})")
         tensors[name] = tensor
-    return EditDelta(spec, tensors, model, request_id)
+    return EditDelta(spec, tensors, model, request_id, texts)
 
 
 class StoredDeltas(Sequence[EditDelta]):
@@ -125,7 +130,7 @@ class StoredDeltas(Sequence[EditDelta]):
             if path.name != _file_name(number):
                 raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
             with _opened(path) as (_, entries, places):
-                self._add(path, [request_id for _, _, request_id in entries], places)
+                self._add(path, [entry[2] for entry in entries], places)
 
     def files(self) -> list[Path]:
         """The files, in order."""

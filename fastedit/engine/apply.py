@@ -32,6 +32,7 @@ def applied(
                     "applied: a delta belongs to the model it was fitted on "
                     f"(got delta model={each.model_fingerprint[:12]!r}, model={model.fingerprint[:12]!r})"
                 )
-    together = deltas[0] if len(deltas) == 1 else accumulate(deltas)
-    with installed(model, stack([together], device=model.device), Rows()):
+    # Those that a router chooses from stay apart
+    together = deltas if "router" in deltas[0].spec.options or len(deltas) == 1 else [accumulate(deltas)]
+    with installed(model, stack(together, device=model.device), Rows()):
         yield model

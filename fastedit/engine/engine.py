@@ -2,79 +2,36 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastedit.backbone import EditableModel, held_inputs
+from fastedit.backbone import EditableModel
 from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
-from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, stack
-from fastedit.deltas.base import DeltaSpec, new_stack
+from fastedit.deltas import StoredDeltas, split_point
 from fastedit.engine import provenance
-from fastedit.engine.batch import BatchProblem, EditRows, prepare, split_point
-from fastedit.engine.evaluate import Evaluator
-from fastedit.engine.flops import Peak, nfu
-from fastedit.engine.memory import is_out_of_memory, peak_memory_mib, release_memory
+from fastedit.engine.flops import COUNTED, Peak, nfu
+from fastedit.engine.memory import peak_memory_mib
+from fastedit.engine.modes import Checkpoints, run_sequential, run_single
 from fastedit.engine.plan import largest_batch
-from fastedit.engine.progress import ProgressLine, progress
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.utilisation import necessary_flops
-from fastedit.engine.views import ViewSource
-from fastedit.evaluation import PROTOCOLS, EditScores, summarise
+from fastedit.engine.work import Work
+from fastedit.evaluation import PROTOCOLS, summarise
 from fastedit.methods import EditPlan, resolve
+from fastedit.methods.base import Resources, hook
 from fastedit.ops import keep_freed_memory
 from fastedit.requests import EditRequest
-from fastedit.solver import FitOutcome, SolverConfig, fit
+from fastedit.solver import FitOutcome
+from fastedit.training import Artifact, load_artifact, require_artifact
+from fastedit.views import ViewSource
 
 MODES = ("single", "sequential")
-
-
-@dataclass
-class _Work:
-    """What every batch of a run shares."""
-
-    model: EditableModel
-    edits: Sequence[EditRequest]
-    plan: EditPlan
-    spec: DeltaSpec
-    solver: SolverConfig
-    views: ViewSource
-    timer: PhaseTimer
-    delta_dtype: torch.dtype
-    store: StoredDeltas | None
-    per_file: int
-    outcomes: dict[int, FitOutcome] = field(default_factory=dict)
-    scored: dict[int, EditScores] = field(default_factory=dict)
-    # In memory all, or those that are not in a file yet
-    deltas: dict[int, EditDelta] = field(default_factory=dict)
-
-    def keep(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-        """Take over an edit that has ended."""
-        self.deltas[number], self.outcomes[number] = delta, outcome
-        if self.store is not None and len(self.deltas) >= self.per_file:
-            self.write()
-
-    def write(self) -> None:
-        """Put the deltas that are in memory into a file, where the run has files."""
-        if self.store is None or not self.deltas:
-            return
-        with self.timer.phase("store"):
-            places = sorted(self.deltas)
-            self.store.append([self.deltas[place] for place in places], places)
-            self.deltas.clear()
-
-    def all_deltas(self) -> Sequence[EditDelta]:
-        """Those of every edit, in order."""
-        self.write()
-        return self.store if self.store is not None else [self.deltas[n] for n in range(len(self.edits))]
 
 
 def edit(
@@ -92,6 +49,8 @@ def edit(
     show_progress: bool | None = None,
     deltas_folder: str | Path | None = None,
     peak: Peak | None = None,
+    score_at: Sequence[int] = (),
+    artifact: Artifact | str | Path | None = None,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -99,7 +58,8 @@ def edit(
     Args:
         model: from ``fastedit.load``.
         edits: what to change.
-        method: "ft", "lora", or one of them under another objective: "kl+ft", "odedit+lora" ...
+        method: one of ``fastedit.method_names()``: "ft", "mend" ..., or one of them under another objective: "kl+ft",
+            "odedit+lora" ...
         batch_size: edits fitted together; results do not depend on it. An edit that has ended makes room for a waiting
             one. Where memory runs out the run goes on with half as many, and ended edits are kept. "auto" takes as many
             as the memory plan has room for (``fastedit.plan_memory``).
@@ -113,6 +73,8 @@ def edit(
         show_progress: None shows a progress line with the time left on a terminal.
         deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
             thousands of edits would fill; a new or empty folder.
+        score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
+        artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
@@ -127,9 +89,12 @@ def edit(
     if mode not in MODES:
         raise ValueError(f"edit: mode is one of {list(MODES)} (got mode={mode!r})")
     plan = resolve(method, overrides)
+    check_sequence(plan, mode, score_at, len(edits))
+    trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
-    source.check(plan.objective.build(plan.objective_config, solver.steps).roles)
+    if hook(plan.method, "write") is None:
+        source.check(plan.build_objective(solver.steps).roles)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     store = None if deltas_folder is None else StoredDeltas(deltas_folder)
     if store:
@@ -137,153 +102,70 @@ def edit(
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):
         batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=store is None)
-    work = _Work(model, edits, plan, spec, solver, source, timer, delta_dtype, store, batch_size)
+    work = Work(
+        model, edits, plan, spec, solver, source, timer, delta_dtype, store, batch_size,
+        seed=seed, pool=() if pool is None else pool, artifact=trained,
+    )  # fmt: skip
 
     if model.device.type == "cpu":
         keep_freed_memory()
     elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    run_mode = _single if mode == "single" else _sequential
-    with expanded_layers(model, split_point(spec)[0]):
-        run_mode(work, batch_size, evaluate, show_progress)
+    setup = hook(plan.method, "setup")
+    if setup is not None:
+        with timer.phase("setup"):
+            work.shared = setup(model, plan.config, Resources(work.pool, trained, seed, plan.prefix))
+    checkpoints: Checkpoints = {}
+    with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
+        if mode == "single":
+            run_single(work, batch_size, evaluate, show_progress)
+        else:
+            checkpoints = run_sequential(work, batch_size, evaluate, show_progress, score_at)
     notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
     outcomes = [work.outcomes[number] for number in range(len(edits))]
     scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
     scores = summarise(scored, seed=seed) if evaluate else {}
-    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes)
+    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes, checkpoints, trained)
 
 
-def _single(work: _Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
-    waiting = deque(range(len(work.edits)))
-    size = batch_size
-    with progress("editing", len(work.edits), show) as line:
-        scored = _Scoring(work, batch_size, line) if evaluate else None
+def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: int) -> None:
+    """Refuse a sequence that the method cannot make, or scores at gaps that there are not.
 
-        def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-            work.keep(number, delta, outcome)
-            if scored is None:
-                line.advance()
-            else:
-                scored.add(number, delta)
-
-        while waiting:
-            places = min(size, len(waiting))
-            try:
-                _fit(work, waiting, places, None, take)
-            except Exception as error:
-                if places == 1 or not is_out_of_memory(error):
-                    raise
-                size = places // 2
-                # Those that were at work begin anew
-                waiting = deque(number for number in range(len(work.edits)) if number not in work.outcomes)
-                told = f"edit: memory ran out in a batch of {places}; going on with batches of {size}"
-                warnings.warn(told, RuntimeWarning, stacklevel=3)
-            else:
-                break
-            # outside of the handler: the traceback holds the tensors of the batch
-            release_memory(work.model)
-        if scored is not None:
-            scored.flush()
+    Raises:
+        ValueError: see there.
+    """
+    if mode == "sequential" and plan.method.sequence == "none":
+        raise ValueError(f"edit: {plan.name} edits one question at a time and keeps no sequence (got mode={mode!r})")
+    if score_at and mode != "sequential":
+        raise ValueError(f"edit: score_at belongs to mode='sequential' (got mode={mode!r}, score_at={score_at!r})")
+    for count in score_at:
+        if not 1 <= count <= edits:
+            raise ValueError(f"edit: score_at names numbers of edits, 1 to {edits} (got score_at={list(score_at)})")
 
 
-class _Scoring:
-    """Scores edits that have ended, a batch at a time."""
+def trained_parts(model: EditableModel, plan: EditPlan, artifact: Artifact | str | Path | None) -> Artifact | None:
+    """The trained parts that a method needs, put at the model's disposal.
 
-    def __init__(self, work: _Work, batch_size: int, line: ProgressLine) -> None:
-        self.work, self.size, self.line = work, batch_size, line
-        self._evaluator = Evaluator(work.model, work.spec, work.timer)
-        self._ended: list[tuple[int, EditDelta]] = []
-
-    def add(self, number: int, delta: EditDelta) -> None:
-        """One more has ended."""
-        self._ended.append((number, delta))
-        if len(self._ended) >= self.size:
-            self.flush()
-
-    def flush(self) -> None:
-        """Score those that wait for it."""
-        # What memory has no room for beside a batch stays here until there is room
-        while self._ended:
-            part = self._ended[: self.size]
-            stacked = stack([delta for _, delta in part], device=self.work.model.device)
-            try:
-                found = self._evaluator.scores([self.work.edits[number] for number, _ in part], stacked)
-            except Exception as error:
-                if len(part) == 1 or not is_out_of_memory(error):
-                    raise
-                self.size = len(part) // 2
-                told = f"edit: memory ran out scoring {len(part)} edits; going on with {self.size} at a time"
-                warnings.warn(told, RuntimeWarning, stacklevel=3)
-            else:
-                for (number, _), scores in zip(part, found, strict=True):
-                    self.work.scored[number] = scores
-                    self.line.advance()
-                del self._ended[: len(part)]
-                continue
-            release_memory(self.work.model)
+    Raises:
+        ValueError: it needs some and none were given, or those given are of another kind or model, or it needs none.
+    """
+    needs = hook(plan.method, "artifact")
+    kind = None if needs is None else needs(plan.config, plan.name)
+    if kind is None:
+        if artifact is not None:
+            raise ValueError(f"edit: {plan.name} has no trained parts (got artifact={artifact!r:.80})")
+        return None
+    given = load_artifact(artifact, model, kind=kind) if isinstance(artifact, (str, Path)) else artifact
+    made = require_artifact(given, kind, model)
+    model.artifacts[made.id] = made
+    return made
 
 
-def _sequential(work: _Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
-    committed: EditDelta | None = None
-    with progress("editing in sequence", len(work.edits), show) as line:
-        for index in range(len(work.edits)):
-            fitted: list[EditDelta] = []
-
-            def take(number: int, delta: EditDelta, outcome: FitOutcome, into: list[EditDelta] = fitted) -> None:
-                work.keep(number, delta, outcome)
-                into.append(delta)
-
-            _fit(work, deque([index]), 1, committed, take)
-            committed = accumulate([committed, *fitted] if committed else fitted)
-            line.advance()
-    if not evaluate or committed is None:
-        return
-    evaluator = Evaluator(work.model, work.spec, work.timer)
-    final = stack([committed], device=work.model.device)
-    with progress("scoring after the last edit", len(work.edits), show) as line:
-        for start in range(0, len(work.edits), batch_size):
-            chosen = range(start, min(start + batch_size, len(work.edits)))
-            scores = evaluator.scores([work.edits[number] for number in chosen], final, shared=True)
-            work.scored.update(zip(chosen, scores, strict=True))
-            line.advance(len(chosen))
-
-
-def _fit(
-    work: _Work,
-    waiting: deque[int],
-    places: int,
-    committed: EditDelta | None,
-    take: Callable[[int, EditDelta, FitOutcome], None],
-) -> None:
-    """Fit the waiting edits, so many at a time, on top of the committed one."""
-    model, timer = work.model, work.timer
-    objective = work.plan.objective.build(work.plan.objective_config, work.solver.steps)
-
-    def make(numbers: Sequence[int]) -> list[EditRows]:
-        with timer.phase("encode"):
-            views = [work.views.views(number, objective.roles) for number in numbers]
-        return prepare(model, work.spec, views, timer)
-
-    def name(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-        request_id = work.edits[number].id
-        take(number, replace(delta, model_fingerprint=model.fingerprint, request_id=request_id), outcome)
-
-    with timer.phase("setup"):
-        stacked = new_stack(work.spec, places, dtype=work.delta_dtype, device=model.device)
-    with ExitStack() as entered:
-        held = entered.enter_context(held_inputs(model, *split_point(work.spec)))
-        holders = [entered.enter_context(installed(model, stacked, Rows()))]
-        if committed is not None:
-            earlier = stack([committed], device=model.device)
-            holders.append(entered.enter_context(installed(model, earlier, Rows())))
-        fit(BatchProblem(model, stacked, holders, held, objective, waiting, make, name, timer), stacked, work.solver)
-
-
-def _timing(work: _Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
+def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
     spent = work.timer.total(without=("evaluation",))
     used = None
-    if peak is not None and spent:
-        roles = work.plan.objective.build(work.plan.objective_config, work.solver.steps).roles
+    if peak is not None and spent and work.spec.kind in COUNTED:
+        roles = work.plan.build_objective(work.solver.steps).roles
         necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
         used = nfu(necessary.total, spent, peak)
     return Timing(
@@ -296,7 +178,7 @@ def _timing(work: _Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> T
 
 
 def _provenance(
-    work: _Work, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
+    work: Work, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
 ) -> dict[str, Any]:
     model = work.model
     return {
@@ -317,6 +199,7 @@ def _provenance(
             "template": model.template,
         },
         "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
+        "artifact": None if work.artifact is None else {"kind": work.artifact.kind, "id": work.artifact.id},
         "pool": None if pool is None else {"records": len(pool), "fingerprint": fingerprint(pool)},
         "versions": provenance.versions(),
         "machine": provenance.machine(),

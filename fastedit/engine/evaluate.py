@@ -12,14 +12,14 @@ from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.encoding import answer_tokens
 from fastedit.backbone.reader import Reader
 from fastedit.data.images import image_key
-from fastedit.deltas import DeltaSpec, Rows, StackedDelta, installed
-from fastedit.engine.batch import split_point
+from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
 from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
     evaluation_views,
 )
+from fastedit.prepared import split_point
 from fastedit.requests import EditRequest, Query
 
 # Reference answers kept with a model (some 100 bytes each); more than one batch asks for
@@ -84,7 +84,8 @@ class Evaluator:
 
         Args:
             requests: n edits.
-            stacked: n deltas, one per edit; or, when ``shared``, one delta that acts on every row.
+            stacked: n deltas, one per edit; or, when ``shared``, one delta that acts on every row, or any number of
+                which their router chooses.
         Returns:
             n EditScores.
         """
@@ -122,16 +123,26 @@ class Evaluator:
         most = reader.rooms(self.max_new_tokens)
         reader.read_below(*split_point(self.spec))
         fed = self._before(rows, reader, given, most)
-        with installed(self.model, stacked, where):
+        with installed(self.model, stacked, where) as holder:
+            if holder.asks:
+                reader = self._asked_anew(holder, rows, reader)
+                most = reader.rooms(self.max_new_tokens)
             last = reader.read()
             after = _merged([self._feed(reader, last, group) for group in fed.groups], fed.groups)
             written, coming = self._agreed(after, fed.labels, most)
             free = [number for number in range(len(rows)) if number not in fed.labels]
             coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
             answers = {**written, **reader.decode(coming, most, written)}
+            chosen = holder.choice
         self._score(rows, fed, after)
         for number, row in enumerate(rows):
             row.after = self._text(answers[number])
+            row.acted = None if chosen is None else chosen[number] >= 0
+
+    def _asked_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], reader: Reader) -> Reader:
+        """The reader of the questions that the edited model is asked instead."""
+        asked = holder.ask([row.view.query for row in rows])
+        return Reader(self.model, self.model.encode(asked, answers=False), reader.room)
 
     def _before(
         self, rows: Sequence[AskedRow], reader: Reader, given: dict[int, tuple[int, ...]], most: Sequence[int]

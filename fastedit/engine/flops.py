@@ -34,6 +34,10 @@ _KEYS_VALUES = ("k", "v")
 _FEED_IN = ("up", "gate")
 
 
+#: Kinds of deltas whose work is counted.
+COUNTED = frozenset({"full", "low_rank"})
+
+
 @dataclass(frozen=True, slots=True)
 class RowFlops:
     """One teacher-forced row.
@@ -106,8 +110,8 @@ class FlopCounter:
     """
 
     def __init__(self, model: EditableModel, spec: DeltaSpec, *, causal: bool = True) -> None:
-        if spec.kind not in ("full", "low_rank"):
-            raise ValueError(f"flops: kind is full or low_rank (got kind={spec.kind!r})")
+        if spec.kind not in COUNTED:
+            raise ValueError(f"flops: kind is one of {sorted(COUNTED)} (got kind={spec.kind!r})")
         self.model, self.spec, self.causal = model, spec, causal
         self._edited = {(site.layer, site.name) for site in spec.sites}
         names = list(model.adapter.text.site_paths)

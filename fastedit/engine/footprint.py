@@ -17,9 +17,9 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.base import new_stack
-from fastedit.engine.batch import split_point
 from fastedit.engine.evaluate import LOGITS, MEMORY
 from fastedit.engine.workload import RowKind, Workload
+from fastedit.prepared import split_point
 
 # Widths alive per token while a layer runs without gradient: of the residual stream, of queries (keys and values
 # repeated for their heads), of the feed-forward block

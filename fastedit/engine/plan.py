@@ -251,7 +251,7 @@ def _largest(run: _Run, edits: int) -> int:
 
 
 def _roles(model: EditableModel, plan: EditPlan) -> tuple[Role, ...]:
-    return plan.objective.build(plan.objective_config, plan.method.solver(model, plan.config).steps).roles
+    return plan.build_objective(plan.method.solver(model, plan.config).steps).roles
 
 
 def _libraries(device: torch.device, loaded: int) -> int:

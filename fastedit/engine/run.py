@@ -13,6 +13,7 @@ from typing import Any
 from fastedit.deltas import EditDelta, StoredDeltas, load_deltas, save_deltas
 from fastedit.evaluation import EditScores, Score
 from fastedit.solver import FitOutcome
+from fastedit.training import Artifact, save_artifact
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Run:
         edit_scores: per edit, the values behind the scores and the answers given.
         timing: speed.
         provenance: everything needed to repeat and compare the run.
+        checkpoints: of a sequence, number of edits made -> as ``scores``, of the edits so far.
+        artifact: trained parts that the deltas need to act.
     """
 
     deltas: Sequence[EditDelta]
@@ -54,6 +57,8 @@ class Run:
     edit_scores: Sequence[EditScores]
     timing: Timing
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: Mapping[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
+    artifact: Artifact | None = None
 
     def record(self) -> dict[str, Any]:
         """Scores, timing, outcomes and provenance as plain values (NaN as None)."""
@@ -61,7 +66,8 @@ class Run:
         stored = isinstance(self.deltas, StoredDeltas)
         ids = self.deltas.request_ids if stored else [delta.request_id for delta in self.deltas]  # type: ignore[attr-defined]
         data = {
-            "scores": {p: {k: asdict(s) for k, s in table.items()} for p, table in self.scores.items()},
+            "scores": _tables(self.scores),
+            "checkpoints": {str(count): _tables(scores) for count, scores in self.checkpoints.items()},
             "timing": asdict(self.timing),
             "provenance": dict(self.provenance),
             "edits": [
@@ -86,6 +92,8 @@ class Run:
             (folder / "deltas.safetensors").unlink(missing_ok=True)
         else:
             save_deltas(self.deltas, folder / "deltas.safetensors")
+        if self.artifact is not None:
+            save_artifact(self.artifact, folder / "artifact.safetensors")
         partial = folder / "scores.json.partial"
         partial.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(folder / "scores.json")
@@ -113,11 +121,20 @@ class Run:
             raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
         outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
         scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
-        scores = {
-            p: {k: Score(_number(s["mean"]), _number(s["low"]), _number(s["high"]), s["n"]) for k, s in table.items()}
-            for p, table in data["scores"].items()
-        }
-        return Run(deltas, outcomes, scores, scored, Timing(**data["timing"]), data["provenance"])
+        checkpoints = {int(count): _scores(tables) for count, tables in data.get("checkpoints", {}).items()}
+        timing = Timing(**data["timing"])
+        return Run(deltas, outcomes, _scores(data["scores"]), scored, timing, data["provenance"], checkpoints)
+
+
+def _tables(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
+    return {p: {k: asdict(s) for k, s in table.items()} for p, table in scores.items()}
+
+
+def _scores(tables: Mapping[str, Any]) -> dict[str, dict[str, Score]]:
+    return {
+        p: {k: Score(_number(s["mean"]), _number(s["low"]), _number(s["high"]), s["n"]) for k, s in table.items()}
+        for p, table in tables.items()
+    }
 
 
 def plain(value: Any) -> Any:

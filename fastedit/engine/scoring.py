@@ -26,6 +26,8 @@ class AskedRow:
     after: str = ""
     legacy: dict[str, float] | None = None
     kl: float | None = None
+    # Whether the router let an edit act; None where there is none
+    acted: bool | None = None
 
 
 def token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -69,12 +71,16 @@ def edit_scores(rows: Sequence[AskedRow]) -> EditScores:
             strict.append((name, float(after == row.before)))
         if name in ("near", "blind") and not exact_match(row.before, target):
             strict.append(("blindness", float(exact_match(after, target))))
+        if row.acted is not None:
+            # A router's true and false positive rates
+            strict.append(("routed_in" if row.view.changes else "routed_in_wrongly", float(row.acted)))
         if row.legacy is not None:
             legacy += _legacy_values(row, row.legacy)
             if not row.view.changes and row.kl is not None:
                 strict.append((f"{name}_kl", row.kl))
     answers: list[dict[str, Any]] = [
-        {
+        ({} if row.acted is None else {"acted": row.acted})
+        | {
             "score": row.view.score,
             "prompt": row.view.query.prompt,
             "wanted": row.view.query.answer if row.view.changes else row.before,

@@ -13,9 +13,9 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.products import choose_linear, onednn_product
 from fastedit.deltas import DeltaSpec
 from fastedit.engine.flops import FlopCounter, NecessaryFlops, Peak
-from fastedit.engine.views import ViewSource
 from fastedit.objectives import Role
 from fastedit.solver import FitOutcome
+from fastedit.views import ViewSource
 
 #: Sides of the square products that are tried; the best counts, since a peak is what can be reached.
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
 from fastedit.solver import SolverConfig
 
 
@@ -46,6 +46,7 @@ class FT:
     """Full delta, always on."""
 
     Config: ClassVar[type] = FTConfig
+    sequence: ClassVar[Accumulation] = "accumulate"
 
     @staticmethod
     def spec(model: EditableModel, config: FTConfig) -> DeltaSpec:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
 from fastedit.solver import SolverConfig
 
 
@@ -54,6 +54,7 @@ class LoRA:
     """Low-rank delta, always on."""
 
     Config: ClassVar[type] = LoRAConfig
+    sequence: ClassVar[Accumulation] = "accumulate"
 
     @staticmethod
     def spec(model: EditableModel, config: LoRAConfig) -> DeltaSpec:

@@ -53,7 +53,12 @@ OBJECTIVES: dict[str, ObjectiveChoice] = {
 
 def method_names() -> list[str]:
     """Every name that can be spelled."""
-    return [f"{prefix}+{base}" if prefix else base for base in METHODS for prefix in OBJECTIVES]
+    return [f"{prefix}+{base}" if prefix else base for base in METHODS for prefix in objectives_of(METHODS[base])]
+
+
+def objectives_of(method: type[Method]) -> tuple[str, ...]:
+    """Names of the objectives that a method can be spelled with, "" being its own."""
+    return tuple(getattr(method, "objectives", OBJECTIVES))
 
 
 def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
@@ -71,6 +76,9 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
         known = [key for key in OBJECTIVES if key]
         raise ValueError(f"method: objective {prefix!r} is not known{_nearest(prefix, known)} (got method={name!r})")
     method, objective = METHODS[base], OBJECTIVES[prefix]
+    if prefix not in objectives_of(method):
+        allowed = [f"{one}+{base}" if one else base for one in objectives_of(method)]
+        raise ValueError(f"method: {base!r} is spelled {' or '.join(allowed)} (got method={name!r})")
     method_fields = {field.name for field in fields(method.Config)}
     objective_fields = {field.name for field in fields(objective.config)}
     for key, value in overrides.items():

@@ -19,12 +19,12 @@ from fastedit.backbone.states import ImageFeatures
 from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import DeltaSpec
 from fastedit.engine import batch
-from fastedit.engine.batch import EditRows, prepare
 from fastedit.engine.memory import release_memory
 from fastedit.engine.timing import PhaseTimer
-from fastedit.engine.views import TrainingView
 from fastedit.objectives import Role
+from fastedit.prepared import EditRows, prepare
 from fastedit.requests import Query
+from fastedit.views import TrainingView
 
 from .conftest import largest_gap, mixed_queries, picture
 

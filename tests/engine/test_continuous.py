@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastedit
-from fastedit import EditRequest
+from fastedit import EditRequest, prepared
 from fastedit.backbone import EditableModel
 from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, load_deltas, save_deltas, stack
@@ -331,7 +331,7 @@ def test_constants_change_no_fit(
     exact_model.forget()
     held = run(exact_model, many[1:4], method, batch_size=2, **settings)
     calls: list[int] = []
-    monkeypatch.setattr(batch, "hold_constant", lambda _model, state: calls.append(1) or state)
+    monkeypatch.setattr(prepared, "hold_constant", lambda _model, state: calls.append(1) or state)
     exact_model.forget()
     whole = run(exact_model, many[1:4], method, batch_size=2, **settings)
     # What is kept belongs to this test

@@ -204,8 +204,8 @@ def test_other_families_edit_too(name: str, edits: list[EditRequest]) -> None:
 def test_a_run_tells_how_much_of_the_machine_it_used(exact_model: EditableModel, edits: list[EditRequest]) -> None:
     from fastedit.engine.flops import Peak, nfu
     from fastedit.engine.utilisation import necessary_flops
-    from fastedit.engine.views import ViewSource
     from fastedit.objectives import ROLES
+    from fastedit.views import ViewSource
 
     assert run(exact_model, edits[:2]).timing.nfu is None
     result = run(exact_model, edits, "odedit+lora", peak=Peak(50.0, 10.0, "float64"))

@@ -12,7 +12,7 @@ def test_every_name_resolves() -> None:
     assert len(method_names()) == len(METHODS) * len(OBJECTIVES)
     for name in method_names():
         plan = resolve(name, {})
-        objective = plan.objective.build(plan.objective_config, 10)
+        objective = plan.build_objective(10)
         expected = {"": NLLObjective, "kl": KLObjective, "odedit": InvariantObjective}[name.rpartition("+")[0]]
         assert isinstance(objective, expected)
 

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from fastedit import EditRequest
-from fastedit.engine.views import ViewSource, jittered
 from fastedit.objectives import ROLES, Role
+from fastedit.views import ViewSource, jittered
 from tests.engine.conftest import make_edits, picture
 
 

@@ -1,0 +1,158 @@
+"""What the batches of a run share, and how waiting edits become deltas: fitted together, or computed at once."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.backbone import EditableModel, held_inputs
+from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, installed, split_point, stack
+from fastedit.deltas.base import new_stack
+from fastedit.engine.batch import BatchProblem
+from fastedit.engine.timing import PhaseTimer
+from fastedit.evaluation import EditScores
+from fastedit.methods import EditPlan
+from fastedit.methods.base import hook
+from fastedit.objectives import Role
+from fastedit.prepared import EditRows, prepare
+from fastedit.requests import EditRequest
+from fastedit.solver import FitOutcome, SolverConfig, fit
+from fastedit.training import Artifact
+from fastedit.views import ViewSource
+
+Take = Callable[[int, EditDelta, FitOutcome], None]
+
+
+@dataclass
+class Work:
+    """What every batch of a run shares."""
+
+    model: EditableModel
+    edits: Sequence[EditRequest]
+    plan: EditPlan
+    spec: DeltaSpec
+    solver: SolverConfig
+    views: ViewSource
+    timer: PhaseTimer
+    delta_dtype: torch.dtype
+    store: StoredDeltas | None
+    per_file: int
+    seed: int = 0
+    pool: Sequence[EditRequest] = ()
+    artifact: Artifact | None = None
+    #: Made by the method's ``setup``
+    shared: Any = None
+    outcomes: dict[int, FitOutcome] = field(default_factory=dict)
+    scored: dict[int, EditScores] = field(default_factory=dict)
+    # In memory all, or those that are not in a file yet
+    deltas: dict[int, EditDelta] = field(default_factory=dict)
+
+    def keep(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        """Take over an edit that has ended."""
+        self.deltas[number], self.outcomes[number] = delta, outcome
+        if self.store is not None and len(self.deltas) >= self.per_file:
+            self.write()
+
+    def write(self) -> None:
+        """Put the deltas that are in memory into a file, where the run has files."""
+        if self.store is None or not self.deltas:
+            return
+        with self.timer.phase("store"):
+            places = sorted(self.deltas)
+            self.store.append([self.deltas[place] for place in places], places)
+            self.deltas.clear()
+
+    def all_deltas(self) -> Sequence[EditDelta]:
+        """Those of every edit, in order."""
+        self.write()
+        return self.store if self.store is not None else [self.deltas[n] for n in range(len(self.edits))]
+
+    @property
+    def writes(self) -> bool:
+        """Whether deltas are computed, not fitted."""
+        return hook(self.plan.method, "write") is not None
+
+
+def make_deltas(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
+    """Turn waiting edits into deltas, so many at a time, on top of the committed ones; those made leave the queue."""
+    if work.writes:
+        _write(work, waiting, places, committed, take)
+    else:
+        _fit(work, waiting, places, committed, take)
+
+
+def _named(work: Work, take: Take) -> Take:
+    """Hand over a delta with the names of its model and edit, and what the method adds once it is fitted."""
+    finish = hook(work.plan.method, "finish")
+
+    def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        request = work.edits[number]
+        made = replace(delta, model_fingerprint=work.model.fingerprint, request_id=request.id)
+        if finish is not None:
+            (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
+        take(number, made, outcome)
+
+    return named
+
+
+def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
+    write = hook(work.plan.method, "write")
+    assert write is not None
+    model, named = work.model, _named(work, take)
+    while waiting:
+        numbers = [waiting[place] for place in range(min(places, len(waiting)))]
+        requests = [work.edits[number] for number in numbers]
+        with work.timer.phase("encode"):
+            views = [work.views.views(number, (Role.EDIT,)) for number in numbers]
+        # Changed questions have no rows on the frozen model that would be of use
+        rows = prepare(model, work.spec, views, work.timer) if work.spec.sites else []
+        with ExitStack() as entered:
+            for earlier in committed:
+                stacked = stack([earlier], device=model.device)
+                entered.enter_context(installed(model, stacked, Rows(), route=False))
+            with work.timer.phase("compute"):
+                found = write(model, work.plan.config, work.shared, requests, rows)
+        for number, made in zip(numbers, found, strict=True):
+            waiting.popleft()
+            options = {**work.spec.options, **made.options}
+            delta = EditDelta(replace(work.spec, options=options), dict(made.tensors), texts=dict(made.texts))
+            named(number, delta, FitOutcome("computed", 0, math.nan, math.nan))
+
+
+def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
+    model, timer, method = work.model, work.timer, work.plan.method
+    objective = work.plan.build_objective(work.solver.steps)
+    start = hook(method, "start")
+
+    def make(numbers: Sequence[int]) -> list[EditRows]:
+        with timer.phase("encode"):
+            views = [work.views.views(number, objective.roles) for number in numbers]
+        return prepare(model, work.spec, views, timer)
+
+    def begin(numbers: Sequence[int], rows: Sequence[EditRows]) -> list[Mapping[str, Tensor]]:
+        assert start is not None
+        requests = [work.edits[number] for number in numbers]
+        with timer.phase("setup"):
+            found: list[Mapping[str, Tensor]] = start(model, work.plan.config, work.shared, requests, rows)
+        return found
+
+    with timer.phase("setup"):
+        stacked = new_stack(work.spec, places, dtype=work.delta_dtype, device=model.device)
+    with ExitStack() as entered:
+        held = entered.enter_context(held_inputs(model, *split_point(work.spec)))
+        holders = [entered.enter_context(installed(model, stacked, Rows(), route=False))]
+        for delta in committed:
+            earlier = stack([delta], device=model.device)
+            holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
+        problem = BatchProblem(
+            model, stacked, holders, held, objective, waiting, make, _named(work, take), timer,
+            None if start is None else begin,
+        )  # fmt: skip
+        fit(problem, stacked, work.solver)
