@@ -1,0 +1,279 @@
+"""Extra feed-forward neurons of an edit: keys that read the block's input, values that are added to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastedit.backbone import Site
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.ops import key_value
+from fastedit.ops.key_value import ACTIVATIONS, Activation
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class KeyValueDelta(FlatStack):
+    """n extra neurons per edit and site: ``y += act(x K + b) (V + beta w z)``; gated, ``act(x G + c) * (x K + b)``.
+
+    UniKE, arXiv 2409.19872, equations (1) and (6). The sites are the modules that end the feed-forward blocks ("down");
+    x is the block's input, which is that of "up". V and w start at 0, so a fresh delta changes nothing. Every edit
+    starts from the same keys, drawn from ``seed``, so that its result does not depend on its place in a batch.
+
+    Options of the spec:
+        n, activation ("relu", "gelu" or "silu"), gate (bool), seed.
+        switches: neurons can be switched off. steering: beta; absent without that term.
+        activation_weight, memory_weight, margin, most: of the neurons' own losses (``extra_loss``); absent without.
+    Parts, named after ``"{layer}.{name}:"``: ``keys`` (B, d, n), ``bias`` (B, n), ``values`` (B, n, d); gated,
+    ``gate_keys`` (B, d, n) and ``gate_bias`` (B, n); with steering w, ``steer`` (B, 1).
+    Fixed: ``off`` (B, n), 1 at a neuron that is switched off; ``direction`` (B, d), z.
+    """
+
+    def __init__(
+        self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
+    ) -> None:
+        shapes, fixed = neuron_shapes(spec, spec.sites)
+        super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
+        self._drawn = drawn_keys(spec, shapes, self.flat)
+        # What only the fit needs is not stored with a delta: the token that a neuron is for, and inputs of others
+        self.tokens: dict[str, Tensor] = {}
+        self.memories: dict[str, Tensor] = {}
+        self.foreign: dict[str, Tensor] = {}
+        if "memory_weight" in spec.options:
+            for site in spec.sites:
+                shape = (size, int(spec.options["n"]), site.d_out)
+                self.tokens[f"{place_of(site)}tokens"] = torch.zeros(shape, dtype=dtype, device=device)
+        self.restart(range(size))
+
+    def initial(self, name: str) -> Tensor | float:
+        """Drawn keys; all else is 0."""
+        return self._drawn.get(name, 0.0)
+
+    def reader(self, site: int) -> str | None:
+        """The neurons read what the feed-forward block reads."""
+        return "up"
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
+        """Change of the block's output for its input x (tokens, d), tokens sorted by edit: (tokens, d)."""
+        return neurons(self, self.spec.sites[site], x, rows)
+
+    def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
+        """Write parts or fixed tensors of one edit; with losses of its own also what these are made of.
+
+        After a site's name: ``tokens`` (n, d), the input that a neuron is for; ``memory`` (M, d), inputs that no neuron
+        is for, one tensor for all edits; ``foreign`` (M,) bool, those of them that this edit has nothing to do with.
+        """
+        rest = dict(values)
+        for name in values:
+            if name in self.tokens:
+                self.tokens[name][edit].copy_(rest.pop(name))
+            elif name.endswith(":memory"):
+                self.memories[name] = rest.pop(name)
+            elif name.endswith(":foreign"):
+                own = rest.pop(name)
+                if name not in self.foreign:
+                    self.foreign[name] = own.new_zeros(self.size, len(own))
+                self.foreign[name][edit] = own
+        super().set(edit, rest)
+
+    def extra_loss(self) -> Tensor | None:
+        """(B,) the activation and memory losses of the neurons; see ``neuron_losses``."""
+        if not self.memories:
+            return None
+        return torch.stack([self._site_losses(place_of(site)) for site in self.spec.sites]).sum(0)
+
+    def _site_losses(self, place: str) -> Tensor:
+        options = self.spec.options
+        part = "gate_" if options.get("gate", False) else ""
+        keys = self.differentiable(f"{place}{part}keys")
+        bias = self.differentiable(f"{place}{part}bias" if part else f"{place}bias")
+        own, others = neuron_losses(
+            keys,
+            bias,
+            self.tokens[f"{place}tokens"],
+            self.memories[f"{place}memory"],
+            self.foreign[f"{place}foreign"],
+            1.0 - self.fixed[f"{place}off"],
+            margin=float(options["margin"]),
+            most=int(options["most"]),
+        )
+        return float(options["activation_weight"]) * own + float(options["memory_weight"]) * others
+
+
+def place_of(site: Site) -> str:
+    """What the names of a site's parts begin with."""
+    return f"{site.layer}.{site.name}:"
+
+
+def neuron_shapes(spec: DeltaSpec, sites: Sequence[Site]) -> tuple[Shapes, Shapes]:
+    """Shapes, without the leading B, of the parts and of the fixed tensors of the neurons at some sites.
+
+    Raises:
+        ValueError: fewer than one neuron, an activation that is not known, or a site that ends no feed-forward block.
+    """
+    n, activation = int(spec.options["n"]), spec.options.get("activation", "relu")
+    if n < 1:
+        raise ValueError(f"key_value: n is at least 1 (got n={n})")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"key_value: activation is one of {list(ACTIVATIONS)} (got activation={activation!r})")
+    shapes: Shapes = {}
+    fixed: Shapes = {}
+    for site in sites:
+        if site.name != "down":
+            raise ValueError(f"key_value: neurons stand beside 'down' (got site {site.layer}.{site.name})")
+        # A feed-forward block ends as wide as it begins
+        place, width = place_of(site), site.d_out
+        shapes |= {f"{place}keys": (width, n), f"{place}bias": (n,)}
+        if spec.options.get("gate", False):
+            shapes |= {f"{place}gate_keys": (width, n), f"{place}gate_bias": (n,)}
+        shapes[f"{place}values"] = (n, width)
+        if spec.options.get("switches", False):
+            fixed[f"{place}off"] = (n,)
+        if "steering" in spec.options:
+            shapes[f"{place}steer"] = (1,)
+            fixed[f"{place}direction"] = (width,)
+    return shapes, fixed
+
+
+def drawn_keys(spec: DeltaSpec, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tensor]:
+    """First keys and gate keys by name of the part: uniform with variance 1 / (3 d), as of a fresh linear map."""
+    generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
+    drawn = {}
+    for name, shape in shapes.items():
+        if name.endswith((":keys", ":gate_keys")):
+            draw = torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1
+            drawn[name] = (draw * shape[0] ** -0.5).to(like)
+    return drawn
+
+
+def neurons(stack: FlatStack, site: Site, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
+    """What the neurons at a site add for tokens x (T, d), sorted by edit: (T, d)."""
+    place, options = place_of(site), stack.spec.options
+    keys, bias = stack.differentiable(f"{place}keys"), stack.differentiable(f"{place}bias")
+    gate = None
+    if options.get("gate", False):
+        gate = stack.differentiable(f"{place}gate_keys"), stack.differentiable(f"{place}gate_bias")
+    values = stack.differentiable(f"{place}values")
+    if "steering" in options:
+        # (B, 1) * (B, d): the same row beside every value
+        towards = stack.differentiable(f"{place}steer") * stack.fixed[f"{place}direction"]
+        values = values + float(options["steering"]) * towards[:, None]
+    if options.get("switches", False):
+        values = values * (1.0 - stack.fixed[f"{place}off"])[:, :, None]
+    offsets = rows.offsets_tensor(x.shape[0], stack.size, x.device)
+    # Half-precision tokens are taken as they are; sums and parameters are float32 all the same
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and keys.dtype == torch.float32
+    activation = cast(Activation, options.get("activation", "relu"))
+    return key_value(x if narrow else x.to(keys.dtype), keys, bias, values, offsets, activation, gate)
+
+
+def neuron_losses(
+    keys: Tensor, bias: Tensor, tokens: Tensor, memory: Tensor, foreign: Tensor, on: Tensor, *, margin: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """Activation and memory loss of an edit's neurons, (B,) each.
+
+    T-Patcher, arXiv 2301.09785, section 3.3. With s what enters a neuron at its own token and m at a remembered input,
+    both before the activation: the mean of the five largest exp(-s); and the mean of the largest exp(m - s + margin)
+    plus that of the largest exp(m + margin). Neurons that are off, and edits without any, count for nothing.
+
+    Args:
+        keys: (B, d, n). bias: (B, n). tokens: (B, n, d). memory: (M, d).
+        foreign: (B, M) bool, inputs that an edit may not act at. on: (B, n), 1 or 0.
+        margin: of the memory loss. most: how many of the largest are taken.
+    """
+    entering = (tokens * keys.transpose(1, 2)).sum(-1) + bias
+    activation = _mean_of_largest(torch.exp(-entering) * on, on > 0, 5)
+    # (B, n, M)
+    remembered = (memory.to(keys.dtype) @ keys).transpose(1, 2) + bias[:, :, None]
+    counted = (on > 0)[:, :, None] & foreign[:, None, :]
+    terms = [remembered - entering[:, :, None] + margin, remembered + margin]
+    memories = [_mean_of_largest(torch.exp(t.masked_fill(~counted, -1e9)), counted, most) for t in terms]
+    return activation, memories[0] + memories[1]
+
+
+def _mean_of_largest(values: Tensor, counted: Tensor, most: int) -> Tensor:
+    """Mean over an edit's largest values (B, ...), at most so many, of those that count and are else 0; (B,)."""
+    flat, counted = values.flatten(1), counted.flatten(1)
+    k = min(most, flat.shape[1])
+    found = counted.sum(1).clamp(1, k)
+    return flat.topk(k, dim=1).values.sum(1) / found
+
+
+def acting_values(delta: EditDelta, place: str) -> Tensor:
+    """(n, d), what a delta's neurons add when they put out 1: values with their steering, zeros where switched off."""
+    values, options = delta.tensors[f"{place}values"], delta.spec.options
+    if "steering" in options:
+        towards = delta.tensors[f"{place}steer"] * delta.tensors[f"{place}direction"]
+        values = values + float(options["steering"]) * towards
+    if options.get("switches", False):
+        values = values * (1.0 - delta.tensors[f"{place}off"])[:, None]
+    return values
+
+
+def plain_neurons(delta: EditDelta, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The neurons of a delta at some sites as parts of one without switches and steering, which adds the same."""
+    plain: dict[str, Tensor] = {}
+    gated = bool(delta.spec.options.get("gate", False))
+    for site in sites:
+        place = place_of(site)
+        for part in ("keys", "bias", "gate_keys", "gate_bias") if gated else ("keys", "bias"):
+            plain[place + part] = delta.tensors[place + part]
+        plain[f"{place}values"] = acting_values(delta, place)
+    return plain
+
+
+#: Along which dimension of a part, without the leading B, the neurons are numbered.
+NEURON_DIM = {"keys": 1, "bias": 0, "gate_keys": 1, "gate_bias": 0, "values": 0, "off": 0}
+
+
+def plain_options(spec: DeltaSpec, n: int) -> dict[str, object]:
+    """Options of a delta that only acts: without what serves to fit it."""
+    fitting = ("steering", "switches", "activation_weight", "memory_weight", "margin", "most")
+    return {**{key: value for key, value in spec.options.items() if key not in fitting}, "n": n}
+
+
+def side_by_side(deltas: Sequence[EditDelta], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The neurons of several deltas as the parts of one.
+
+    Raises:
+        ValueError: their activations or gates differ.
+    """
+    kinds = {(d.spec.options.get("activation", "relu"), bool(d.spec.options.get("gate", False))) for d in deltas}
+    if len(kinds) > 1:
+        raise ValueError(f"key_value: neurons laid side by side share activation and gate (got {sorted(kinds)})")
+    parts = [plain_neurons(delta, sites) for delta in deltas]
+    return {name: torch.cat([part[name] for part in parts], NEURON_DIM[name.split(":")[1]]) for name in parts[0]}
+
+
+def accumulate_key_value(deltas: Sequence[EditDelta]) -> EditDelta:
+    """The neurons of all deltas side by side: n is the sum of theirs."""
+    spec = deltas[0].spec
+    options = plain_options(spec, sum(int(delta.spec.options["n"]) for delta in deltas))
+    tensors = side_by_side(deltas, spec.sites)
+    request_id = "+".join(delta.request_id for delta in deltas)
+    return replace(deltas[0], spec=replace(spec, options=options), tensors=tensors, request_id=request_id)
+
+
+def joined_key_value(deltas: Sequence[EditDelta]) -> list[EditDelta]:
+    """Deltas that may differ in their number of neurons as deltas of one spec: filled up with neurons that add 0."""
+    n = max(int(delta.spec.options["n"]) for delta in deltas)
+    made = []
+    for delta in deltas:
+        parts = {
+            name: _widened(tensor, NEURON_DIM[name.split(":")[1]], n)
+            for name, tensor in plain_neurons(delta, delta.spec.sites).items()
+        }
+        made.append(replace(delta, spec=replace(delta.spec, options=plain_options(delta.spec, n)), tensors=parts))
+    return made
+
+
+def _widened(tensor: Tensor, dim: int, n: int) -> Tensor:
+    missing = n - tensor.shape[dim]
+    # pad counts dimensions from the last
+    return functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]) if missing else tensor
