@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
+from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail, token_layout
 from fastedit.deltas import DeltaSpec, split_point
 from fastedit.objectives import Role
 from fastedit.requests import Query
@@ -68,8 +68,8 @@ def prepare(
             labels = encoded.labels[encoded.label_mask]
         with timer.phase("prefix"):
             state = packed_prefix(model, packed_start(model, encoded), point[0], point[1])
-            if spec.positions == "after_image":
-                state = hold_constant(model, state)
+            if spec.positions != "all":
+                state = hold_constant(model, replace(state, live=token_layout(state).acting(spec.positions)))
             parts = torch.split(labels, list(state.wanted_counts))
             for row, number in enumerate(missing):
                 found = (state.of_row(row), parts[row])

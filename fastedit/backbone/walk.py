@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,24 +22,59 @@ if TYPE_CHECKING:
     from .model import EditableModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenLayout:
     """Whose the tokens are that a linear map sees now.
 
     Args:
         counts: tokens of each row, rows in order.
         live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
+        wanted: (M,), int64, the tokens that carry labels, or end a prompt; None is all.
+        wanted_counts: how many of each row; not used where all are.
     """
 
     counts: tuple[int, ...]
     live: Tensor | None = None
+    wanted: Tensor | None = None
+    wanted_counts: tuple[int, ...] = ()
+
+    @cached_property
+    def prompts(self) -> tuple[int, ...]:
+        """Tokens of each row that belong to its prompt: up to the first wanted one, or all where none is wanted."""
+        if self.wanted is None:
+            return tuple(min(count, 1) for count in self.counts)
+        wanted = self.wanted.tolist()
+        starts = [0, *accumulate(self.counts)]
+        firsts = [0, *accumulate(self.wanted_counts)]
+        return tuple(
+            wanted[firsts[row]] - starts[row] + 1 if self.wanted_counts[row] else count
+            for row, count in enumerate(self.counts)
+        )
+
+    @cached_property
+    def answer(self) -> Tensor | None:
+        """(T,), bool: the last token of each prompt and all behind it; None is all."""
+        if self.wanted is None:
+            return None
+        marks = [place >= p - 1 for p, count in zip(self.prompts, self.counts, strict=True) for place in range(count)]
+        return torch.tensor(marks, dtype=torch.bool, device=self.wanted.device)
+
+    def acting(self, positions: str) -> Tensor | None:
+        """(T,), bool: where a delta with these ``positions`` acts; None is everywhere."""
+        return self.answer if positions == "answer" else self.live
+
+
+def token_layout(state: PackedState) -> TokenLayout:
+    """The layout of all tokens of a state."""
+    wanted = None if len(state.wanted) == state.hidden.shape[0] else state.wanted
+    return TokenLayout(state.counts, state.live, wanted, state.wanted_counts)
 
 
 class Running:
     """The layouts of the walk in progress, by number of tokens: all of them, or those that are wanted."""
 
     def __init__(self, state: PackedState) -> None:
-        self.layouts = {state.hidden.shape[0]: TokenLayout(state.counts, state.live)}
+        self.layouts = {state.hidden.shape[0]: token_layout(state)}
         if len(state.wanted) != state.hidden.shape[0]:
             live = None if state.live is None else state.live[state.wanted]
             self.layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live)

@@ -76,7 +76,9 @@ class RowsHolder:
         if self.router is None:
             return
         own = self._own(len(state))
-        scores = self.router.scores(state, self.stacked.fixed, own)
+        with self.paused():
+            # It may run a part of the model to see what that would do
+            scores = self.router.scores(state, self.stacked.fixed, own)
         threshold = self.router.threshold(self.stacked.fixed)
         if own is not None:
             chosen = torch.where(scores >= threshold[own], own, -1)
@@ -110,13 +112,16 @@ class RowsHolder:
         running, n_edits = self.model.running, self.stacked.size
         if running is None or tokens not in running.layouts:
             return None
-        key = (tokens, n_edits, self.rows) if self.choice is None else (tokens, id(self), tuple(self.choice))
+        positions = self.stacked.spec.positions
+        key = (tokens, n_edits, self.rows, positions) if self.choice is None else (tokens, id(self), tuple(self.choice))
         if key not in running.memory:
             layout = running.layouts[tokens]
+            acting = layout.acting(positions)
             if self.choice is None:
-                made = TokenSpans.of(self.rows, layout.counts, n_edits, layout.live)
+                made = TokenSpans.of(self.rows, layout.counts, n_edits, acting)
+                made.layout = layout
             else:
-                made = TokenSpans.chosen(self.choice, layout.counts, n_edits, layout.live)
+                made = TokenSpans.chosen(self.choice, layout.counts, n_edits, acting)
             running.memory[key] = made
         found: TokenSpans = running.memory[key]
         return found
@@ -187,7 +192,7 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route:
 
 def _hook(holder: RowsHolder, index: int, seen: dict[tuple[int, str], Tensor], key: tuple[int, str] | None) -> Any:
     stacked = holder.stacked
-    behind_image = stacked.spec.positions == "after_image"
+    partly = stacked.spec.positions != "all"
 
     def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if holder.is_paused:
@@ -195,8 +200,8 @@ def _hook(holder: RowsHolder, index: int, seen: dict[tuple[int, str], Tensor], k
         source = args[0] if key is None else seen[key]
         x, flat = source.reshape(-1, source.shape[-1]), output.reshape(-1, output.shape[-1])
         spans = holder.spans(x.shape[0])
-        if spans is None and (behind_image or holder.router is not None):
-            told = "positions='after_image'" if behind_image else f"router={stacked.spec.options['router']!r}"
+        if spans is None and (partly or holder.router is not None):
+            told = f"positions={stacked.spec.positions!r}" if partly else f"router={stacked.spec.options['router']!r}"
             raise ValueError(
                 f"installed: a delta with {told} acts in generate, answer and edits, where the model knows which "
                 "tokens are whose (got padded rows)"
@@ -204,7 +209,7 @@ def _hook(holder: RowsHolder, index: int, seen: dict[tuple[int, str], Tensor], k
         if spans is not None and spans.order is not None:
             return _on_some(stacked, index, x, flat, spans).view(output.shape)
         change = stacked.delta(index, x, holder.rows if spans is None else spans, flat)
-        if behind_image and spans is not None and spans.live is not None:
+        if partly and spans is not None and spans.live is not None:
             change = change * spans.live[:, None]
         if change.dtype != output.dtype:
             change = change.to(output.dtype)
@@ -222,6 +227,6 @@ def _on_some(stacked: StackedDelta, index: int, x: Tensor, output: Tensor, spans
         return output
     taken = output[order]
     change = stacked.delta(index, x[order], spans, taken).to(output.dtype)
-    if stacked.spec.positions == "after_image" and spans.live is not None:
+    if stacked.spec.positions != "all" and spans.live is not None:
         change = change * spans.live[:, None]
     return output.index_copy(0, order, change + taken)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastedit.backbone.walk import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,19 @@ class TokenSpans:
         offsets: edit b owns tokens ``offsets[b]`` to ``offsets[b + 1]``.
         live: (tokens,) bool, where a delta that leaves some tokens alone acts; None is everywhere.
         order: (tokens,) int64, which of the packed tokens these are, sorted by edit; None is all of them as they stand.
+        layout: rows and prompts of these tokens, where they stand as they do in their rows.
     """
 
-    def __init__(self, offsets: Sequence[int], live: Tensor | None = None, order: Tensor | None = None) -> None:
-        self.offsets, self.live, self.order = list(offsets), live, order
+    def __init__(
+        self,
+        offsets: Sequence[int],
+        live: Tensor | None = None,
+        order: Tensor | None = None,
+        layout: TokenLayout | None = None,
+    ) -> None:
+        self.offsets, self.live, self.order, self.layout = list(offsets), live, order, layout
+        #: For the deltas: what they worked out of the layout.
+        self.memory: dict[Any, Any] = {}
         self._on_device: Tensor | None = None
 
     @staticmethod

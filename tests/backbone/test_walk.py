@@ -1,0 +1,54 @@
+"""Whose the tokens of a walk are: prompts and answers in packed rows."""
+
+from __future__ import annotations
+
+import torch
+
+import fastedit
+from fastedit import Query
+from fastedit.backbone.walk import TokenLayout, hold_constant, packed_prefix, packed_start, packed_tail, token_layout
+from fastedit.testing import assert_close
+from tests.engine.conftest import picture
+
+
+def test_a_prompt_ends_with_the_first_wanted_token() -> None:
+    layout = TokenLayout((4, 3, 2), None, torch.tensor([2, 3, 4, 8]), (2, 1, 1))
+    assert layout.prompts == (3, 1, 2)
+    assert layout.answer is not None
+    assert layout.answer.tolist() == [False, False, True, True, True, True, True, False, True]
+
+
+def test_a_row_without_wanted_tokens_is_all_prompt() -> None:
+    assert TokenLayout((2, 0, 3), None, torch.tensor([1]), (1, 0, 0)).prompts == (2, 0, 3)
+
+
+def test_where_all_tokens_are_wanted_all_are_of_the_answer() -> None:
+    layout = TokenLayout((2, 0, 3))
+    assert layout.prompts == (1, 0, 1)
+    assert layout.answer is None
+
+
+def test_where_a_delta_acts_by_its_positions() -> None:
+    live = torch.tensor([False, True, True])
+    layout = TokenLayout((3,), live, torch.tensor([2]), (1,))
+    assert layout.acting("all") is live
+    assert layout.acting("after_image") is live
+    assert layout.acting("answer") is layout.answer
+
+
+def test_prompts_held_constant_leave_the_answers_as_they_are() -> None:
+    """The walk over the answers alone gives what the walk over everything gives, in float64."""
+    model = fastedit.load("random:llava-tiny", dtype="float64")
+    asked = [
+        Query("What is it?", picture(1), "a red cat"),
+        Query("Who?", None, "me"),
+        Query("Why is it?", picture(2), "b"),
+    ]
+    encoded = model.encode(asked, answers=True)
+    state = packed_prefix(model, packed_start(model, encoded), 1, "ffn")
+    whole = packed_tail(model, state)
+    state.live = token_layout(state).acting("answer")
+    held = hold_constant(model, state)
+    assert held.hidden.shape[0] == len(held.wanted) == len(whole) < state.hidden.shape[0]
+    assert held.starts == tuple(count - 1 for count in token_layout(state).prompts)
+    assert_close(packed_tail(model, held), whole, length=64)
