@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastedit.backbone import Site
 from fastedit.deltas import DeltaSpec, Rows
-from fastedit.deltas.base import new_stack
+from fastedit.deltas.kinds import new_stack
 from fastedit.objectives import Losses
 from fastedit.solver import FitOutcome, SolverConfig, fit, no_phase
 

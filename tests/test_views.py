@@ -13,6 +13,11 @@ from fastedit.views import ViewSource, jittered
 from tests.engine.conftest import make_edits, picture
 
 
+@pytest.fixture
+def edits() -> list[EditRequest]:
+    return make_edits(5)
+
+
 def by_role(source: ViewSource, index: int) -> dict[Role, object]:
     return {view.role: view.query for view in source.views(index, ROLES)}
 

@@ -22,7 +22,7 @@ from benchmarks.baselines.evaluation import PlainEvaluator, stock_inputs, stock_
 from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.deltas import DeltaSpec, EditDelta
-from fastedit.deltas.base import new_stack
+from fastedit.deltas.kinds import new_stack
 from fastedit.engine.timing import PhaseTimer
 from fastedit.methods import EditPlan
 from fastedit.requests import EditRequest, Query

@@ -1,8 +1,9 @@
 """Small changes beside a frozen model, stacked over many edits."""
 
-from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta, accumulate, stack
+from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.install import RowsHolder, installed, split_point
+from fastedit.deltas.kinds import accumulate, stack
 from fastedit.deltas.low_rank import LowRankDelta
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.storage import StoredDeltas, load_deltas, save_deltas

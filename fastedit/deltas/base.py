@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -298,92 +297,3 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         ctx.stack.receive(ctx.name, grad)
         return None, None, None, None
-
-
-#: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and
-#: ``joined_<kind>`` (deltas of different sizes as deltas of one spec).
-KINDS: dict[str, tuple[str, str]] = {
-    "full": ("full", "FullDelta"),
-    "low_rank": ("low_rank", "LowRankDelta"),
-    "key_value": ("key_value", "KeyValueDelta"),
-    "side": ("side", "SideDelta"),
-    "codebook": ("codebook", "CodebookDelta"),
-    "localized": ("localized", "LocalizedDelta"),
-    "context": ("context", "ContextDelta"),
-}
-
-
-def of_kind(kind: str, function: str) -> Any:
-    """``<function>_<kind>`` of the module of a kind, or None where it has none."""
-    module = importlib.import_module(f"fastedit.deltas.{KINDS[kind][0]}")
-    return getattr(module, f"{function}_{kind}", None)
-
-
-def new_stack(
-    spec: DeltaSpec,
-    size: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    trainable: bool = True,
-) -> Any:
-    """An initialised stack of ``size`` deltas of the given spec; at the start every delta changes nothing.
-
-    Raises:
-        ValueError: unknown kind, or no sites.
-    """
-    if spec.kind not in KINDS:
-        raise ValueError(f"delta: kind is one of {sorted(KINDS)} (got kind={spec.kind!r})")
-    if not spec.sites and spec.kind != "context":
-        raise ValueError(f"delta: at least one site (got sites={spec.sites!r})")
-    module, name = KINDS[spec.kind]
-    kind: Any = getattr(importlib.import_module(f"fastedit.deltas.{module}"), name)
-    return kind(spec, size, dtype=dtype, device=device, trainable=trainable)
-
-
-def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """Deltas of equal spec as one stack for application (not trainable).
-
-    Raises:
-        ValueError: none given, or their specs differ.
-    """
-    if not deltas:
-        raise ValueError("stack: at least one delta (got none)")
-    kinds = {delta.spec.kind for delta in deltas}
-    joined = of_kind(deltas[0].spec.kind, "joined") if len(kinds) == 1 else None
-    if joined is not None and any(delta.spec != deltas[0].spec for delta in deltas):
-        deltas = joined(deltas)
-    spec = deltas[0].spec
-    for index, delta in enumerate(deltas):
-        if delta.spec != spec:
-            raise ValueError(f"stack: deltas share one spec (delta {index} has {delta.spec}, delta 0 has {spec})")
-    kind_dtype = dtype or next((t.dtype for t in deltas[0].tensors.values()), torch.float32)
-    stacked = new_stack(spec, len(deltas), dtype=kind_dtype, device=device, trainable=False)
-    stacked.copy_from(deltas)
-    return stacked
-
-
-def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
-    """One delta that acts as all the given ones together, as after edits made in sequence.
-
-    Full deltas are added; low-rank deltas are laid side by side along the rank, or added as full ones where that is
-    less, and so are both together. Their sites and positions must agree, and else their kinds.
-
-    Raises:
-        ValueError: none given; kinds, sites or positions differ; or deltas of which each has a router of its own.
-    """
-    if not deltas:
-        raise ValueError("accumulate: at least one delta (got none)")
-    first = deltas[0].spec
-    kinds = {delta.spec.kind for delta in deltas}
-    for index, delta in enumerate(deltas):
-        spec = delta.spec
-        alike = spec.kind == first.kind or kinds == {"full", "low_rank"}
-        if not alike or (spec.sites, spec.positions) != (first.sites, first.positions):
-            told = f"delta {index} has {spec}, not {first}"
-            raise ValueError(f"accumulate: deltas share kind, sites and positions ({told})")
-    together = of_kind("low_rank" if len(kinds) > 1 else first.kind, "accumulate")
-    if together is None:
-        raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")
-    made: EditDelta = together(deltas)
-    return made

@@ -12,7 +12,8 @@ from typing import Any, overload
 from torch import Tensor
 
 from fastedit.backbone import Site
-from fastedit.deltas.base import DeltaSpec, EditDelta, new_stack
+from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.kinds import new_stack
 
 FORMAT = "fastedit-deltas/1"
 

@@ -16,7 +16,7 @@ import torch
 from fastedit.backbone import EditableModel
 from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
-from fastedit.deltas.base import new_stack
+from fastedit.deltas.kinds import new_stack
 from fastedit.engine.evaluate import LOGITS, MEMORY
 from fastedit.engine.workload import RowKind, Workload
 from fastedit.prepared import split_point

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, held_inputs
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, installed, split_point, stack
-from fastedit.deltas.base import new_stack
+from fastedit.deltas.kinds import new_stack
 from fastedit.engine.batch import BatchProblem
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import EditScores

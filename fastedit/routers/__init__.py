@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
 
-if TYPE_CHECKING:
-    from fastedit.deltas import StackedDelta
+__all__ = ["ROUTERS", "Routed", "Router", "make_router"]
 
-__all__ = ["ROUTERS", "Router", "make_router"]
+
+class Routed(Protocol):
+    """Stacked deltas, as far as a router needs them (``fastedit.deltas.StackedDelta``)."""
+
+    spec: Any
+    fixed: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """B."""
+
+    def delta(self, site: int, x: Tensor, rows: Any, output: Tensor) -> Tensor:
+        """Change of a site's output."""
 
 
 class Router(Protocol):
@@ -47,7 +58,7 @@ ROUTERS: dict[str, tuple[str, str]] = {
 }
 
 
-def make_router(model: EditableModel, stacked: StackedDelta) -> Router | None:
+def make_router(model: EditableModel, stacked: Routed) -> Router | None:
     """The router that the deltas' spec names; None for deltas that always act.
 
     Raises:

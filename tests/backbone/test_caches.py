@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 import fastedit
-from fastedit import EditRequest
+from fastedit import EditRequest, prepared
 from fastedit.backbone import EditableModel, PackedState, load
 from fastedit.backbone.caches import Caches, SpillCache, feature_cache
 from fastedit.backbone.states import ImageFeatures
 from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import DeltaSpec
-from fastedit.engine import batch
 from fastedit.engine.memory import release_memory
 from fastedit.engine.timing import PhaseTimer
 from fastedit.objectives import Role
@@ -201,13 +200,13 @@ class Watched:
         self.model = new_model(cache_mib)
         self.rows: list[int] = []
         self.logits: list[int] = []
-        walk = batch.packed_prefix
+        walk = prepared.packed_prefix
 
         def counted(model: EditableModel, state: PackedState, layer: int, stage: str) -> PackedState:
             self.rows.append(len(state))
             return walk(model, state, layer, stage)
 
-        monkeypatch.setattr(batch, "packed_prefix", counted)
+        monkeypatch.setattr(prepared, "packed_prefix", counted)
         head = self.model.head
         self.model.head = lambda hidden: self.logits.append(len(hidden)) or head(hidden)  # type: ignore
 

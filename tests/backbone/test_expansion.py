@@ -10,7 +10,7 @@ from torch import nn
 
 from fastedit.backbone import EditableModel, expanded_layers, held_inputs, load
 from fastedit.deltas import DeltaSpec, Rows, installed
-from fastedit.deltas.base import new_stack
+from fastedit.deltas.kinds import new_stack
 
 from .conftest import mixed_queries
 

@@ -325,7 +325,7 @@ def test_every_tensor_is_mapped_and_counted() -> None:
     parts = [state.hidden, state.position_ids, *state.rotary, *state.deep.values()]
     parts += [part for pair in state.constant.values() for part in pair]
     assert state.n_bytes == copy.n_bytes == sum(part.numel() * part.element_size() for part in parts)
-    assert {id(part) for part in seen} == {id(part) for part in (*parts, state.wanted, state.live)}
+    assert {id(part) for part in seen} == {id(part) for part in (*parts, state.wanted, state.live, state.image)}
     assert not copy.memory
     for part in seen:
         part.zero_()

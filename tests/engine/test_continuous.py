@@ -18,7 +18,7 @@ from fastedit import EditRequest, prepared
 from fastedit.backbone import EditableModel
 from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, load_deltas, save_deltas, stack
-from fastedit.engine import Run, batch, engine
+from fastedit.engine import Run, batch, engine, work
 from fastedit.engine.evaluate import Evaluator
 from fastedit.requests import Query
 from fastedit.solver import FitOutcome
@@ -73,7 +73,7 @@ class Refills:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
         self.sizes: list[int] = []
-        real = engine.prepare
+        real = work.prepare
 
         def prepared(model: Any, spec: Any, views: Any, timer: Any) -> Any:
             self.sizes.append(len(views))
@@ -81,7 +81,7 @@ class Refills:
                 raise torch.OutOfMemoryError("no room for more")
             return real(model, spec, views, timer)
 
-        monkeypatch.setattr(engine, "prepare", prepared)
+        monkeypatch.setattr(work, "prepare", prepared)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,7 +173,7 @@ def test_files_of_a_run_that_broke_off_say_whose_they_are(
     class Stopped(Exception):
         pass
 
-    real, ended = engine._Work.keep, []
+    real, ended = work.Work.keep, []
 
     def keep(self: Any, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         real(self, number, delta, outcome)
@@ -181,7 +181,7 @@ def test_files_of_a_run_that_broke_off_say_whose_they_are(
         if len(ended) == 4:
             raise Stopped
 
-    monkeypatch.setattr(engine._Work, "keep", keep)
+    monkeypatch.setattr(work.Work, "keep", keep)
     with pytest.raises(Stopped):
         run(exact_model, many, "lora", batch_size=PLACES, deltas_folder=tmp_path)
     # Files hold as many as there are places; the fourth was not written yet
@@ -199,13 +199,13 @@ def test_memory_that_runs_out_at_a_refill_costs_no_ended_edit(
 ) -> None:  # fmt: skip
     refills = Refills(monkeypatch, fail_at=3)
     ended: list[int] = []
-    real = engine._Work.keep
+    real = work.Work.keep
 
     def keep(self: Any, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         ended.append(number)
         real(self, number, delta, outcome)
 
-    monkeypatch.setattr(engine._Work, "keep", keep)
+    monkeypatch.setattr(work.Work, "keep", keep)
     with pytest.warns(RuntimeWarning, match="memory ran out in a batch of 3; going on with batches of 1"):
         found = run(exact_model, many, "kl+lora", batch_size=PLACES, evaluate=True)
     at_first = sum(refills.sizes[:2])

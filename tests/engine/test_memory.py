@@ -12,7 +12,7 @@ import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.deltas import StoredDeltas
-from fastedit.engine import Run, engine
+from fastedit.engine import Run, work
 from fastedit.engine.memory import is_out_of_memory
 from tests.engine.test_engine import largest_difference, run
 
@@ -21,15 +21,15 @@ from tests.engine.test_engine import largest_difference, run
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches of more than two edits fail; the sizes that were tried are kept."""
     tried: list[int] = []
-    real = engine._fit
+    real = work._fit
 
-    def fit(work: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
+    def fit(shared: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
         tried.append(places)
         if places > 2:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
-        return real(work, waiting, places, committed, take)
+        return real(shared, waiting, places, committed, take)
 
-    monkeypatch.setattr(engine, "_fit", fit)
+    monkeypatch.setattr(work, "_fit", fit)
     return tried
 
 
@@ -47,10 +47,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
 def test_one_edit_that_does_not_fit_is_an_error(
     exact_model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fit(work: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
+    def fit(shared: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
         raise torch.OutOfMemoryError(f"no room for {places}")
 
-    monkeypatch.setattr(engine, "_fit", fit)
+    monkeypatch.setattr(work, "_fit", fit)
     with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError, match="no room for 1"):
         run(exact_model, edits, batch_size=4)
 
