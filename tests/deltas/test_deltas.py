@@ -13,7 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastedit.backbone import Site
-from fastedit.deltas import DeltaSpec, EditDelta, Rows, accumulate, installed, load_deltas, save_deltas, stack
+from fastedit.deltas import (
+    DeltaSpec,
+    EditDelta,
+    Rows,
+    TokenSpans,
+    accumulate,
+    installed,
+    load_deltas,
+    save_deltas,
+    stack,
+)
 from fastedit.deltas.kinds import new_stack
 
 SITES = (Site(0, "up", "up", 5, 7), Site(1, "down", "down", 7, 5))
@@ -207,3 +217,36 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_bad_input_is_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_full_and_low_rank_deltas_add_up_as_full_ones() -> None:
+    full, low = (filled(spec, seed=number).unstack(number) for number, spec in enumerate(SPECS))
+    together = accumulate([full, low])
+    assert together.spec == DeltaSpec("full", SITES)
+    x = torch.randn(4, SITES[0].d_in, dtype=torch.float64)
+    apart = sum(stack([each]).delta(0, x, Rows()) for each in (full, low))
+    torch.testing.assert_close(stack([together]).delta(0, x, Rows()), apart)
+
+
+def test_many_low_rank_deltas_become_a_full_one() -> None:
+    """A sequence of a thousand edits must not grow with its length."""
+    many = [filled(SPECS[1], seed=seed).unstack(0) for seed in range(6)]
+    x = torch.randn(4, SITES[0].d_in, dtype=torch.float64)
+    together = many[0]
+    kinds = []
+    for delta in many[1:]:
+        together = accumulate([together, delta])
+        kinds.append(together.spec.kind)
+    assert kinds[-1] == "full"
+    apart = sum(stack([each]).delta(0, x, Rows()) for each in many)
+    torch.testing.assert_close(stack([together]).delta(0, x, Rows()), apart)
+
+
+def test_low_rank_deltas_of_different_ranks_are_stacked() -> None:
+    small, large = (DeltaSpec("low_rank", SITES, {"rank": r, "scale": 0.5 * r}) for r in (1, 3))
+    deltas = [filled(small).unstack(0), filled(large).unstack(1)]
+    stacked = stack(deltas)
+    assert stacked.spec.options["rank"] == 3
+    x = torch.randn(5, SITES[0].d_in, dtype=torch.float64)
+    expected = torch.cat([stack([d]).delta(0, part, Rows()) for d, part in zip(deltas, x.split([2, 3]), strict=True)])
+    torch.testing.assert_close(stacked.delta(0, x, TokenSpans([0, 2, 5])), expected)
