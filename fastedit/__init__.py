@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from fastedit.deltas import EditDelta
     from fastedit.engine import Run, applied, edit
     from fastedit.engine.plan import MemoryPlan, plan_memory
+    from fastedit.engine.train import train
     from fastedit.engine.utilisation import measure_peak
     from fastedit.methods import method_names
+    from fastedit.training import Artifact, load_artifact, save_artifact
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Artifact",
     "EditDelta",
     "EditRequest",
     "EditableModel",
@@ -36,14 +39,18 @@ __all__ = [
     "edit",
     "implementations",
     "load",
+    "load_artifact",
     "measure_peak",
     "method_names",
     "ops",
     "plan_memory",
     "read_edits",
+    "save_artifact",
+    "train",
 ]
 
 _LAZY = {
+    "Artifact": "fastedit.training",
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
     "MemoryPlan": "fastedit.engine.plan",
@@ -51,10 +58,13 @@ _LAZY = {
     "applied": "fastedit.engine",
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",
+    "load_artifact": "fastedit.training",
     "measure_peak": "fastedit.engine.utilisation",
     "method_names": "fastedit.methods",
     "plan_memory": "fastedit.engine.plan",
     "read_edits": "fastedit.data",
+    "save_artifact": "fastedit.training",
+    "train": "fastedit.engine.train",
 }
 
 

@@ -23,6 +23,11 @@ Out = Annotated[Path, typer.Option(help="folder for results")]
 BatchSize = Annotated[str, typer.Option(help="edits fitted together; auto is as many as fit in memory")]
 Mode = Annotated[str, typer.Option(help="single or sequential")]
 Settings = Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the method's config; repeatable")]  # noqa: UP045
+TrainerSettings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--trainer", help="field=value of training: lr, batch_size, seed ...; repeatable"),
+]
+TrainedPart = Annotated[Optional[Path], typer.Option("--artifact", help="what fastedit train wrote")]  # noqa: UP045
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="leave out records whose images are missing")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 ...")]  # noqa: UP045
 Quantize = Annotated[str, typer.Option(help="none, nf4 or int8")]
@@ -89,6 +94,7 @@ def edit(
     device: Device = None,
     threads: Threads = None,
     settings: Settings = None,
+    artifact: TrainedPart = None,
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
     import fastedit
@@ -103,13 +109,49 @@ def edit(
         model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
         methods={method: overrides}, batch_size=size,
     )  # fmt: skip
-    run = fastedit.edit(loaded, edits, method, batch_size=size, mode=mode, pool=pool, **overrides)
+    run = fastedit.edit(loaded, edits, method, batch_size=size, mode=mode, pool=pool, artifact=artifact, **overrides)
     folder = run.save(out)
     for protocol in run.scores:
         for table in score_tables({method: run}, protocol):
             console.print(table)
     console.print(speed_table({method: run}))
     console.print(f"scores: {folder / 'scores.json'}\ndeltas: {folder / 'deltas.safetensors'}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Option(help="mend, odedit+mend, ke ...")],
+    model: Model = "pocket-llava",
+    data: Data = "pocket-vqa",
+    out: Annotated[Optional[Path], typer.Option(help="file for what is trained")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="most optimiser steps", min=1)] = None,  # noqa: UP045
+    limit: Limit = None,
+    resume: Annotated[bool, typer.Option(help="go on from where a run was broken off")] = True,
+    format: Format = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
+    dtype: Dtype = None,
+    quantize: Quantize = "none",
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+    trainer: TrainerSettings = None,
+) -> None:
+    """Train the part that a method needs before it can edit; saved to a file for edit --artifact."""
+    import fastedit
+    from fastedit.cli.train import train_method
+    from fastedit.data import EMBEDDED
+
+    use_threads(threads)
+    chosen, overrides = parse_settings(trainer), parse_settings(settings)
+    if steps is not None:
+        chosen["steps"] = steps
+    split = {"split": "train"} if data in EMBEDDED else {}
+    records = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing, **split)
+    given: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "device": device}
+    loaded = fastedit.load(model, **{k: v for k, v in given.items() if v is not None})
+    path = Path("runs") / f"{method.replace('+', '-')}.safetensors" if out is None else out
+    train_method(console, loaded, method, records, path, resume=resume, trainer=chosen, settings=overrides)
 
 
 @app.command()
@@ -245,6 +287,6 @@ def main() -> None:
     """Entry point: a refused input is one message on standard error and exit status 2, not a stack of frames."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
         Console(stderr=True).print(f"fastedit: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)

@@ -47,8 +47,9 @@ class Method(Protocol):
 #: * ``finish(model, config, shared, requests, deltas) -> list[EditDelta]``: what is added to fitted deltas.
 #: * ``combine(config, committed, new) -> list[EditDelta]``: how a sequence takes up one more edit.
 #: * ``task(model, config, objective, records, trainer) -> Task``: how its trained parts are trained.
+#: * ``trainer(config) -> TrainerConfig``: settings of that training, where the usual ones do not suit.
 #: * ``artifact(config, name) -> str | None``: the kind of trained parts that it needs, if any; ``name`` is as spelled.
-HOOKS = ("objective", "setup", "start", "write", "finish", "combine", "task", "artifact")
+HOOKS = ("objective", "setup", "start", "write", "finish", "combine", "task", "trainer", "artifact")
 
 
 def hook(method: type[Method], name: str) -> Callable[..., Any] | None:

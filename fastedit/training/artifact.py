@@ -79,7 +79,8 @@ def load_artifact(path: str | Path, model: EditableModel | None = None, *, kind:
 
     Args:
         path: of a file that ``save_artifact`` or ``fastedit.train`` wrote.
-        model: the model it must have been trained on; None leaves that unchecked.
+        model: the model it must have been trained on; deltas on it that need the artifact to act find it from then on.
+            None leaves that unchecked.
         kind: the method it must be for; None takes any.
     Raises:
         FileNotFoundError: no such file.
@@ -97,6 +98,8 @@ def load_artifact(path: str | Path, model: EditableModel | None = None, *, kind:
             f"has id={stored[:12]})"
         )
     require_artifact(artifact, kind or artifact.kind, model)
+    if model is not None:
+        model.artifacts[artifact.id] = artifact
     return artifact
 
 

@@ -16,6 +16,9 @@ from fastedit.training import Artifact, load_artifact, require_artifact, save_ar
 class FakeModel:
     fingerprint = "f" * 64
 
+    def __init__(self) -> None:
+        self.artifacts: dict[str, Artifact] = {}
+
 
 def artifact(**changes: Any) -> Artifact:
     values: dict[str, Any] = {
@@ -31,8 +34,10 @@ def artifact(**changes: Any) -> Artifact:
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     made = artifact()
     path = save_artifact(made, tmp_path / "new" / "mend.safetensors")
-    read = load_artifact(path, FakeModel(), kind="mend")  # type: ignore[arg-type]
+    model = FakeModel()
+    read = load_artifact(path, model, kind="mend")  # type: ignore[arg-type]
     assert read.id == made.id
+    assert model.artifacts == {made.id: read}
     assert (read.kind, read.config, read.metrics) == (made.kind, made.config, made.metrics)
     assert read.config["names"] == ["up", "down"]
     for name, tensor in made.tensors.items():
@@ -69,8 +74,10 @@ def test_tensors_are_copies() -> None:
 
 def test_refused_on_another_model_or_for_another_method(tmp_path: Path) -> None:
     path = save_artifact(artifact(model_fingerprint="0" * 64), tmp_path / "a.safetensors")
+    model = FakeModel()
     with pytest.raises(ValueError, match=r"mend: the artifact was trained on the model in use.*got model='0000"):
-        load_artifact(path, FakeModel())  # type: ignore[arg-type]
+        load_artifact(path, model)  # type: ignore[arg-type]
+    assert model.artifacts == {}
     with pytest.raises(ValueError, match=r"ke: the artifact is of this kind.*got kind='mend'"):
         load_artifact(path, kind="ke")
     assert load_artifact(path).kind == "mend"

@@ -1,0 +1,116 @@
+"""``train``: the trained part of a method, made once for a model and used for any number of edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastedit.backbone import EditableModel
+from fastedit.methods import METHODS, EditPlan, resolve
+from fastedit.methods.base import hook
+from fastedit.ops import keep_freed_memory
+from fastedit.requests import EditRequest
+from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
+
+
+def train(
+    model: EditableModel,
+    method: str,
+    records: Sequence[EditRequest],
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    show_progress: bool | None = None,
+    trainer: TrainerConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Artifact:
+    """Train the part that a method needs before it can edit, on a frozen model.
+
+    Args:
+        model: from ``fastedit.load``; nothing of it is written.
+        method: as it will be spelled in ``fastedit.edit``: "mend", "odedit+mend" ...
+        records: to learn from, none of those that will be edited.
+        out: file for the artifact. Beside it lies a checkpoint while training goes on; a run that was broken off goes
+            on from it, and one that has ended with the same settings and records is read back instead.
+        resume: False begins anew whatever lies there.
+        show_progress: None shows a progress line with the time left on a terminal.
+        trainer: settings of training, over the method's own (steps, batch_size, lr, seed ...).
+        overrides: fields of the method's and the objective's config.
+    Returns:
+        Artifact, for ``fastedit.edit(..., artifact=...)``.
+    Raises:
+        ValueError: a method without trained parts, a setting that does not exist, or records that do not suffice;
+            before any work starts.
+        FloatingPointError: training broke down; the last good state is kept beside ``out``.
+    """
+    if not records:
+        raise ValueError("train: at least one record (got records=[])")
+    plan = resolve(method, overrides)
+    kind = trained_kind(plan)
+    settings = trainer_settings(plan, trainer)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
+    make = hook(plan.method, "task")
+    assert make is not None
+    task: Task = make(model, plan.config, objective, list(records), settings)
+    path = None if out is None else Path(out)
+    done = _done(path, model, kind, task, settings) if path is not None and resume else None
+    if done is not None:
+        return done
+    state = None if path is None else path.with_name(path.name + ".training")
+    made = train_task(task, settings, checkpoint=state, resume=resume, show_progress=show_progress)
+    metrics = {**made.metrics, "task": getattr(task, "fingerprint", ""), "trainer": asdict(settings)}
+    artifact = replace(made, kind=kind, metrics=metrics)
+    if path is not None and state is not None:
+        save_artifact(artifact, path)
+        state.unlink(missing_ok=True)
+    return artifact
+
+
+def trained_kind(plan: EditPlan) -> str:
+    """The kind of the trained part of a method.
+
+    Raises:
+        ValueError: it has none; names those that have.
+    """
+    needs = hook(plan.method, "artifact")
+    kind = None if needs is None else needs(plan.config, plan.name)
+    if kind is None or hook(plan.method, "task") is None:
+        known = [name for name, one in METHODS.items() if hook(one, "task") is not None]
+        raise ValueError(f"train: a method with trained parts, of {', '.join(known) or 'none'} (got {plan.name!r})")
+    return str(kind)
+
+
+def trainer_settings(plan: EditPlan, given: TrainerConfig | Mapping[str, Any] | None) -> TrainerConfig:
+    """Settings of training: those given over the method's own.
+
+    Raises:
+        ValueError: a setting that does not exist, or a value out of its range.
+    """
+    if isinstance(given, TrainerConfig):
+        return given
+    own = hook(plan.method, "trainer")
+    base: TrainerConfig = TrainerConfig() if own is None else own(plan.config)
+    known = {field.name for field in fields(TrainerConfig)}
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise ValueError(f"train: trainer is one of {', '.join(sorted(known))} (got {name}={value!r})")
+    return replace(base, **(given or {}))
+
+
+def _done(path: Path, model: EditableModel, kind: str, task: Task, settings: TrainerConfig) -> Artifact | None:
+    """What an earlier run with the same settings and records left there."""
+    fingerprint = getattr(task, "fingerprint", "")
+    if not fingerprint or not path.is_file():
+        return None
+    try:
+        found = load_artifact(path, model, kind=kind)
+    except ValueError:
+        # Of another model or method, or broken: it will be replaced
+        return None
+    plain = replace(found, metrics={"trainer": asdict(settings)}).metrics["trainer"]
+    same = found.metrics.get("task") == fingerprint and found.metrics.get("trainer") == plain
+    return found if same else None

@@ -1,0 +1,242 @@
+"""Networks that turn the gradient of an edit into a low-rank change: what MEND and KE share.
+
+A target linear map with input x_t (d_in) and output gradient g_t (d_out) at token t has the weight gradient
+``Σ_t g_t x_tᵀ`` (MEND, arXiv 2110.11309, section 3.2). Nothing here ever forms it: gradients stay lists of pairs, and
+changes are ``up (d_out, r) @ down (r, d_in)`` factors with a rank of about the number of tokens. Weights are not read
+either, so a quantized base serves as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone.packed import token_rows
+from fastedit.backbone.walk import packed_tail
+from fastedit.deltas import DeltaSpec, Rows
+from fastedit.deltas.rows import TokenSpans
+from fastedit.methods.base import Written
+from fastedit.objectives import Role
+from fastedit.ops import low_rank, risk
+from fastedit.prepared import EditRows
+from fastedit.requests import EditRequest
+from fastedit.training import Artifact
+
+#: (B, d_in, r) and (B, r, d_out) of one site: the change is ``x @ down @ up``.
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Inputs and output gradients of the target linear maps for B edits, N being the most tokens of an edit.
+
+    Tokens whose input or gradient is zero are left out (they change no weight); what is filled up is zero.
+
+    Args:
+        x: by site, (B, N, d_in) float32. grad: by site, (B, N, d_out) float32. N may differ by site.
+        mask: by site, (B, N) bool, where there is a token.
+        nll: (B,) float32, of the targets before the edit.
+    """
+
+    x: tuple[Tensor, ...]
+    grad: tuple[Tensor, ...]
+    mask: tuple[Tensor, ...]
+    nll: Tensor
+
+
+class HyperNetwork(Protocol):
+    """A module from gradients to factors; parameters and buffers are what an artifact keeps."""
+
+    def __call__(self, gradients: Gradients, requests: Sequence[EditRequest]) -> list[Factors]:
+        """Factors of the change, by site; differentiable in the network's parameters."""
+
+
+def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[EditRows]) -> Gradients:
+    """Gradients of the mean target NLL of every edit at the outputs of the target maps, on the model as it acts now.
+
+    Args:
+        model: frozen; deltas that are installed are part of it.
+        sites: target linear maps, none before the point that the rows are at.
+        rows: of B edits; only their edit view is used.
+    """
+    views = [_edit_view(each) for each in rows]
+    state = PackedState.cat([view for view, _ in views])
+    labels = torch.cat([own for _, own in views])
+    edit = token_rows([len(own) for _, own in views], labels.device)
+    seen: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            # Weights are frozen: the gradient of an output is that of a zero added to it
+            zero = torch.zeros_like(output, requires_grad=True)
+            assert model.running is not None
+            seen[index] = (x, zero, model.running.layouts[x.shape[0]].counts)
+            return output + zero
+
+        return hook
+
+    handles = [model.module(site).register_forward_hook(keep(index)) for index, site in enumerate(sites)]
+    try:
+        with torch.enable_grad():
+            logits = model.head(packed_tail(model, state))
+            nll, _ = risk(logits, labels, edit, len(rows), kind="ce")
+            zeros = [seen[index][1] for index in range(len(sites))]
+            # Edits share no token, so the gradient of the sum is each edit's own
+            found = torch.autograd.grad(nll.sum(), zeros)
+    finally:
+        for handle in handles:
+            handle.remove()
+    padded = [
+        _without_zeros(seen[index][0], grad.reshape(-1, grad.shape[-1]), seen[index][2])
+        for index, grad in enumerate(found)
+    ]
+    x, grad, mask = zip(*padded, strict=True)
+    return Gradients(x, grad, mask, nll.detach().float())
+
+
+def _edit_view(rows: EditRows) -> tuple[PackedState, Tensor]:
+    """The row of the edit itself, with its labels."""
+    roles = rows.row_roles or (int(Role.EDIT),) * len(rows.state)
+    number = roles.index(int(Role.EDIT))
+    return rows.state.of_row(number), rows.labels[rows.role == int(Role.EDIT)]
+
+
+def _without_zeros(x: Tensor, grad: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed tokens (T, d) by row, without those that are zero: (B, N, d_in), (B, N, d_out), (B, N) bool."""
+    kept = (x != 0).any(1) & (grad != 0).any(1)
+    row = token_rows(counts, x.device)[kept]
+    number = torch.bincount(row, minlength=len(counts))
+    width = max(1, int(number.max()))
+    place = torch.arange(len(row), device=x.device) - (number.cumsum(0) - number)[row]
+    filled = []
+    for values in (x, grad):
+        out = torch.zeros(len(counts), width, values.shape[1], device=x.device)
+        out[row, place] = values[kept].float()
+        filled.append(out)
+    mask = torch.zeros(len(counts), width, dtype=torch.bool, device=x.device)
+    mask[row, place] = True
+    return filled[0], filled[1], mask
+
+
+class Acting:
+    """Factors as a delta that ``installed`` can let act, with gradients through them (a ``StackedDelta``).
+
+    Args:
+        spec: sites and positions.
+        factors: by site, of B edits.
+    """
+
+    def __init__(self, spec: DeltaSpec, factors: Sequence[Factors]) -> None:
+        self.spec, self.factors = spec, factors
+        self.size = int(factors[0][0].shape[0])
+        self.fixed: dict[str, Tensor] = {}
+        self.texts: list[Mapping[str, str]] = [{}] * self.size
+        self.row_roles: tuple[int, ...] = ()
+
+    def bind(self, model: EditableModel) -> None:
+        """Nothing is needed of the model."""
+
+    def reader(self, site: int) -> str | None:
+        """The site's own input."""
+        return None
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor) -> Tensor:
+        """Change (tokens, d_out) for tokens sorted by edit."""
+        down, up = self.factors[site]
+        offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        return low_rank(x if narrow else x.to(down.dtype), down, up, offsets)
+
+
+def sketch(factors: Sequence[Factors], width: int = 16, seed: int = 0) -> Tensor:
+    """A differentiable summary (B, P) of changes, of one length whatever their ranks.
+
+    Each site's change W is seen through fixed random matrices, ``R W S`` (width, width) with entries of variance
+    1/width, so that its expected squared norm is that of W: what an objective reads that is a function of the delta.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for down, up in factors:
+        left = torch.randn(down.shape[1], width, generator=generator).to(down) / width**0.5
+        right = torch.randn(up.shape[2], width, generator=generator).to(up) / width**0.5
+        parts.append(((left.T @ down) @ (up @ right)).flatten(1))
+    return torch.cat(parts, 1)
+
+
+def written(spec: DeltaSpec, factors: Sequence[Factors]) -> list[Written]:
+    """Factors of B edits as the parts of low-rank deltas, each as wide as its edit needs."""
+    made = []
+    for edit in range(factors[0][0].shape[0]):
+        # Tokens that were filled up have zero factors; they come last
+        used = [(up[edit] != 0).any(1) & (down[edit] != 0).any(0) for down, up in factors]
+        rank = max([1, *(int(each.nonzero().max()) + 1 for each in used if bool(each.any()))])
+        tensors = {}
+        for site, (down, up) in zip(spec.sites, factors, strict=True):
+            # A site with fewer tokens than another is filled up to one rank
+            missing = max(0, rank - down.shape[2])
+            name = f"{site.layer}.{site.name}"
+            tensors[f"{name}:down"] = nn.functional.pad(down[edit].detach(), (0, missing))[:, :rank]
+            tensors[f"{name}:up"] = nn.functional.pad(up[edit].detach(), (0, 0, 0, missing))[:rank]
+        made.append(Written(tensors, options={"rank": rank, "scale": 1.0}))
+    return made
+
+
+class Scale(nn.Module):
+    """Mean and deviation by dimension of one site's inputs or gradients, over the tokens of many edits.
+
+    MEND, section 3.2, divides by running estimates while it trains. The base is frozen and so are these statistics:
+    they are taken once before training, and no step sees unfinished ones.
+
+    Args:
+        width: d.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def measure(self, tokens: Tensor, *, centre: bool) -> None:
+        """Take the statistics of (T, d), T at least 2; a dimension that never moves is left as it is.
+
+        Without ``centre`` the mean stays 0, and the deviation is that from 0.
+        """
+        if tokens.shape[0] < 2:
+            raise ValueError(f"hypernet: statistics need at least 2 tokens (got {tokens.shape[0]})")
+        exact = tokens.double()
+        mean = exact.mean(0) if centre else torch.zeros_like(exact[0])
+        deviation = (exact - mean).square().mean(0).sqrt().float()
+        self.mean.copy_(mean.float())
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., d) in units of the deviation, around the mean."""
+        return (tokens - self.mean) / self.deviation
+
+
+def restore(network: nn.Module, artifact: Artifact, owner: str) -> None:
+    """Write an artifact's tensors into a network.
+
+    Raises:
+        ValueError: its settings were others: names the first tensor that differs.
+    """
+    own = network.state_dict()
+    for name in itertools.chain(own, artifact.tensors):
+        here, there = own.get(name), artifact.tensors.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (there, here)]
+            raise ValueError(
+                f"{owner}: the artifact has the shape of these settings; pass those it was trained with, or train "
+                f"again (got {name}={shapes[0]}, now {shapes[1]}; trained with {dict(artifact.config)})"
+            )
+    network.load_state_dict(dict(artifact.tensors))

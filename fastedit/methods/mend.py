@@ -1,0 +1,217 @@
+"""MEND: a trained network that turns the gradient of an edit into a low-rank change (arXiv 2110.11309)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.backbone import EditableModel, Site
+from fastedit.deltas import DeltaSpec
+from fastedit.methods.base import Accumulation, Resources, Written, check_positions, last_layers, positions_option
+from fastedit.methods.hypernets import Factors, Gradients, Scale, edit_gradients, restore, written
+from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
+from fastedit.objectives import Objective
+from fastedit.prepared import EditRows
+from fastedit.requests import EditRequest
+from fastedit.solver import SolverConfig
+from fastedit.training import TrainerConfig, require_artifact
+
+
+@dataclass(frozen=True)
+class MENDConfig:
+    """Settings of ``mend``; those of the network must be the ones that it was trained with.
+
+    Args:
+        layers: an int n for the last n decoder layers, or layer numbers.
+        names: linear modules of a layer whose gradients are edited.
+        rank: of a block's two factors; None is a quarter of d_in + d_out, at most 1920 (the paper's).
+        blocks: residual blocks of a network.
+        centre: subtract the mean of inputs and gradients before the network. Off: a constant taken from an input acts
+            on every other input alike.
+        edit_lr: first value of the learned step size of every matrix.
+        edit_lr_factor: on the trainer's rate, for the logarithms of the step sizes.
+        positions: "all", or "after_image": the change acts on the tokens behind the image only.
+        edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``.
+        locality_views: kinds of image locality views of a record and training step.
+        valid_records: of those given for training, kept for validation.
+        row_cache_mib: memory for rows that are walked once for all steps of training.
+        seed: of the network's first values.
+    """
+
+    layers: int | tuple[int, ...] = 3
+    names: tuple[str, ...] = ("up", "down")
+    rank: int | None = None
+    blocks: int = 2
+    centre: bool = False
+    edit_lr: float = 1e-3
+    edit_lr_factor: float = 10.0
+    positions: str = "all"
+    edit_weight: float = 0.1
+    text_weight: float = 0.1
+    image_weight: float = 0.1
+    locality_weight: float = 1.0
+    locality_views: int = 2
+    valid_records: int = 64
+    row_cache_mib: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positions("mend", self.positions)
+        for name in ("rank", "blocks", "valid_records"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"mend: {name} is at least 1 (got {name}={value!r})")
+        if not self.edit_lr > 0:
+            raise ValueError(f"mend: edit_lr is positive (got edit_lr={self.edit_lr!r})")
+
+
+class MendNetwork(nn.Module):
+    """One network per distinct shape, shared by the sites that have it, which are told apart by scales and shifts.
+
+    Section 3.2: input and output gradient of a token, normalised, pass residual blocks ``h + relu(s·(U V h + b) + o)``
+    that are the identity at first (U, b and o are zero), with s and o of the site; the change of a weight is *minus*
+    the learned step size times the sum of the outer products of what comes out. So at first it is plain gradient
+    descent on normalised factors.
+
+    Args:
+        sites: target linear maps.
+        config: sizes and first values.
+    """
+
+    def __init__(self, sites: Sequence[Site], config: MENDConfig) -> None:
+        super().__init__()
+        self.sites, self.centre = tuple(sites), config.centre
+        generator = torch.Generator().manual_seed(config.seed)
+        members: dict[str, list[int]] = {}
+        for index, site in enumerate(sites):
+            members.setdefault(f"{site.d_in}x{site.d_out}", []).append(index)
+        self._place = {index: (shape, n) for shape, own in members.items() for n, index in enumerate(own)}
+        self.nets = nn.ModuleDict()
+        for shape, own in members.items():
+            width = sites[own[0]].d_in + sites[own[0]].d_out
+            rank = min(1920, max(1, width // 4)) if config.rank is None else config.rank
+            self.nets[shape] = nn.ModuleList(_Block(width, rank, len(own), generator) for _ in range(config.blocks))
+        self.x_scale = nn.ModuleList(Scale(site.d_in) for site in sites)
+        self.grad_scale = nn.ModuleList(Scale(site.d_out) for site in sites)
+        self.log_lr = nn.Parameter(torch.full((len(sites),), math.log(config.edit_lr)))
+
+    def measure(self, gradients: Sequence[Gradients]) -> None:
+        """Take the statistics of many edits."""
+        for index in range(len(self.sites)):
+            for scales, parts in (
+                (self.x_scale, [g.x for g in gradients]),
+                (self.grad_scale, [g.grad for g in gradients]),
+            ):
+                tokens = [part[index][own.mask[index]] for part, own in zip(parts, gradients, strict=True)]
+                scale = scales[index]
+                assert isinstance(scale, Scale)
+                scale.measure(torch.cat(tokens), centre=self.centre)
+
+    def forward(self, gradients: Gradients, _requests: Sequence[EditRequest]) -> list[Factors]:
+        """Factors (B, d_in, N), (B, N, d_out) by site."""
+        made = []
+        for index, site in enumerate(self.sites):
+            mask = gradients.mask[index][..., None]
+            both = [self.x_scale[index](gradients.x[index]), self.grad_scale[index](gradients.grad[index])]
+            hidden = torch.cat(both, -1)
+            shape, number = self._place[index]
+            for block in self.nets[shape]:  # type: ignore[attr-defined]
+                hidden = block(hidden, number)
+            x, grad = torch.split(hidden * mask, [site.d_in, site.d_out], -1)
+            made.append((x.transpose(1, 2), -self.log_lr[index].exp() * grad))
+        return made
+
+
+class _Block(nn.Module):
+    """A residual low-rank block with a scale and a shift for every site."""
+
+    def __init__(self, width: int, rank: int, n_sites: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # Of variance 1/width, not 1 as in the paper's code: the hidden code is then of the size of the input
+        self.v = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
+        self.u = nn.Parameter(torch.zeros(width, rank))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(n_sites, width))
+        self.shift = nn.Parameter(torch.zeros(n_sites, width))
+
+    def forward(self, hidden: Tensor, site: int) -> Tensor:
+        """(..., width) of site number ``site`` among those of this shape."""
+        inner = nn.functional.linear(nn.functional.linear(hidden, self.v), self.u, self.bias)
+        # Not relu, whose gradient at 0 is 0: all of it starts there
+        return hidden + (self.scale[site] * inner + self.shift[site]).clamp(min=0)
+
+
+class MEND:
+    """A low-rank delta made by a trained network, always on."""
+
+    Config: ClassVar[type] = MENDConfig
+    sequence: ClassVar[Accumulation] = "accumulate"
+
+    @staticmethod
+    def spec(model: EditableModel, config: MENDConfig) -> DeltaSpec:
+        """Low-rank factors beside the chosen modules, with as many ranks as an edit has tokens."""
+        sites = model.sites(last_layers(config.layers, model.n_layers, "mend"), config.names)
+        return DeltaSpec("low_rank", tuple(sites), {"rank": 1, "scale": 1.0, **positions_option(config.positions)})
+
+    @staticmethod
+    def solver(model: EditableModel, config: MENDConfig) -> SolverConfig:
+        """Nothing is fitted."""
+        return SolverConfig(steps=0)
+
+    @staticmethod
+    def artifact(config: MENDConfig, name: str) -> str:
+        """A trained network, of the method as spelled."""
+        return name
+
+    @staticmethod
+    def setup(model: EditableModel, config: MENDConfig, resources: Resources) -> MendNetwork:
+        """The trained network on the model's device."""
+        kind = f"{resources.prefix}+mend" if resources.prefix else "mend"
+        network = MendNetwork(MEND.spec(model, config).sites, config)
+        restore(network, require_artifact(resources.artifact, kind, model), "mend")
+        return network.to(model.device).eval().requires_grad_(False)
+
+    @staticmethod
+    def write(
+        model: EditableModel,
+        config: MENDConfig,
+        shared: MendNetwork,
+        requests: Sequence[EditRequest],
+        rows: Sequence[EditRows],
+    ) -> list[Written]:
+        """One pass of the edits' gradients through the network."""
+        spec = MEND.spec(model, config)
+        gradients = edit_gradients(model, spec.sites, rows)
+        with torch.no_grad():
+            return written(spec, shared(gradients, requests))
+
+    @staticmethod
+    def task(
+        model: EditableModel,
+        config: MENDConfig,
+        objective: Objective | None,
+        records: Sequence[EditRequest],
+        trainer: TrainerConfig,
+    ) -> MetaTask:
+        """Meta-training; without an objective under the paper's own loss."""
+        spec = MEND.spec(model, config)
+        weights = MetaWeights(config.edit_weight, config.text_weight, config.image_weight, config.locality_weight)
+        return MetaTask(
+            "mend",
+            model,
+            spec,
+            MendNetwork(spec.sites, config).to(model.device),
+            MetaObjective(weights) if objective is None else objective,
+            records,
+            trainer,
+            factors={"log_lr": config.edit_lr_factor},
+            locality=config.locality_views,
+            held=config.valid_records,
+            room=config.row_cache_mib << 20,
+            config=asdict(config),
+        )
