@@ -1,0 +1,202 @@
+"""Every method, and ODEdit on each, on the embedded models: scores, paired differences, seconds, memory.
+
+    python benchmarks/quality.py --edits 100                       a first look, some minutes
+    python benchmarks/quality.py --only single/pocket-llava        cases whose name contains this
+    python benchmarks/quality.py --edits 1000 --jobs 2 --record    all of it: hours; goes on where it was broken off
+    python benchmarks/quality.py --report                          tables and pictures of what is there
+
+Cases run apart from this process, some at a time, and each leaves one JSON file; what is there is not run again. Both
+protocols are scored, means come with 95 % bootstrap intervals, and x is compared with odedit+x on the same edits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+if __name__ == "__main__":
+    import _package  # noqa: F401
+
+from benchmarks import record
+from benchmarks.quality_cases import METHODS, UNFITTED, Case, ablations, cross_task, sequential, single
+from benchmarks.quality_run import World, run_case
+from benchmarks.quality_tables import load_outcomes, markdown, rows_of
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ("single", "sequential", "cross-task", "ablation")
+
+
+def cases_of(tables: Sequence[str], edits: int, ablated: int) -> list[Case]:
+    """The cases of some tables.
+
+    Raises:
+        ValueError: a table that does not exist.
+    """
+    unknown = [table for table in tables if table not in TABLES]
+    if unknown:
+        raise ValueError(f"quality: tables are {', '.join(TABLES)} (got {', '.join(unknown)})")
+    in_sequence = [m for base in METHODS if base not in UNFITTED for m in (base, f"odedit+{base}")]
+    found: list[Case] = []
+    for table in tables:
+        if table == "single":
+            found += single(edits)
+        elif table == "sequential":
+            found += sequential(edits, in_sequence)
+        elif table == "cross-task":
+            found += cross_task(ablated, in_sequence)
+        else:
+            found += ablations(ablated)
+    return found
+
+
+def file_of(case: Case, out: Path) -> Path:
+    """Where the outcome of a case is kept."""
+    return out / "cases" / f"{record_name(case.name)}-{case.edits}.json"
+
+
+def record_name(name: str) -> str:
+    """A case's name as a file name."""
+    return name.replace("/", "--").replace(" ", "_").replace(",", "")
+
+
+def run_all(cases: Sequence[Case], out: Path, *, jobs: int, threads: int, console: Console) -> list[str]:
+    """Run what is not there yet, some at a time; the names of those that failed."""
+    waiting = [case for case in cases if not file_of(case, out).exists()]
+    console.print(f"{len(cases)} cases, {len(cases) - len(waiting)} of them are there")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    failed: list[str] = []
+
+    def some(group: Sequence[Case]) -> None:
+        texts = json.dumps([asdict(case) for case in group])
+        command = [sys.executable, str(Path(__file__).resolve()), "--these", texts, "--out", str(out)]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                console.print(line.rstrip(), markup=False, highlight=False)
+            errors = running.stderr.read() if running.stderr is not None else ""
+        missing = [case.name for case in group if not file_of(case, out).exists()]
+        if missing:
+            failed.extend(missing)
+            told = f"failed: {', '.join(missing)}\n{errors[-3000:]}"
+            console.print(told, style="red", markup=False, highlight=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(some, groups_of(waiting, jobs)))
+    return failed
+
+
+def groups_of(cases: Sequence[Case], jobs: int) -> list[list[Case]]:
+    """Cases of one model and set, a few at a time: they share what is rendered, and what the unedited model answers."""
+    found: dict[tuple[str, str, int], list[Case]] = {}
+    for case in cases:
+        found.setdefault((case.model, case.data, case.edits), []).append(case)
+    size = max(2, min(8, -(-len(cases) // jobs)))
+    return [group[start : start + size] for group in found.values() for start in range(0, len(group), size)]
+
+
+def run_these(text: str, out: Path) -> None:
+    """Run cases that are given as JSON; the file of each is there whole or not at all."""
+    world = World()
+    for data in json.loads(text):
+        data["score_at"] = tuple(data["score_at"])
+        data["settings"] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
+        case = Case(**data)
+        path = file_of(case, out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        try:
+            outcome = run_case(case, world, out / "artifacts")
+        except Exception:
+            # The others may run all the same; whoever started this sees what is missing
+            traceback.print_exc()
+            continue
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(outcome), encoding="utf-8")
+        partial.replace(path)
+        print(f"{case.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def report(out: Path, console: Console, *, document: Path | None, store: bool, pictures: Path) -> None:
+    """Tables, pictures and rows of every outcome that is there."""
+    from benchmarks.quality_figures import draw
+
+    outcomes = load_outcomes(out / "cases")
+    if not outcomes:
+        console.print(f"no outcomes below {out}", markup=False)
+        return
+    drawn = draw(outcomes, pictures, out / "artifacts")
+    target = document or out / "results.md"
+    text = markdown(outcomes, {name: os.path.relpath(path, target.parent) for name, path in drawn.items()})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    console.print(f"tables: {target}\npictures: {', '.join(str(path) for path in drawn.values())}", markup=False)
+    rows = rows_of(outcomes)
+    path = out / "rows.jsonl"
+    if store:
+        path = record.RESULTS / "quality" / f"{record.device_name(record.machine())}.jsonl"
+    console.print(f"rows: {write_rows(rows, path)}", markup=False)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Write one line a case; a case that stands in the file already is replaced."""
+    known = {}
+    if path.exists():
+        known = {row["case"]["name"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    known |= {row["case"]["name"]: row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in known.values()), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def main(
+    edits: Annotated[int, typer.Option(help="of every case of the tables single and sequential", min=1)] = 1000,
+    ablated: Annotated[int, typer.Option(help="edits of every ablation and cross-task sequence", min=1)] = 200,
+    tables: Annotated[str, typer.Option(help=", ".join(TABLES))] = ",".join(TABLES),
+    only: Annotated[str, typer.Option(help="cases whose name contains this; several by commas")] = "",
+    out: Annotated[Path, typer.Option(help="folder for outcomes, trained parts and tables")] = Path("runs/quality"),
+    jobs: Annotated[int, typer.Option(help="cases at a time", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of a case", min=1)] = 1,
+    only_report: Annotated[bool, typer.Option("--report", help="run nothing")] = False,
+    document: Annotated[Path | None, typer.Option(help="write the tables here, pictures beside")] = None,
+    store: Annotated[bool, typer.Option("--record", help="append the rows to benchmarks/results/")] = False,
+    these: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Score methods on the embedded models."""
+    if these:
+        run_these(these, out)
+        return
+    console = Console()
+    failed: list[str] = []
+    if not only_report:
+        try:
+            cases = cases_of([table for table in tables.split(",") if table], edits, ablated)
+        except ValueError as error:
+            console.print(str(error), style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+        wanted = [part for part in only.split(",") if part]
+        cases = [case for case in cases if not wanted or any(part in case.name for part in wanted)]
+        failed = run_all(cases, out, jobs=jobs, threads=threads, console=console)
+    pictures = out / "pictures" if document is None else document.parent / "pictures"
+    report(out, console, document=document, store=store, pictures=pictures)
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
