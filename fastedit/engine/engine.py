@@ -14,6 +14,7 @@ from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import StoredDeltas, split_point
 from fastedit.engine import provenance
+from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.flops import COUNTED, Peak, nfu
 from fastedit.engine.memory import peak_memory_mib
 from fastedit.engine.modes import Checkpoints, run_sequential, run_single
@@ -23,15 +24,16 @@ from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.utilisation import necessary_flops
 from fastedit.engine.work import Work
 from fastedit.evaluation import PROTOCOLS, summarise
-from fastedit.methods import EditPlan, resolve
+from fastedit.methods import resolve
 from fastedit.methods.base import Resources, hook
 from fastedit.ops import keep_freed_memory
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome
-from fastedit.training import Artifact, load_artifact, require_artifact
+from fastedit.training import Artifact
 from fastedit.views import ViewSource
 
 MODES = ("single", "sequential")
+CONFLICTS = ("error", "last")
 
 
 def edit(
@@ -51,6 +53,7 @@ def edit(
     peak: Peak | None = None,
     score_at: Sequence[int] = (),
     artifact: Artifact | str | Path | None = None,
+    conflicts: str = "error",
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -75,6 +78,8 @@ def edit(
             thousands of edits would fill; a new or empty folder.
         score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
         artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
+        conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
+            edits, and each is scored by what it asked for.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
@@ -88,8 +93,12 @@ def edit(
         raise ValueError(f"edit: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
     if mode not in MODES:
         raise ValueError(f"edit: mode is one of {list(MODES)} (got mode={mode!r})")
+    if conflicts not in CONFLICTS:
+        raise ValueError(f"edit: conflicts is one of {list(CONFLICTS)} (got conflicts={conflicts!r})")
     plan = resolve(method, overrides)
     check_sequence(plan, mode, score_at, len(edits))
+    if mode == "sequential" and conflicts == "error":
+        check_conflicts(edits)
     trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
@@ -126,39 +135,6 @@ def edit(
     scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
     scores = summarise(scored, seed=seed) if evaluate else {}
     return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes, checkpoints, trained)
-
-
-def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: int) -> None:
-    """Refuse a sequence that the method cannot make, or scores at gaps that there are not.
-
-    Raises:
-        ValueError: see there.
-    """
-    if mode == "sequential" and plan.method.sequence == "none":
-        raise ValueError(f"edit: {plan.name} edits one question at a time and keeps no sequence (got mode={mode!r})")
-    if score_at and mode != "sequential":
-        raise ValueError(f"edit: score_at belongs to mode='sequential' (got mode={mode!r}, score_at={score_at!r})")
-    for count in score_at:
-        if not 1 <= count <= edits:
-            raise ValueError(f"edit: score_at names numbers of edits, 1 to {edits} (got score_at={list(score_at)})")
-
-
-def trained_parts(model: EditableModel, plan: EditPlan, artifact: Artifact | str | Path | None) -> Artifact | None:
-    """The trained parts that a method needs, put at the model's disposal.
-
-    Raises:
-        ValueError: it needs some and none were given, or those given are of another kind or model, or it needs none.
-    """
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, plan.name)
-    if kind is None:
-        if artifact is not None:
-            raise ValueError(f"edit: {plan.name} has no trained parts (got artifact={artifact!r:.80})")
-        return None
-    given = load_artifact(artifact, model, kind=kind) if isinstance(artifact, (str, Path)) else artifact
-    made = require_artifact(given, kind, model)
-    model.artifacts[made.id] = made
-    return made
 
 
 def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:

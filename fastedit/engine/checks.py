@@ -1,0 +1,65 @@
+"""What makes a run impossible, said before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastedit.backbone import EditableModel
+from fastedit.data.images import image_key
+from fastedit.data.report import question_key, target_key
+from fastedit.methods import EditPlan
+from fastedit.methods.base import hook
+from fastedit.requests import EditRequest
+from fastedit.training import Artifact, load_artifact, require_artifact
+
+
+def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: int) -> None:
+    """Refuse a sequence that the method cannot make, or scores at gaps that there are not.
+
+    Raises:
+        ValueError: see there.
+    """
+    if mode == "sequential" and plan.method.sequence == "none":
+        raise ValueError(f"edit: {plan.name} edits one question at a time and keeps no sequence (got mode={mode!r})")
+    if score_at and mode != "sequential":
+        raise ValueError(f"edit: score_at belongs to mode='sequential' (got mode={mode!r}, score_at={score_at!r})")
+    for count in score_at:
+        if not 1 <= count <= edits:
+            raise ValueError(f"edit: score_at names numbers of edits, 1 to {edits} (got score_at={list(score_at)})")
+
+
+def check_conflicts(edits: Sequence[EditRequest]) -> None:
+    """Refuse a sequence in which one question about one image gets two answers.
+
+    Raises:
+        ValueError: names the first two edits that contradict each other.
+    """
+    answers: dict[tuple[str, str], tuple[int, EditRequest]] = {}
+    for number, edit in enumerate(edits):
+        key = ("" if edit.image is None else image_key(edit.image), question_key(edit.prompt))
+        first, other = answers.setdefault(key, (number, edit))
+        if target_key(other.target) != target_key(edit.target):
+            told = f"edits[{first}].target={other.target!r:.60} and edits[{number}].target={edit.target!r:.60}"
+            raise ValueError(
+                f"edit: in a sequence a question has one answer; conflicts='last' lets the later one stand (got {told} "
+                f"to prompt={edit.prompt!r:.60})"
+            )
+
+
+def trained_parts(model: EditableModel, plan: EditPlan, artifact: Artifact | str | Path | None) -> Artifact | None:
+    """The trained parts that a method needs, put at the model's disposal.
+
+    Raises:
+        ValueError: it needs some and none were given, or those given are of another kind or model, or it needs none.
+    """
+    needs = hook(plan.method, "artifact")
+    kind = None if needs is None else needs(plan.config, plan.name)
+    if kind is None:
+        if artifact is not None:
+            raise ValueError(f"edit: {plan.name} has no trained parts (got artifact={artifact!r:.80})")
+        return None
+    given = load_artifact(artifact, model, kind=kind) if isinstance(artifact, (str, Path)) else artifact
+    made = require_artifact(given, kind, model)
+    model.artifacts[made.id] = made
+    return made
