@@ -188,21 +188,21 @@ def neuron_losses(
         margin: of the memory loss. most: how many of the largest are taken.
     """
     entering = (tokens * keys.transpose(1, 2)).sum(-1) + bias
-    activation = _mean_of_largest(torch.exp(-entering) * on, on > 0, 5)
+    activation = _mean_of_largest(-entering, on > 0, 5)
     # (B, n, M)
     remembered = (memory.to(keys.dtype) @ keys).transpose(1, 2) + bias[:, :, None]
     counted = (on > 0)[:, :, None] & foreign[:, None, :]
     terms = [remembered - entering[:, :, None] + margin, remembered + margin]
-    memories = [_mean_of_largest(torch.exp(t.masked_fill(~counted, -1e9)), counted, most) for t in terms]
+    memories = [_mean_of_largest(term, counted, most) for term in terms]
     return activation, memories[0] + memories[1]
 
 
-def _mean_of_largest(values: Tensor, counted: Tensor, most: int) -> Tensor:
-    """Mean over an edit's largest values (B, ...), at most so many, of those that count and are else 0; (B,)."""
-    flat, counted = values.flatten(1), counted.flatten(1)
+def _mean_of_largest(exponents: Tensor, counted: Tensor, most: int) -> Tensor:
+    """Mean over an edit's largest exp(exponents) (B, ...), at most so many, of those that count; (B,), 0 without any."""
+    flat, counted = exponents.masked_fill(~counted, -torch.inf).flatten(1), counted.flatten(1)
     k = min(most, flat.shape[1])
-    found = counted.sum(1).clamp(1, k)
-    return flat.topk(k, dim=1).values.sum(1) / found
+    found = counted.sum(1).clamp(max=k).clamp(min=1)
+    return torch.exp(flat.topk(k, dim=1, sorted=False).values).sum(1) / found
 
 
 def acting_values(delta: EditDelta, place: str) -> Tensor:
