@@ -1,0 +1,149 @@
+"""Low-rank changes of a few layers that every edit chooses for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.ops import low_rank
+
+#: Options of the spec that are widths of fixed tensors: what a router keeps of an edit.
+MEMORY = ("entity", "relation", "image")
+
+
+class LocalizedDelta(FlatStack):
+    """k pairs of thin matrices per edit, each standing beside one of the sites: ``y += scale · (x @ down) @ up``.
+
+    The sites are those that an edit may choose from. Which it chose is a fixed tensor, so edits with different layers
+    share a stack, and an edit holds k pairs however many sites there are. Elsewhere it changes nothing, to the bit, and
+    gets no gradient. ``down`` starts random and ``up`` at zero (LoRA, arXiv 2106.09685), from the same ``down`` for
+    every edit; an edit that has chosen nothing changes nothing.
+
+    Options of the spec: ``slots`` (k), ``rank``, ``scale``, ``seed``; widths of what a router keeps, by ``MEMORY``.
+    Parts: ``down`` (B, k, d_in, r) and ``up`` (B, k, r, d_out).
+    Fixed: ``layers`` (B, k), the number of a pair's site in the spec, from 1; 0 is none. And those of ``MEMORY``.
+
+    Raises:
+        ValueError: sites of different shapes, or no slots.
+    """
+
+    def __init__(
+        self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
+    ) -> None:
+        slots, rank = int(spec.options["slots"]), int(spec.options["rank"])
+        widths = {(site.d_in, site.d_out) for site in spec.sites}
+        if len(widths) > 1:
+            raise ValueError(f"localized: sites to choose from have one shape (got {sorted(widths)})")
+        if not 1 <= slots <= len(spec.sites):
+            raise ValueError(f"localized: slots is 1 to {len(spec.sites)}, the number of sites (got slots={slots})")
+        ((d_in, self.d_out),) = widths
+        fixed: dict[str, tuple[int, ...]] = {"layers": (slots,)}
+        fixed |= {name: (int(spec.options[name]),) for name in MEMORY if name in spec.options}
+        super().__init__(
+            spec,
+            {"down": (slots, d_in, rank), "up": (slots, rank, self.d_out)},
+            size,
+            dtype=dtype,
+            device=device,
+            trainable=trainable,
+            fixed=fixed,
+        )
+        self.scale = float(spec.options.get("scale", 1.0))
+        generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
+        # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
+        draw = torch.rand(slots, d_in, rank, generator=generator, dtype=torch.float64) * 2 - 1
+        self._drawn = (draw / math.sqrt(d_in)).to(self.flat)
+        self.parts["down"].copy_(self._drawn)
+        self._chosen: list[list[tuple[int, int]]] | None = None
+
+    def initial(self, name: str) -> Tensor | float:
+        """The drawn first factors; zero for the second ones."""
+        return self._drawn if name == "down" else 0.0
+
+    def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
+        """Write parts or fixed tensors of one edit."""
+        super().set(edit, values)
+        self._chosen = None
+
+    def restart(self, edits: Sequence[int]) -> None:
+        """Give these rows the values of a fresh delta, which has chosen nothing."""
+        super().restart(edits)
+        self._chosen = None
+
+    def copy_from(self, deltas: Sequence[EditDelta]) -> None:
+        """Fill row b from ``deltas[b]``."""
+        super().copy_from(deltas)
+        self._chosen = None
+
+    def chosen(self, site: int) -> list[tuple[int, int]]:
+        """(edit, slot) of the pairs that stand beside a site, edits rising.
+
+        Raises:
+            ValueError: an edit chose a site twice, or one that there is not.
+        """
+        if self._chosen is None:
+            made: list[list[tuple[int, int]]] = [[] for _ in self.spec.sites]
+            for edit, numbers in enumerate(self.fixed["layers"].tolist()):
+                own = [int(number) for number in numbers if number]
+                if len(set(own)) < len(own) or any(not 1 <= number <= len(made) for number in own):
+                    raise ValueError(
+                        f"localized: layers are numbers of different sites, 1 to {len(made)} (got layers={own} "
+                        f"of edit {edit})"
+                    )
+                for slot, number in enumerate(numbers):
+                    if number:
+                        made[int(number) - 1].append((edit, slot))
+            self._chosen = made
+        return self._chosen[site]
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
+        """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
+        offsets = rows.token_offsets(x.shape[0], self.size)
+        busy = [(edit, slot) for edit, slot in self.chosen(site) if offsets[edit + 1] > offsets[edit]]
+        # Half-precision tokens are taken as they are; sums and factors are float32 all the same
+        narrow = x.dtype in (torch.bfloat16, torch.float16) and self.flat.dtype == torch.float32
+        x = x if narrow else x.to(self.flat.dtype)
+        if not busy:
+            return x.new_zeros(x.shape[0], self.d_out)
+        edits, slots = (torch.tensor(part, device=x.device) for part in zip(*busy, strict=True))
+        down, up = (self._pairs(name, edits, slots) for name in ("down", "up"))
+        sizes = [offsets[edit + 1] - offsets[edit] for edit, _ in busy]
+        own = torch.tensor([0, *sizes], device=x.device).cumsum(0)
+        if sum(sizes) == x.shape[0]:
+            return low_rank(x, down, up * self.scale, own)
+        tokens = torch.cat([torch.arange(offsets[edit], offsets[edit + 1]) for edit, _ in busy]).to(x.device)
+        changed = low_rank(x[tokens], down, up * self.scale, own)
+        return x.new_zeros(x.shape[0], self.d_out).index_copy(0, tokens, changed)
+
+    def _pairs(self, name: str, edits: Tensor, slots: Tensor) -> Tensor:
+        """Factors (n, ...) of n (edit, slot); their gradient lands in ``part_grads[name]``."""
+        if not (self.trainable and torch.is_grad_enabled()):
+            return self.parts[name][edits, slots]
+        taken: Tensor = _Taken.apply(self.anchor, self, name, edits, slots)  # type: ignore[no-untyped-call]
+        return taken
+
+
+class _Taken(torch.autograd.Function):
+    """Some pairs of a part; writes their gradient where it belongs and leaves that of the others alone."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, stack: LocalizedDelta, name: str, edits: Tensor, slots: Tensor) -> Tensor:
+        ctx.stack, ctx.name = stack, name
+        ctx.save_for_backward(edits, slots)
+        return stack.parts[name][edits, slots]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        edits, slots = ctx.saved_tensors
+        found = ctx.stack.part_grads[ctx.name]
+        if ctx.stack.first_gradient(ctx.name):
+            found.zero_()
+        # A pair stands beside one site, which is walked once
+        found[edits, slots] += grad
+        return None, None, None, None, None
