@@ -63,7 +63,7 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 16, seed: int = 0) -> dict[str, Any]:
+def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64, seed: int = 0) -> dict[str, Any]:
     """Train what is to be trained (once for all cases that share it), edit, score.
 
     Returns:
