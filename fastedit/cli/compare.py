@@ -16,6 +16,7 @@ from fastedit.cli.tables import score_tables, speed_table
 from fastedit.engine import Run
 from fastedit.engine.run import plain
 from fastedit.methods import resolve, setting_names
+from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
 
 
@@ -35,6 +36,38 @@ def settings_per_method(methods: Sequence[str], settings: dict[str, Any]) -> dic
     return chosen
 
 
+def trained_part(
+    model: Any,
+    method: str,
+    pool: Sequence[EditRequest] | None,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    data: str,
+    console: Console,
+) -> Path | None:
+    """The file of a method's trained parts, trained if it is not there; None for a method without any.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+    plan = resolve(method, settings)
+    needs = hook(plan.method, "artifact")
+    kind = None if needs is None else needs(plan.config, method)
+    if kind is None:
+        return None
+    path = folder / f"{Path(model.name).name}-{Path(data).stem}-{kind}.safetensors"
+    if not path.exists():
+        if not pool:
+            told = f"fastedit train --method {kind} --out {path}"
+            raise ValueError(
+                f"compare: {method} has parts to train, and no records to train on; run {told} (got no pool)"
+            )
+        console.print(f"{method}: training on {len(pool)} records, once", markup=False)
+        fastedit.train(model, kind, pool, out=path, **settings)
+    return path
+
+
 def compare_methods(
     model: Any,
     edits: Sequence[EditRequest],
@@ -47,16 +80,21 @@ def compare_methods(
     mode: str,
     console: Console,
     settings: dict[str, Any] | None = None,
+    artifacts: Path,
 ) -> dict[str, Run]:
     """Run every method, print score and speed tables, write ``comparison.json``, ``comparison.png`` and the runs.
 
-    A setting goes to every method that has a field of this name, and must fit at least one of them.
+    A setting goes to every method that has a field of this name, and must fit at least one of them. Trained parts are
+    read from the folder ``artifacts``; those that are not there are trained on the pool and put there.
     """
     chosen = settings_per_method(methods, settings or {})
     runs: dict[str, Run] = {}
     for name in methods:
+        trained = trained_part(model, name, pool, artifacts, chosen[name], data=data, console=console)
         start = time.perf_counter()
-        runs[name] = fastedit.edit(model, edits, name, batch_size=batch_size, mode=mode, pool=pool, **chosen[name])
+        runs[name] = fastedit.edit(
+            model, edits, name, batch_size=batch_size, mode=mode, pool=pool, artifact=trained, **chosen[name]
+        )
         runs[name].save(out / name.replace("+", "-"))
         console.print(f"{name}: {len(edits)} edits in {time.perf_counter() - start:.1f} s", markup=False)
     for protocol in ("legacy", "strict"):

@@ -54,6 +54,18 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def parse_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Numbers separated by commas.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{name}: numbers separated by commas (got {text!r})") from None
+
+
 def load_inputs(
     model: str,
     data: str,
@@ -95,21 +107,26 @@ def edit(
     threads: Threads = None,
     settings: Settings = None,
     artifact: TrainedPart = None,
+    score_at: Annotated[str, typer.Option(help="in sequence, also score after so many edits: 1,10,100")] = "",
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
     import fastedit
     from fastedit.cli.plan import read_batch_size
-    from fastedit.cli.tables import score_tables, speed_table
+    from fastedit.cli.tables import checkpoint_line, score_tables, speed_table
 
     use_threads(threads)
     size: Any = read_batch_size(batch_size)
-    overrides = parse_settings(settings)
+    overrides, gaps = parse_settings(settings), parse_numbers("--score-at", score_at)
     loading = {"dtype": dtype, "quantize": quantize, "device": device}
     loaded, edits, pool = load_inputs(
         model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
         methods={method: overrides}, batch_size=size,
     )  # fmt: skip
-    run = fastedit.edit(loaded, edits, method, batch_size=size, mode=mode, pool=pool, artifact=artifact, **overrides)
+    run = fastedit.edit(
+        loaded, edits, method, batch_size=size, mode=mode, pool=pool, artifact=artifact, score_at=gaps, **overrides
+    )
+    for count, scores in run.checkpoints.items():
+        console.print(checkpoint_line(count, scores), markup=False, soft_wrap=True)
     folder = run.save(out)
     for protocol in run.scores:
         for table in score_tables({method: run}, protocol):
@@ -163,6 +180,9 @@ def compare(
     limit: Limit = 200,
     batch_size: BatchSize = "16",
     mode: Mode = "single",
+    artifacts: Annotated[
+        Optional[Path], typer.Option(help="folder of trained parts; what is not there is trained on the pool")  # noqa: UP045
+    ] = None,
     format: Format = None,
     images: Images = None,
     skip_missing: SkipMissing = False,
@@ -189,6 +209,7 @@ def compare(
     compare_methods(
         loaded, edits, pool, names,
         data=data, out=out, batch_size=size, mode=mode, console=console, settings=overrides,
+        artifacts=artifacts or out / "artifacts",
     )  # fmt: skip
 
 

@@ -36,6 +36,12 @@ def percent(score: Score | None, *, interval: bool = False) -> str:
 LEGACY_ONLY = ("text_locality_top10", "image_locality_top10")
 
 
+def checkpoint_line(count: int, scores: Mapping[str, Mapping[str, Score]]) -> str:
+    """One line of the strict scores after so many edits of a sequence, in per cent."""
+    shown = [name for name in (*MUST_CHANGE, *MUST_STAY) if name in scores["strict"]]
+    return f"after {count}: " + ", ".join(f"{HEADINGS.get(n, n)} {100 * scores['strict'][n].mean:.1f}" for n in shown)
+
+
 def score_tables(runs: Mapping[str, Run], protocol: str) -> list[Table]:
     """What must change and what must stay, as two tables that fit a narrow terminal; one row per run."""
     found = {name for run in runs.values() for name in run.scores.get(protocol, {})}
