@@ -86,13 +86,13 @@ class Objective(Protocol):
         """Losses after so many optimiser steps: one number, or (B,) int64, an edit's own. No tokens give zeros."""
 
 
-def all_correct(tokens: TokenBatch) -> Tensor:
-    """(B,) bool: every token of the edit view has its label as the largest logit."""
+def all_correct(tokens: TokenBatch, *roles: Role) -> Tensor:
+    """(B,) bool: every token of some roles' views, by default the edit's, has its label as the largest logit."""
     logits = tokens.logits.detach()
     if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16):
         # torch finds the largest of half-precision numbers five times as slowly
         logits = logits.float()
     # All tokens, not a selection: a GPU need not be waited for
-    wrong = (logits.argmax(-1) != tokens.labels) & tokens.is_role(Role.EDIT)
+    wrong = (logits.argmax(-1) != tokens.labels) & tokens.is_role(*(roles or (Role.EDIT,)))
     count = torch.zeros(tokens.n_edits, dtype=torch.long, device=tokens.labels.device)
     return count.index_add_(0, tokens.edit, wrong.long()) == 0

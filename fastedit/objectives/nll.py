@@ -31,11 +31,21 @@ class KLObjective:
         weight: of the KL term.
         rephrases: also fit the rephrased views (mean over the views).
         direction: "reverse_kl" or "forward_kl".
+        rephrase_weight: fit the edit, and the mean of its rephrased views with this weight; an edit is right where they
+            are as well, and its NLL is that of its worst view. None takes all views alike and asks for the edit alone.
     """
 
-    def __init__(self, weight: float = 1.0, *, rephrases: bool = False, direction: Direction = "reverse_kl") -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        rephrases: bool = False,
+        direction: Direction = "reverse_kl",
+        rephrase_weight: float | None = None,
+    ) -> None:
         self.weight = weight
         self.direction = direction
+        self.rephrase_weight = rephrase_weight
         fitted = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE) if rephrases else (Role.EDIT,)
         self.fitted = fitted
         self.roles: tuple[Role, ...] = (*fitted, *KL_ROLES)
@@ -44,7 +54,7 @@ class KLObjective:
         """Losses; ``steps`` is not used."""
         n = tokens.n_edits
         nll_views = [_segment_nll(tokens, role, n) for role in self.fitted]
-        fit = _mean_present([v for v, _ in nll_views], [p for _, p in nll_views])
+        fit = self._fit(nll_views)
         locality = tokens.is_role(*KL_ROLES)
         out = torch.zeros_like(fit)
         if tokens.reference is None:
@@ -54,7 +64,18 @@ class KLObjective:
             out = risk(tokens.logits[locality], tokens.reference, tokens.edit[locality], n, kind=self.direction)[0]
         total = fit + self.weight * out
         nll = nll_views[0][0].detach()
-        return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": out.detach()})
+        if self.rephrase_weight is None:
+            return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": out.detach()})
+        worst = torch.stack([value.detach() for value, _ in nll_views]).amax(0)
+        return Losses(total, worst, all_correct(tokens, *self.fitted), {"nll": nll, "kl": out.detach()})
+
+    def _fit(self, views: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(B,) of the NLL of every fitted view and whether an edit has it, the edit's own first."""
+        if self.rephrase_weight is None:
+            return _mean_present([value for value, _ in views], [has for _, has in views])
+        if len(views) == 1:
+            return views[0][0]
+        return views[0][0] + self.rephrase_weight * _mean_present([v for v, _ in views[1:]], [p for _, p in views[1:]])
 
 
 def _segment_nll(tokens: TokenBatch, role: Role, n: int) -> tuple[Tensor, Tensor]:
