@@ -28,6 +28,8 @@ from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
 
+#: Share of the mean variance that is added to that of every direction.
+RIDGE = 1e-2
 #: (B, d_in, r) and (B, r, d_out) of one site: the change is ``x @ down @ up``.
 Factors = tuple[Tensor, Tensor]
 
@@ -189,39 +191,60 @@ def written(spec: DeltaSpec, factors: Sequence[Factors]) -> list[Written]:
 
 
 class Scale(nn.Module):
-    """Mean and deviation by dimension of one site's inputs or gradients, over the tokens of many edits.
+    """Brings one site's inputs or gradients to size one, by statistics over the tokens of many edits.
 
-    MEND, section 3.2, divides by running estimates while it trains. The base is frozen and so are these statistics:
-    they are taken once before training, and no step sees unfinished ones.
+    MEND, section 3.2, divides every dimension by its deviation, estimated while it trains. Ours: the base is frozen and
+    so are these statistics: they are taken once before training, and no step sees unfinished ones. And on request whole
+    directions are brought to size one, not dimensions: what tells two targets or two images apart is small beside what
+    they share, and a network that is handed both at their sizes learns the difference late.
 
     Args:
         width: d.
+        directions: how many directions are scaled each by itself, the others alike; 0 scales dimensions.
     """
 
-    mean: Tensor
     deviation: Tensor
+    basis: Tensor
+    gain: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, directions: int = 0) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
+        self.register_buffer("basis", torch.zeros(min(width, directions), width))
+        self.register_buffer("gain", torch.zeros(min(width, directions)))
 
-    def measure(self, tokens: Tensor, *, centre: bool) -> None:
-        """Take the statistics of (T, d), T at least 2; a dimension that never moves is left as it is.
+    def measure(self, tokens: Tensor) -> None:
+        """Take the statistics of (T, d), T at least 2; a dimension that is always zero is left as it is.
 
-        Without ``centre`` the mean stays 0, and the deviation is that from 0.
+        Raises:
+            ValueError: fewer tokens.
         """
         if tokens.shape[0] < 2:
             raise ValueError(f"hypernet: statistics need at least 2 tokens (got {tokens.shape[0]})")
         exact = tokens.double()
-        mean = exact.mean(0) if centre else torch.zeros_like(exact[0])
-        deviation = (exact - mean).square().mean(0).sqrt().float()
-        self.mean.copy_(mean.float())
-        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+        squares = exact.square().mean(0)
+        if not len(self.gain):
+            self.deviation.copy_(torch.where(squares > 0, squares.sqrt(), 1.0))
+            return
+        # Evenly spaced tokens: enough of them for the directions, and the cost is bounded
+        some = exact[:: max(1, tokens.shape[0] // max(1024, 8 * len(self.gain)))]
+        squares = some.square().mean(0)
+        _, values, basis = torch.linalg.svd(some, full_matrices=False)
+        found = min(len(self.gain), len(values))
+        strengths = values[:found].square() / len(some)
+        ridge = RIDGE * float(squares.mean()) or 1.0
+        left = max(0.0, float(squares.sum() - strengths.sum())) / max(1, tokens.shape[1] - found)
+        rest = (left + ridge) ** -0.5
+        self.deviation.fill_(1 / rest)
+        self.basis.zero_()
+        self.gain.zero_()
+        self.basis[:found] = basis[:found].float()
+        self.gain[:found] = ((strengths + ridge).rsqrt() - rest).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., d) in units of the deviation, around the mean."""
-        return (tokens - self.mean) / self.deviation
+        """(..., d) at size one."""
+        scaled = tokens / self.deviation
+        return scaled + ((tokens @ self.basis.T) * self.gain) @ self.basis if len(self.gain) else scaled
 
 
 def restore(network: nn.Module, artifact: Artifact, owner: str) -> None:

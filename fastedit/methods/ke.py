@@ -115,7 +115,7 @@ class KENetwork(nn.Module):
             self.size[index] = float(mean) or 1.0
 
     def forward(self, gradients: Gradients, requests: Sequence[EditRequest]) -> list[Factors]:
-        """Factors (B, d_in, N + 1), (B, N + 1, d_out) by site; the last one is B's."""
+        """Factors (B, d_in, N + 1), (B, N + 1, d_out) by site; the first rank is B's."""
         condition = self._read(requests)
         made = []
         for index, site in enumerate(self.sites):
@@ -126,8 +126,9 @@ class KENetwork(nn.Module):
             gate = self.max_scale * torch.sigmoid(gate)[:, None]
             masked = grad * (site.d_out * rows_a.softmax(-1))[:, None]
             bias = site.d_out * rows_b.softmax(-1)[:, None]
-            up = torch.cat([masked, bias], 1) * gate
-            down = torch.cat([x * columns_a[:, None], columns_b[:, None]], 1)
+            # B's first: what is filled up comes last
+            up = torch.cat([bias, masked], 1) * gate
+            down = torch.cat([columns_b[:, None], x * columns_a[:, None]], 1)
             made.append((down.transpose(1, 2), up))
         return made
 

@@ -31,8 +31,8 @@ class MENDConfig:
         names: linear modules of a layer whose gradients are edited.
         rank: of a block's two factors; None is a quarter of d_in + d_out, at most 1920 (the paper's).
         blocks: residual blocks of a network.
-        centre: subtract the mean of inputs and gradients before the network. Off: a constant taken from an input acts
-            on every other input alike.
+        directions: of inputs and gradients that are brought to size one before the network, see ``Scale``; 0 divides
+            dimensions by their deviations, as the paper does.
         edit_lr: first value of the learned step size of every matrix.
         edit_lr_factor: on the trainer's rate, for the logarithms of the step sizes.
         positions: "all", or "after_image": the change acts on the tokens behind the image only.
@@ -47,7 +47,7 @@ class MENDConfig:
     names: tuple[str, ...] = ("up", "down")
     rank: int | None = None
     blocks: int = 2
-    centre: bool = False
+    directions: int = 512
     edit_lr: float = 1e-3
     edit_lr_factor: float = 10.0
     positions: str = "all"
@@ -85,7 +85,7 @@ class MendNetwork(nn.Module):
 
     def __init__(self, sites: Sequence[Site], config: MENDConfig) -> None:
         super().__init__()
-        self.sites, self.centre = tuple(sites), config.centre
+        self.sites = tuple(sites)
         generator = torch.Generator().manual_seed(config.seed)
         members: dict[str, list[int]] = {}
         for index, site in enumerate(sites):
@@ -95,22 +95,22 @@ class MendNetwork(nn.Module):
         for shape, own in members.items():
             width = sites[own[0]].d_in + sites[own[0]].d_out
             rank = min(1920, max(1, width // 4)) if config.rank is None else config.rank
-            self.nets[shape] = nn.ModuleList(_Block(width, rank, len(own), generator) for _ in range(config.blocks))
-        self.x_scale = nn.ModuleList(Scale(site.d_in) for site in sites)
-        self.grad_scale = nn.ModuleList(Scale(site.d_out) for site in sites)
+            self.nets[shape] = nn.ModuleList(
+                _Block(width, rank, len(own), generator, signed=block == config.blocks - 1)
+                for block in range(config.blocks)
+            )
+        self.x_scale = nn.ModuleList(Scale(site.d_in, config.directions) for site in sites)
+        self.grad_scale = nn.ModuleList(Scale(site.d_out, config.directions) for site in sites)
         self.log_lr = nn.Parameter(torch.full((len(sites),), math.log(config.edit_lr)))
 
     def measure(self, gradients: Sequence[Gradients]) -> None:
         """Take the statistics of many edits."""
         for index in range(len(self.sites)):
-            for scales, parts in (
-                (self.x_scale, [g.x for g in gradients]),
-                (self.grad_scale, [g.grad for g in gradients]),
-            ):
-                tokens = [part[index][own.mask[index]] for part, own in zip(parts, gradients, strict=True)]
-                scale = scales[index]
+            masks = [own.mask[index] for own in gradients]
+            inputs, outputs = [own.x[index] for own in gradients], [own.grad[index] for own in gradients]
+            for scale, parts in ((self.x_scale[index], inputs), (self.grad_scale[index], outputs)):
                 assert isinstance(scale, Scale)
-                scale.measure(torch.cat(tokens), centre=self.centre)
+                scale.measure(torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)]))
 
     def forward(self, gradients: Gradients, _requests: Sequence[EditRequest]) -> list[Factors]:
         """Factors (B, d_in, N), (B, N, d_out) by site."""
@@ -130,8 +130,9 @@ class MendNetwork(nn.Module):
 class _Block(nn.Module):
     """A residual low-rank block with a scale and a shift for every site."""
 
-    def __init__(self, width: int, rank: int, n_sites: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, rank: int, n_sites: int, generator: torch.Generator, *, signed: bool) -> None:
         super().__init__()
+        self.signed = signed
         # Of variance 1/width, not 1 as in the paper's code: the hidden code is then of the size of the input
         self.v = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
         self.u = nn.Parameter(torch.zeros(width, rank))
@@ -142,8 +143,9 @@ class _Block(nn.Module):
     def forward(self, hidden: Tensor, site: int) -> Tensor:
         """(..., width) of site number ``site`` among those of this shape."""
         inner = nn.functional.linear(nn.functional.linear(hidden, self.v), self.u, self.bias)
+        change = self.scale[site] * inner + self.shift[site]
         # Not relu, whose gradient at 0 is 0: all of it starts there
-        return hidden + (self.scale[site] * inner + self.shift[site]).clamp(min=0)
+        return hidden + (change if self.signed else change.clamp(min=0))
 
 
 class MEND:

@@ -9,7 +9,10 @@ from typing import Any
 
 from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
 from fastedit.methods.ft import FT
+from fastedit.methods.ke import KE
+from fastedit.methods.ldke import LDKE
 from fastedit.methods.lora import LoRA
+from fastedit.methods.mend import MEND
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
 
 
@@ -39,7 +42,13 @@ class KLConfig:
             raise ValueError(f"kl: kl_weight is not negative (got kl_weight={self.kl_weight!r})")
 
 
-METHODS: dict[str, type[Method]] = {"ft": FT, "lora": LoRA}
+METHODS: dict[str, type[Method]] = {
+    "ft": FT,
+    "lora": LoRA,
+    "mend": MEND,
+    "ke": KE,
+    "ldke": LDKE,
+}
 
 OBJECTIVES: dict[str, ObjectiveChoice] = {
     "": ObjectiveChoice(NLLConfig, lambda _config, _steps: NLLObjective()),
