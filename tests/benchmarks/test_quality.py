@@ -1,0 +1,166 @@
+"""The comparison of methods: its cases, its tables, what it calls reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import fastedit
+from benchmarks import quality, quality_run
+from benchmarks.quality_cases import FIVE, METHODS, SCORES, UNFITTED, Case, ablations, cross_task, sequential, single
+from benchmarks.quality_figures import draw
+from benchmarks.quality_tables import (
+    Outcome,
+    differences,
+    load_outcomes,
+    markdown,
+    pairs,
+    rows_of,
+    verdicts,
+)
+from fastedit.methods import METHODS as REGISTERED
+from fastedit.methods import resolve
+from tests.engine.conftest import make_edits
+
+
+def outcome(method: str, right: Sequence[float], *, table: str = "single", near: float = 1.0, **case: Any) -> Outcome:
+    """A made-up outcome: every edit has one value under all scores, ``near`` apart."""
+    named = dataclasses.replace(Case(table, "pocket-llava", "pocket-vqa", method, edits=len(right)), **case)
+    values: dict[str, list[float | None]] = {name: list(right) for name in (*SCORES, "mean_of_five")}
+    values["near"] = [near] * len(right)
+    values["mean_of_six"] = [(5 * value + near) / 6 for value in right]
+    mean = sum(right) / len(right)
+    scores = {name: {"mean": mean, "low": mean, "high": mean, "n": len(right)} for name in SCORES}
+    scores["near"] = {"mean": near, "low": near, "high": near, "n": len(right)}
+    return {
+        "case": {**dataclasses.asdict(named), "name": named.name},
+        "scores": {"strict": scores, "legacy": scores},
+        "checkpoints": {"1": {"strict": scores, "legacy": scores}} if table == "sequential" else {},
+        "per_edit": values,
+        "tags": [["hard"] if number % 2 else [] for number in range(len(right))],
+        "rates": {"near": {"mean": 0.01, "low": 0.0, "high": 0.02, "n": 4}} if method == "ldke" else {},
+        "timing": {"seconds_per_edit": 0.5, "wall_s": 1.0, "train_s": 3.0, "seconds": {}, "peak_memory_mib": 9.0},
+        "provenance": {"commit": "abc", "versions": {"torch": "2"}, "seed": 0},
+    }  # fmt: skip
+
+
+def test_cases_are_unique_and_every_method_is_there() -> None:
+    every = [*single(10), *sequential(1000, METHODS), *cross_task(20, METHODS), *ablations(10)]
+    assert len({case.name for case in every}) == len(every)
+    assert set(METHODS) == set(REGISTERED)
+    for case in every:
+        resolve(case.method, dict(case.settings))
+        assert all(gap < case.edits for gap in case.score_at)
+    methods = {case.method for case in single(10)}
+    assert methods == {*METHODS, *(f"odedit+{name}" for name in METHODS if name not in UNFITTED)}
+    assert quality.cases_of(["single"], 10, 5) == single(10)
+    with pytest.raises(ValueError, match=r"tables are single, .* \(got singel\)"):
+        quality.cases_of(["singel"], 10, 5)
+
+
+def test_groups_share_a_model_and_a_set() -> None:
+    cases = single(10)
+    groups = quality.groups_of(cases, 2)
+    assert sorted(case.name for group in groups for case in group) == sorted(case.name for case in cases)
+    assert all(len({(case.model, case.data) for case in group}) == 1 for group in groups)
+
+
+def test_differences_are_of_the_same_edits() -> None:
+    plain, better = outcome("lora", [0.0, 1.0] * 20), outcome("odedit+lora", [1.0, 1.0] * 20, near=0.5)
+    other = outcome("odedit+ft", [1.0] * 40)
+    ((one, two),) = pairs([plain, better, other])
+    assert (one, two) == (plain, better)
+    apart = differences(plain, better)
+    assert apart["mean_of_five"].mean == pytest.approx(0.5)
+    assert apart["mean_of_five"].low > 0.3
+    assert apart["near"].mean == pytest.approx(-0.5)
+    # Runs over other edits are no pair
+    assert not pairs([plain, outcome("odedit+lora", [1.0] * 39)])
+
+
+def test_what_is_reached_is_told_from_what_is_not() -> None:
+    good = [outcome(name, [1.0] * 20) for name in ("ldke", "unike")]
+    poor = [outcome("tpatcher", [0.9] * 20), outcome("odedit+tpatcher", [0.95] * 20)]
+    found = {aim: (reached, told) for aim, reached, told in verdicts([*good, *poor])}
+    assert [reached for reached, _ in found.values()] == [True, False, True, True]
+    gained = next(told for aim, (_, told) in found.items() if aim.startswith("odedit"))
+    assert gained == "1: tpatcher"
+    # A single score below its bound is enough
+    bad = [outcome("ldke", [1.0] * 20, near=0.89), *poor]
+    assert not verdicts(bad)[0][1]
+    hard = outcome("ldke", [1.0, 0.9] * 10)
+    assert not next(reached for aim, reached, _ in verdicts([hard]) if aim.startswith("LDKE"))
+    long = outcome("ldke", [1.0] * 1000, table="sequential")
+    assert verdicts([long])[-1][1]
+    forgetful = outcome("ldke", [0.89] * 1000, table="sequential")
+    assert not verdicts([forgetful])[-1][1]
+
+
+def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
+    outcomes = [
+        outcome("lora", [0.0, 1.0]), outcome("odedit+lora", [1.0, 1.0]), outcome("ldke", [1.0, 1.0]),
+        outcome("lora", [1.0, 1.0, 1.0], table="sequential"),
+        outcome("odedit+lora", [1.0, 0.0], table="ablation-odedit", label="without TV"),
+    ]  # fmt: skip
+    drawn = draw(outcomes, tmp_path / "pictures", tmp_path)
+    assert len(drawn) == 2
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.values())
+    text = markdown(outcomes, {name: path.name for name, path in drawn.items()})
+    expected = [
+        "## Single edits: pocket-vqa on pocket-llava, 2 edits",
+        "| odedit+lora |",
+        "without TV",
+        "0.500",
+        "+0.500",
+    ]
+    expected += ["## In sequence", "## What routers let through", *(path.name for path in drawn.values())]
+    for part in expected:
+        assert part in text, part
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in lines)
+    rows = rows_of(outcomes)
+    assert len(rows) == len(outcomes)
+    assert [row["minus"]["method"] for row in rows if "minus" in row] == ["lora"]
+    assert rows[0]["scores"]["strict"]["reliability"] == [0.5, 0.5, 0.5, 2]
+    path = quality.write_rows(rows, tmp_path / "rows.jsonl")
+    changed = [{**rows[0], "mean_of_five": 0.25}]
+    assert quality.write_rows(changed, path) == path
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["mean_of_five"] for row in kept] == [0.25, *(row["mean_of_five"] for row in rows[1:])]
+
+
+def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = make_edits(4)
+
+    def given(data: str, split: str, limit: int | None) -> list[fastedit.EditRequest]:
+        assert data == "pocket-vqa"
+        return edits[:limit] if split == "eval" else edits
+
+    monkeypatch.setattr(quality_run, "records", given)
+    monkeypatch.setattr(quality_run, "TIMED", 2)
+    case = Case("sequential", "random:llava-tiny", "pocket-vqa", "lora", settings={"steps": 2}, edits=3, score_at=(1,))
+    quality.run_these(json.dumps([dataclasses.asdict(case)]), tmp_path)
+    (found,) = load_outcomes(tmp_path / "cases")
+    assert found["case"]["name"] == case.name
+    assert list(found["checkpoints"]) == ["1"]
+    assert len(found["per_edit"]["mean_of_five"]) == 3
+    five = [found["per_edit"][name][0] for name in FIVE]
+    present = [value for value in five if value is not None]
+    assert found["per_edit"]["mean_of_five"][0] == pytest.approx(sum(present) / len(present))
+    assert found["timing"]["seconds_per_edit"] > 0
+    # It is there: nothing is run again
+    console = Console(record=True, width=200)
+    assert quality.run_all([case], tmp_path, jobs=1, threads=1, console=console) == []
+    assert "1 cases, 1 of them are there" in console.export_text()
+
+
+def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_edits(6)
+    monkeypatch.setattr(fastedit, "read_edits", lambda name, split, limit: made[:3] if name == "a" else made[3:])
+    assert [edit.id for edit in quality_run.records("a+b", "eval", 5)] == [made[n].id for n in (0, 3, 1, 4, 2)]
