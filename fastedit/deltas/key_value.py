@@ -38,18 +38,30 @@ class KeyValueDelta(FlatStack):
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:
-        shapes, fixed = neuron_shapes(spec, spec.sites)
+        self.feeding = self.neuron_sites(spec)
+        shapes, fixed = neuron_shapes(spec, self.feeding) if self.feeding else ({}, {})
+        shapes |= self.other_shapes(spec)
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
         self._drawn = drawn_keys(spec, shapes, self.flat)
         # What only the fit needs is not stored with a delta: the token that a neuron is for, and inputs of others
         self.tokens: dict[str, Tensor] = {}
         self.memories: dict[str, Tensor] = {}
         self.foreign: dict[str, Tensor] = {}
-        if "memory_weight" in spec.options:
-            for site in spec.sites:
+        if "activation_weight" in spec.options:
+            for site in self.feeding:
                 shape = (size, int(spec.options["n"]), site.d_out)
                 self.tokens[f"{place_of(site)}tokens"] = torch.zeros(shape, dtype=dtype, device=device)
         self.restart(range(size))
+
+    @staticmethod
+    def neuron_sites(spec: DeltaSpec) -> tuple[Site, ...]:
+        """The sites that neurons stand beside: all."""
+        return spec.sites
+
+    @staticmethod
+    def other_shapes(_spec: DeltaSpec) -> Shapes:
+        """Shapes of parts besides those of neurons: none."""
+        return {}
 
     def initial(self, name: str) -> Tensor | float:
         """Drawn keys; all else is 0."""
@@ -86,24 +98,24 @@ class KeyValueDelta(FlatStack):
         """(B,) the activation and memory losses of the neurons; see ``neuron_losses``."""
         if not self.memories:
             return None
-        return torch.stack([self._site_losses(place_of(site)) for site in self.spec.sites]).sum(0)
+        return torch.stack([self._site_losses(place_of(site)) for site in self.feeding]).sum(0)
 
     def _site_losses(self, place: str) -> Tensor:
         options = self.spec.options
         part = "gate_" if options.get("gate", False) else ""
-        keys = self.differentiable(f"{place}{part}keys")
-        bias = self.differentiable(f"{place}{part}bias" if part else f"{place}bias")
+        keys, bias = self.differentiable(f"{place}{part}keys"), self.differentiable(f"{place}{part}bias")
+        off = self.fixed.get(f"{place}off")
         own, others = neuron_losses(
             keys,
             bias,
-            self.tokens[f"{place}tokens"],
+            self.tokens.get(f"{place}tokens"),
             self.memories[f"{place}memory"],
             self.foreign[f"{place}foreign"],
-            1.0 - self.fixed[f"{place}off"],
+            torch.ones_like(bias) if off is None else 1.0 - off,
             margin=float(options["margin"]),
             most=int(options["most"]),
         )
-        return float(options["activation_weight"]) * own + float(options["memory_weight"]) * others
+        return float(options.get("activation_weight", 0.0)) * own + float(options["memory_weight"]) * others
 
 
 def place_of(site: Site) -> str:
@@ -174,7 +186,15 @@ def neurons(stack: FlatStack, site: Site, x: Tensor, rows: Rows | TokenSpans) ->
 
 
 def neuron_losses(
-    keys: Tensor, bias: Tensor, tokens: Tensor, memory: Tensor, foreign: Tensor, on: Tensor, *, margin: float, most: int
+    keys: Tensor,
+    bias: Tensor,
+    tokens: Tensor | None,
+    memory: Tensor,
+    foreign: Tensor,
+    on: Tensor,
+    *,
+    margin: float,
+    most: int,
 ) -> tuple[Tensor, Tensor]:
     """Activation and memory loss of an edit's neurons, (B,) each.
 
@@ -183,22 +203,24 @@ def neuron_losses(
     plus that of the largest exp(m + margin). Neurons that are off, and edits without any, count for nothing.
 
     Args:
-        keys: (B, d, n). bias: (B, n). tokens: (B, n, d). memory: (M, d).
+        keys: (B, d, n). bias: (B, n). memory: (M, d).
+        tokens: (B, n, d); None without, where the terms that have s are left out.
         foreign: (B, M) bool, inputs that an edit may not act at. on: (B, n), 1 or 0.
         margin: of the memory loss. most: how many of the largest are taken.
     """
-    entering = (tokens * keys.transpose(1, 2)).sum(-1) + bias
-    activation = _mean_of_largest(-entering, on > 0, 5)
     # (B, n, M)
     remembered = (memory.to(keys.dtype) @ keys).transpose(1, 2) + bias[:, :, None]
     counted = (on > 0)[:, :, None] & foreign[:, None, :]
-    terms = [remembered - entering[:, :, None] + margin, remembered + margin]
-    memories = [_mean_of_largest(term, counted, most) for term in terms]
-    return activation, memories[0] + memories[1]
+    others = _mean_of_largest(remembered + margin, counted, most)
+    if tokens is None:
+        return torch.zeros_like(others), others
+    entering = (tokens * keys.transpose(1, 2)).sum(-1) + bias
+    activation = _mean_of_largest(-entering, on > 0, 5)
+    return activation, others + _mean_of_largest(remembered - entering[:, :, None] + margin, counted, most)
 
 
 def _mean_of_largest(exponents: Tensor, counted: Tensor, most: int) -> Tensor:
-    """Mean over an edit's largest exp(exponents) (B, ...), at most so many, of those that count; (B,), 0 without any."""
+    """Mean over an edit's largest exp(exponents) (B, ...), at most so many, of those that count; else 0: (B,)."""
     flat, counted = exponents.masked_fill(~counted, -torch.inf).flatten(1), counted.flatten(1)
     k = min(most, flat.shape[1])
     found = counted.sum(1).clamp(max=k).clamp(min=1)

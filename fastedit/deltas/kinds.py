@@ -16,6 +16,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "full": ("full", "FullDelta"),
     "low_rank": ("low_rank", "LowRankDelta"),
     "key_value": ("key_value", "KeyValueDelta"),
+    "attention_memory": ("attention_memory", "AttentionMemoryDelta"),
     "side": ("side", "SideDelta"),
     "codebook": ("codebook", "CodebookDelta"),
     "localized": ("localized", "LocalizedDelta"),

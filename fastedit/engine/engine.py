@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def edit(
         check_conflicts(edits)
     trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
+    if trained is not None and "artifact" in spec.options:
+        # Those that do not act without their trained part say which it is
+        spec = replace(spec, options={**spec.options, "artifact": trained.id})
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
     if hook(plan.method, "write") is None:
         source.check(plan.build_objective(solver.steps).roles)
