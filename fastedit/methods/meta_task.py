@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -118,7 +118,9 @@ class MetaTask:
         self.factors, self.locality, self.config = factors, locality, dict(config)
         self.views = MetaViews(records, trainer.seed)
         self.store = RowStore(model, spec, self.views, room)
-        told = repr((self.config, spec, type(objective).__name__, vars(objective)))
+        # Settings of the objective, not what it has come to
+        plain = {k: v for k, v in vars(objective).items() if is_dataclass(v) or isinstance(v, (int, float, str, tuple))}
+        told = repr((self.config, spec, type(objective).__name__, plain))
         digest = hashlib.sha256(told.encode())
         self.fingerprint = f"{model.fingerprint[:16]}/{fingerprint(records)[:16]}/{digest.hexdigest()[:16]}"
         measure: Any = network.measure

@@ -1,0 +1,101 @@
+"""``fastedit.train``: trained parts from a name, kept on disk, gone on with, never made twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastedit
+from fastedit.backbone import EditableModel
+from fastedit.engine import train as train_module
+from fastedit.training import TrainerConfig
+from tests.engine.conftest import make_edits
+
+SMALL: dict[str, Any] = {"layers": 1, "rank": 4, "valid_records": 2}
+BRIEF: dict[str, Any] = {"steps": 3, "batch_size": 2}
+
+
+def train(model: EditableModel, method: str = "mend", **settings: Any) -> fastedit.Artifact:
+    return fastedit.train(model, method, make_edits(6), **{"trainer": BRIEF, **SMALL, **settings})
+
+
+def test_what_is_trained_serves_the_method_as_spelled(model: EditableModel, tmp_path: Path) -> None:
+    edits = make_edits(2)
+    for name in ("mend", "odedit+mend", "kl+mend"):
+        artifact = train(model, name)
+        assert artifact.kind == name
+        run = fastedit.edit(model, edits, name, artifact=artifact, evaluate=False, pool=make_edits(4), **SMALL)
+        assert all(delta.norm > 0 for delta in run.deltas)
+        path = fastedit.save_artifact(artifact, tmp_path / name)
+        again = fastedit.edit(model, edits, name, artifact=path, evaluate=False, pool=make_edits(4), **SMALL)
+        for a, b in zip(run.deltas, again.deltas, strict=True):
+            assert all((a.tensors[part] == b.tensors[part]).all() for part in a.tensors)
+
+
+def test_it_is_kept_and_not_made_twice(model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs" / "mend.safetensors"
+    made = train(model, out=path)
+    assert [p.name for p in path.parent.iterdir()] == ["mend.safetensors"]
+    assert fastedit.load_artifact(path, model).id == made.id
+
+    calls: list[Any] = []
+    real = train_module.train_task
+    monkeypatch.setattr(train_module, "train_task", lambda *a, **k: calls.append(a) or real(*a, **k))
+    assert train(model, out=path).id == made.id
+    assert not calls
+    for changed in ({"resume": False}, {"edit_lr": 0.5}, {"trainer": {**BRIEF, "lr": 0.5}}, {"rank": 3}):
+        train(model, out=path, **changed)
+        assert calls, changed
+        calls.clear()
+    # Of another method, or broken: made anew
+    fastedit.save_artifact(train(model, "kl+mend"), path)
+    calls.clear()
+    assert train(model, out=path).kind == "mend"
+    assert calls
+    path.write_bytes(b"broken")
+    assert train(model, out=path).id == made.id
+
+
+def test_a_broken_off_run_goes_on(model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastedit.methods.meta_task import MetaTask
+
+    path = tmp_path / "mend.safetensors"
+    settings = {"trainer": {**BRIEF, "steps": 6, "checkpoint_every": 2}}
+    whole = train(model, **settings)
+    real, seen = MetaTask.loss, []
+
+    def loss(self: MetaTask, step: int) -> Any:
+        seen.append(step)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(MetaTask, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, out=path, **settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["mend.safetensors.training"]
+    assert train(model, out=path, **settings).id == whole.id
+    assert seen == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert [p.name for p in tmp_path.iterdir()] == ["mend.safetensors"]
+
+
+def test_trainer_settings_go_over_the_methods_own(model: EditableModel) -> None:
+    config = TrainerConfig(steps=2, batch_size=2, seed=4)
+    assert train(model, trainer=config).metrics["trainer"]["seed"] == 4
+    assert train(model, trainer={**BRIEF, "seed": 4}).metrics["trainer"]["steps"] == 3
+    with pytest.raises(ValueError, match=r"trainer is one of .*batch_size.* \(got step=3\)"):
+        train(model, trainer={"step": 3})
+
+
+def test_what_cannot_be_trained_is_refused_before_any_work(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EditableModel, "encode", None)
+    with pytest.raises(ValueError, match=r"a method with trained parts, of .*mend.* \(got 'lora'\)"):
+        fastedit.train(model, "lora", make_edits(2))
+    with pytest.raises(ValueError, match=r"at least one record"):
+        fastedit.train(model, "mend", [])
+    with pytest.raises(ValueError, match=r"field 'ranks' is not known; did you mean 'rank'"):
+        train(model, ranks=3)
