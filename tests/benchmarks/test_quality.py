@@ -119,7 +119,7 @@ def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
         "0.500",
         "+0.500",
     ]
-    expected += ["## In sequence", "## What routers let through", *(path.name for path in drawn.values())]
+    expected += ["+0.500", "## In sequence", "## What routers let through", *(path.name for path in drawn.values())]
     for part in expected:
         assert part in text, part
     lines = [line for line in text.splitlines() if line.startswith("|")]
