@@ -37,6 +37,7 @@ class PackedState:
         constant: keys and values (sum(starts), heads, d_head) of the constant tokens by layer.
         live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
         image: (T,), bool, the tokens of images; None where there are none.
+        behind: of rows that go on behind prompts, how many tokens behind its prompt's last one each begins; () is 0.
     """
 
     hidden: Tensor
@@ -52,6 +53,7 @@ class PackedState:
     constant: dict[int, KeyValue] = field(default_factory=dict)
     live: Tensor | None = None
     image: Tensor | None = None
+    behind: tuple[int, ...] = ()
     # Attention plans and the like, made at the first use
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

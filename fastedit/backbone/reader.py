@@ -86,6 +86,7 @@ class Reader:
             wanted_counts=tuple(counts),
             layer=0,
             stage="attention",
+            behind=tuple(1 + behind.get(row, 0) for row in range(len(self))),
         )
         return packed_tail(model, state, self.past)
 

@@ -31,12 +31,14 @@ class TokenLayout:
         live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
         wanted: (M,), int64, the tokens that carry labels, or end a prompt; None is all.
         wanted_counts: how many of each row; not used where all are.
+        behind: see `PackedState`.
     """
 
     counts: tuple[int, ...]
     live: Tensor | None = None
     wanted: Tensor | None = None
     wanted_counts: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
 
     @cached_property
     def prompts(self) -> tuple[int, ...]:
@@ -52,12 +54,18 @@ class TokenLayout:
         )
 
     @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """How many tokens each token is behind the last one of its prompt; below 0 inside of the prompt."""
+        behind = self.behind or (0,) * len(self.counts)
+        rows = zip(self.counts, self.prompts, behind, strict=True)
+        return tuple(place - prompt + 1 + first for count, prompt, first in rows for place in range(count))
+
+    @cached_property
     def answer(self) -> Tensor | None:
         """(T,), bool: the last token of each prompt and all behind it; None is all."""
         if self.wanted is None:
             return None
-        marks = [place >= p - 1 for p, count in zip(self.prompts, self.counts, strict=True) for place in range(count)]
-        return torch.tensor(marks, dtype=torch.bool, device=self.wanted.device)
+        return torch.tensor([step >= 0 for step in self.steps], dtype=torch.bool, device=self.wanted.device)
 
     def acting(self, positions: str) -> Tensor | None:
         """(T,), bool: where a delta with these ``positions`` acts; None is everywhere."""
@@ -67,7 +75,7 @@ class TokenLayout:
 def token_layout(state: PackedState) -> TokenLayout:
     """The layout of all tokens of a state."""
     wanted = None if len(state.wanted) == state.hidden.shape[0] else state.wanted
-    return TokenLayout(state.counts, state.live, wanted, state.wanted_counts)
+    return TokenLayout(state.counts, state.live, wanted, state.wanted_counts, state.behind)
 
 
 class Running:
@@ -77,7 +85,7 @@ class Running:
         self.layouts = {state.hidden.shape[0]: token_layout(state)}
         if len(state.wanted) != state.hidden.shape[0]:
             live = None if state.live is None else state.live[state.wanted]
-            self.layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live)
+            self.layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live, behind=state.behind)
         #: For those who hook in: what they worked out of a layout.
         self.memory: dict[Any, Any] = {}
 

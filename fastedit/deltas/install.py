@@ -119,9 +119,9 @@ class RowsHolder:
             acting = layout.acting(positions)
             if self.choice is None:
                 made = TokenSpans.of(self.rows, layout.counts, n_edits, acting)
-                made.layout = layout
             else:
                 made = TokenSpans.chosen(self.choice, layout.counts, n_edits, acting)
+            made.layout = layout
             running.memory[key] = made
         found: TokenSpans = running.memory[key]
         return found

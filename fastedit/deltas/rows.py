@@ -69,7 +69,7 @@ class TokenSpans:
         offsets: edit b owns tokens ``offsets[b]`` to ``offsets[b + 1]``.
         live: (tokens,) bool, where a delta that leaves some tokens alone acts; None is everywhere.
         order: (tokens,) int64, which of the packed tokens these are, sorted by edit; None is all of them as they stand.
-        layout: rows and prompts of these tokens, where they stand as they do in their rows.
+        layout: rows and prompts of all packed tokens.
     """
 
     def __init__(
@@ -131,6 +131,16 @@ class TokenSpans:
         if len(self.offsets) != n_edits + 1 or self.offsets[-1] != tokens:
             raise ValueError(f"spans: of {tokens} tokens and {n_edits} edits (got offsets={self.offsets})")
         return self.offsets
+
+    def steps(self, device: torch.device) -> Tensor | None:
+        """(tokens,) int64, how far each token is behind the last one of its prompt; None where that is not known."""
+        if self.layout is None:
+            return None
+        if "steps" not in self.memory:
+            found = torch.tensor(self.layout.steps, dtype=torch.long)
+            self.memory["steps"] = (found if self.order is None else found[self.order]).to(device)
+        made: Tensor = self.memory["steps"]
+        return made
 
     def offsets_tensor(self, tokens: int, n_edits: int, device: torch.device) -> Tensor:
         """(n_edits + 1,) int64 on a device, made once."""

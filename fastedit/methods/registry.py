@@ -9,6 +9,7 @@ from typing import Any
 
 from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
 from fastedit.methods.ft import FT
+from fastedit.methods.grace import GRACE
 from fastedit.methods.ke import KE
 from fastedit.methods.ldke import LDKE
 from fastedit.methods.lora import LoRA
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "mend": MEND,
     "ke": KE,
     "ldke": LDKE,
+    "grace": GRACE,
 }
 
 OBJECTIVES: dict[str, ObjectiveChoice] = {

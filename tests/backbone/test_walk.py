@@ -6,6 +6,7 @@ import torch
 
 import fastedit
 from fastedit import Query
+from fastedit.backbone.reader import Reader
 from fastedit.backbone.walk import TokenLayout, hold_constant, packed_prefix, packed_start, packed_tail, token_layout
 from fastedit.testing import assert_close
 from tests.engine.conftest import picture
@@ -52,3 +53,33 @@ def test_prompts_held_constant_leave_the_answers_as_they_are() -> None:
     assert held.hidden.shape[0] == len(held.wanted) == len(whole) < state.hidden.shape[0]
     assert held.starts == tuple(count - 1 for count in token_layout(state).prompts)
     assert_close(packed_tail(model, held), whole, length=64)
+
+
+def test_steps_count_from_the_end_of_the_prompt() -> None:
+    layout = TokenLayout((4, 2), None, torch.tensor([2, 3, 5]), (2, 1))
+    assert layout.steps == (-2, -1, 0, 1, -1, 0)
+    # walked alone, one and three tokens behind their prompts
+    assert TokenLayout((2, 1), behind=(1, 3)).steps == (1, 2, 3)
+
+
+def test_answers_that_are_decoded_know_how_far_they_are() -> None:
+    model = fastedit.load("random:llava-tiny", dtype="float64")
+    encoded = model.encode([Query("What is it?", picture(1)), Query("Who?", None)], answers=False)
+    reader = Reader(model, encoded, 4)
+    seen: list[tuple[int, ...]] = []
+    (site,) = model.sites([0], ["down"])
+
+    def note(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert model.running is not None
+        seen.append(model.running.layouts[inputs[0].shape[1]].steps)
+
+    handle = model.module(site).register_forward_pre_hook(note)
+    try:
+        reader.read()
+        reader.extend({0: [5, 6], 1: [5]}, {0: 0, 1: 0})
+        reader.extend({1: [7]}, {1: 1})
+    finally:
+        handle.remove()
+    lengths = encoded.lengths.tolist()
+    assert seen[0] == (*range(1 - lengths[0], 1), *range(1 - lengths[1], 1))
+    assert seen[1:] == [(1, 2, 1), (2,)]

@@ -1,0 +1,109 @@
+"""An entry of a codebook beside a feed-forward block: a key that says where it acts, a value that stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.deltas.scope import in_scope, row_marks
+
+
+class CodebookDelta(FlatStack):
+    """The block's output is the entry's value: ``y = value``, or ``y += value``.
+
+    GRACE, arXiv 2211.11031, equation (1): a layer's output is replaced by the value of the nearest key where that is no
+    further than the key's deferral radius. Where it acts is the router's business (``"ball"``). An entry has n values,
+    the first for the last token of the prompt, the others for the tokens behind it one by one; behind as many as the
+    target has the block is as it was. The paper has one, which alone cannot tell the tokens of an answer apart. While
+    it is fitted there is no router: rows of the edit and of its rephrases have the values, and others where the router
+    would let them.
+
+    Options of the spec: ``replace`` (bool), whether a value replaces the output or is added to it; ``values``, n.
+    Parts, after ``"{layer}.{name}:"``: ``value`` (B, n, d).
+    Fixed, likewise: ``key`` (B, d), in the space of what the block reads; ``radius`` (B, 1); ``length`` (B, 1),
+    tokens of the target, of which n count; ``label`` (B, 4), equal for equal targets.
+
+    Raises:
+        ValueError: not exactly one site, or not the end of a feed-forward block.
+    """
+
+    def __init__(
+        self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
+    ) -> None:
+        if len(spec.sites) != 1 or spec.sites[0].name != "down":
+            got = [f"{site.layer}.{site.name}" for site in spec.sites]
+            raise ValueError(f"codebook: an entry stands beside one 'down' (got sites={got})")
+        (site,) = spec.sites
+        self.place = f"{site.layer}.{site.name}:"
+        # A feed-forward block ends as wide as it begins
+        fixed = {f"{self.place}key": (site.d_out,)}
+        fixed |= {f"{self.place}radius": (1,), f"{self.place}length": (1,), f"{self.place}label": (4,)}
+        self.n_values = int(spec.options.get("values", 1))
+        shapes = {f"{self.place}value": (self.n_values, site.d_out)}
+        super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
+        self.replaces = bool(spec.options.get("replace", False))
+
+    def reader(self, site: int) -> str | None:
+        """Keys lie where the block reads."""
+        return "up"
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor) -> Tensor:
+        """Change of the block's output (tokens, d) for its input x (tokens, d), tokens sorted by edit: (tokens, d)."""
+        steps = rows.steps(x.device) if isinstance(rows, TokenSpans) else None
+        if steps is None:
+            raise ValueError(
+                "codebook: an entry acts where the model knows which tokens are an answer's (got padded rows)"
+            )
+        value = self.differentiable(f"{self.place}value")
+        sizes = rows.offsets_tensor(x.shape[0], self.size, x.device).diff()
+        owner = torch.repeat_interleave(torch.arange(self.size, device=x.device), sizes, output_size=x.shape[0])
+        change = value[owner, steps.clamp(0, self.n_values - 1)]
+        if self.replaces:
+            change = change - output.to(change.dtype)
+        length = self.fixed[f"{self.place}length"][:, 0].clamp(max=self.n_values)
+        acting = (steps >= 0) & (steps < length[owner])
+        held = self._held(x, rows)
+        return change * (acting if held is None else acting & held)[:, None]
+
+    def _held(self, x: Tensor, rows: Rows | TokenSpans) -> Tensor | None:
+        """(tokens,) bool, those of rows that have the value while it is fitted; None is all."""
+        marks = row_marks(rows, self.size, x.device) if self.row_roles else None
+        if marks is None:
+            return None
+        # Keys and radii of edits that enter are written after the rows are known: not to be kept
+        key, radius = self.fixed[f"{self.place}key"], self.fixed[f"{self.place}radius"][:, 0]
+        distance = torch.linalg.vector_norm(x[marks.last].to(key.dtype) - key[marks.owner], dim=1)
+        held: Tensor = in_scope(self.row_roles, x.device) | (distance <= radius[marks.owner])
+        return held[marks.row]
+
+
+def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
+    """A codebook with one more entry: where its ball meets the nearest one's and their targets differ, both shrink.
+
+    GRACE, arXiv 2211.11031, algorithm 1. There a new edit of the same target gets no entry, but widens the nearest
+    ball; here it keeps its own, which covers the same and nothing that neither held. Of several balls that hold an
+    input the nearest key's acts.
+    """
+    if not entries:
+        return [new]
+    (site,) = new.spec.sites
+    key, radius, label = (f"{site.layer}.{site.name}:{name}" for name in ("key", "radius", "label"))
+    keys = torch.stack([entry.tensors[key] for entry in entries])
+    distances = torch.linalg.vector_norm(keys - new.tensors[key], dim=1)
+    nearest = int(distances.argmin())
+    between, other = distances[nearest], entries[nearest]
+    apart = bool(between > other.tensors[radius] + new.tensors[radius])
+    if apart or torch.equal(other.tensors[label], new.tensors[label]):
+        return [*entries, new]
+    combined = list(entries)
+    combined[nearest] = _within(other, radius, between / 2)
+    return [*combined, _within(new, radius, between / 2)]
+
+
+def _within(entry: EditDelta, radius: str, most: Tensor) -> EditDelta:
+    return replace(entry, tensors={**entry.tensors, radius: entry.tensors[radius].clamp(max=float(most))})
