@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.probe import feed_forward_parts
-
-if TYPE_CHECKING:
-    from fastedit.deltas import StackedDelta
+from fastedit.routers import Routed
 
 
 class BallRouter:
@@ -22,7 +19,7 @@ class BallRouter:
     its distance to an edit's key, the threshold minus the edit's radius.
     """
 
-    def __init__(self, model: EditableModel, stacked: StackedDelta) -> None:
+    def __init__(self, model: EditableModel, stacked: Routed) -> None:
         (site,) = stacked.spec.sites
         self.model, self.layer = model, site.layer
         self._place = f"{site.layer}.{site.name}:"
