@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "codebook": ("codebook", "CodebookDelta"),
     "localized": ("localized", "LocalizedDelta"),
     "context": ("context", "ContextDelta"),
+    "counterfactual": ("counterfactual", "CounterfactualDelta"),
 }
 
 

@@ -10,10 +10,12 @@ from typing import Any
 from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
 from fastedit.methods.ft import FT
 from fastedit.methods.grace import GRACE
+from fastedit.methods.ike import IKE
 from fastedit.methods.ke import KE
 from fastedit.methods.ldke import LDKE
 from fastedit.methods.lora import LoRA
 from fastedit.methods.mend import MEND
+from fastedit.methods.serac import SERAC
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
 
 
@@ -50,6 +52,8 @@ METHODS: dict[str, type[Method]] = {
     "ke": KE,
     "ldke": LDKE,
     "grace": GRACE,
+    "serac": SERAC,
+    "ike": IKE,
 }
 
 OBJECTIVES: dict[str, ObjectiveChoice] = {

@@ -1,0 +1,120 @@
+"""Settings of SERAC and its published loss."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastedit.objectives import ROLES, Losses, Role, TokenBatch
+from fastedit.objectives.base import CE_ROLES, all_correct
+from fastedit.ops import risk
+
+_POSITIVE = ("alpha", "scope_recall", "scope_batch", "valid_records", "scope_size", "scope_hidden", "scope_segments")
+_NOT_NEGATIVE = ("rank", "edit_weight", "image_edit_weight", "locality_weight", "scope_weight", "memory_mib")
+
+
+@dataclass(frozen=True)
+class SERACConfig:
+    """Settings of ``serac``, after SERAC (arXiv 2206.06520) and its multimodal port (MMEdit, arXiv 2310.08475).
+
+    What is trained belongs to the artifact: an edit is refused where it asks for other layers, names, rank, context or
+    scope than its artifact was trained with.
+
+    Args:
+        layers: of the counterfactual model that are trained: an int n for the last n decoder layers, or layer numbers.
+            None is the last one, as the port trains of its 7B counterfactual model, and all of a decoder with up to 8.
+        names: linear modules of a layer; None is all that it has.
+        rank: of the trained change; 0 is full matrices, as published.
+        alpha: a low-rank change is scaled by alpha / rank.
+        context: how a cached edit stands before a question; "{question}" and "{answer}" are the edit's.
+        threshold: similarity from which on an edit answers. The switch is hard under both protocols: the port mixes
+            the probabilities of both models under teacher forcing, and switches at 0.5 when it generates.
+        scope_size, scope_hidden, scope_segments, scope_dropout: of the scope's heads, see ``ScopeShape``.
+        faithful: the published choices where ours differ: the scope sees the text alone, image locality is no part of
+            the loss, and the scope is trained through the mixture of both models only. The text encoder stays ours
+            (states of the edited model; DistilBERT there).
+        edit_weight: on the NLL of an edit and of its rephrased text (mean).
+        image_edit_weight: on the NLL of its rephrased image.
+        locality_weight: on the KL of each kind of locality.
+        scope_weight: on the binary cross-entropy of the scope, which the paper trains by itself (section 3.3); its
+            negatives are the questions that are near an edit: its own about other images, others about its image.
+        scope_recall: weight of what lies in the scope against what does not.
+        scope_batch: records of a step of the scope.
+        swap: share of records that are given the target of another one, so that what is learned is to copy.
+        valid_records: the last so many are kept for validation.
+        memory_mib: for features that are kept between steps of training; others are made again each time.
+    """
+
+    layers: int | tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
+    rank: int = 0
+    alpha: float = 16.0
+    context: str = "{question} {answer}\n"
+    threshold: float = 0.5
+    scope_size: int = 64
+    scope_hidden: int = 256
+    scope_segments: int = 1
+    scope_dropout: float = 0.2
+    faithful: bool = False
+    edit_weight: float = 0.1
+    image_edit_weight: float = 0.1
+    locality_weight: float = 1.0
+    scope_weight: float = 1.0
+    scope_recall: float = 2.0
+    scope_batch: int = 128
+    swap: float = 0.5
+    valid_records: int = 64
+    memory_mib: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in ("{question}", "{answer}"):
+            if self.context.count(field) != 1:
+                raise ValueError(f"serac: context holds {field} exactly once (got context={self.context!r})")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"serac: {name} is positive (got {name}={getattr(self, name)!r})")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"serac: {name} is not negative (got {name}={getattr(self, name)!r})")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"serac: threshold lies between 0 and 1 (got threshold={self.threshold!r})")
+        if not 0 <= self.swap <= 1:
+            raise ValueError(f"serac: swap is a share, 0 to 1 (got swap={self.swap!r})")
+        if self.names is not None and not self.names:
+            raise ValueError(f"serac: at least one name (got names={self.names!r})")
+
+    def cached(self, question: str, answer: str) -> str:
+        """A cached edit as it stands before a question."""
+        values = {"{question}": question.strip(), "{answer}": answer.strip()}
+        # Both at once: an edit's own text may hold what looks like a field
+        return re.sub(r"\{(question|answer)\}", lambda found: values[found[0]], self.context)
+
+
+class SeracObjective:
+    """The port's loss: 0.1 NLL of the edit, 0.1 NLL of its rephrased image, 1.0 KL(before || after) of each locality.
+
+    Image locality has no weight in the published loss; it has in ours unless ``faithful``.
+    """
+
+    roles: tuple[Role, ...] = ROLES
+
+    def __init__(self, config: SERACConfig) -> None:
+        text, kept = config.edit_weight, config.locality_weight
+        self.factors = [text / 2, text / 2, config.image_edit_weight, kept, 0.0 if config.faithful else kept]
+
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """Losses; ``steps`` is not used."""
+        n, n_roles = tokens.n_edits, len(ROLES)
+        slot = tokens.edit * n_roles + tokens.role
+        fitted = tokens.is_role(*CE_ROLES)
+        value, _ = risk(tokens.logits, tokens.labels, torch.where(fitted, slot, -1), n * n_roles, kind="ce")
+        if tokens.reference is not None and tokens.reference.shape[0]:
+            out = risk(tokens.logits[~fitted], tokens.reference, slot[~fitted], n * n_roles, kind="forward_kl")
+            value = value + out[0]
+        table = value.view(n, n_roles)
+        total = (table * torch.tensor(self.factors).to(table)).sum(1)
+        nll = table[:, int(Role.EDIT)].detach()
+        return Losses(total, nll, all_correct(tokens), {"nll": nll})
