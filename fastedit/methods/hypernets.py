@@ -21,13 +21,15 @@ from fastedit.backbone.packed import token_rows
 from fastedit.backbone.walk import packed_tail
 from fastedit.deltas import DeltaSpec, Rows
 from fastedit.deltas.rows import TokenSpans
-from fastedit.methods.base import Written
+from fastedit.methods.base import Written, positions_option
 from fastedit.objectives import Role
 from fastedit.ops import low_rank, risk
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
 
+#: Ranks that a memory plan reckons with; an edit has as many as it has tokens that the change acts on.
+PLANNED_RANK = 32
 #: Share of the mean variance that is added to that of every direction.
 RIDGE = 1e-2
 #: (B, d_in, r) and (B, r, d_out) of one site: the change is ``x @ down @ up``.
@@ -170,6 +172,11 @@ def sketch(factors: Sequence[Factors], width: int = 16, seed: int = 0) -> Tensor
         right = torch.randn(up.shape[2], width, generator=generator).to(up) / width**0.5
         parts.append(((left.T @ down) @ (up @ right)).flatten(1))
     return torch.cat(parts, 1)
+
+
+def planned_spec(sites: Sequence[Site], positions: str) -> DeltaSpec:
+    """Low-rank deltas at some sites, before anything is known of the edits."""
+    return DeltaSpec("low_rank", tuple(sites), {"rank": PLANNED_RANK, "scale": 1.0, **positions_option(positions)})
 
 
 def written(spec: DeltaSpec, factors: Sequence[Factors]) -> list[Written]:

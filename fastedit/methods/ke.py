@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import Accumulation, Resources, Written, check_positions, last_layers, positions_option
-from fastedit.methods.hypernets import Factors, Gradients, edit_gradients, restore, written
+from fastedit.methods.base import Accumulation, Resources, Written, check_positions, last_layers
+from fastedit.methods.hypernets import Factors, Gradients, edit_gradients, planned_spec, restore, written
 from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
 from fastedit.prepared import EditRows
@@ -186,7 +186,7 @@ class KE:
     def spec(model: EditableModel, config: KEConfig) -> DeltaSpec:
         """Low-rank factors beside the chosen modules, one rank more than an edit has tokens."""
         sites = model.sites(last_layers(config.layers, model.n_layers, "ke"), config.names)
-        return DeltaSpec("low_rank", tuple(sites), {"rank": 1, "scale": 1.0, **positions_option(config.positions)})
+        return planned_spec(sites, config.positions)
 
     @staticmethod
     def solver(model: EditableModel, config: KEConfig) -> SolverConfig:

@@ -133,6 +133,15 @@ def test_the_best_parameters_are_kept_and_training_stops() -> None:
     assert made.tensors["seen"].item() == 20
 
 
+def test_the_best_parameters_outlive_a_break(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_task(Line(scores=[0.9, 0.5], break_at=45), CONFIG, checkpoint=path)
+    made = train_task(Line(scores=[0.4]), CONFIG, checkpoint=path)
+    assert made.metrics["best"] == {"score": 0.9, "step": 20}
+    assert made.id == train_task(Line(scores=[0.9, 0.5, 0.4]), CONFIG).id
+
+
 def test_scores_that_are_not_numbers_are_never_the_best() -> None:
     made = train_task(Line(scores=[float("nan"), 0.2]), TrainerConfig(steps=20, valid_every=10))
     assert made.metrics["best"]["step"] == 20
