@@ -160,11 +160,11 @@ def _template(model: EditableModel, config: IKEConfig, request: EditRequest, cop
             f"(got prompt={request.prompt!r:.80}, target={request.target!r:.80})"
         )
     last = [copy] if config.own and fits([copy]) else []
-    # By their own lengths first: joined texts have a token more or less
-    left = room - _tokens(model, longest, "".join(last) + fact)
+    # By their own lengths first; joined, texts have a token more or less
+    left, alone = room - _tokens(model, longest, "".join(last) + fact), _length(model, fact, False)
     number = 0
     for text in shown:
-        left -= _length(model, text, False)
+        left -= _length(model, text + fact, False) - alone
         if left < 0:
             break
         number += 1
