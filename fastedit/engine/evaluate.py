@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +46,10 @@ class _Fed:
     def labels(self) -> dict[int, tuple[int, ...]]:
         """By row, all of them."""
         return {**self.groups[0], **self.groups[1]}
+
+    def by_row(self) -> dict[int, Tensor]:
+        """The states of each row."""
+        return _split(self.before, self.labels)
 
 
 class Evaluator:
@@ -125,24 +129,47 @@ class Evaluator:
         fed = self._before(rows, reader, given, most)
         with installed(self.model, stacked, where) as holder:
             if holder.asks:
-                reader = self._asked_anew(holder, rows, reader)
-                most = reader.rooms(self.max_new_tokens)
-            last = reader.read()
-            after = _merged([self._feed(reader, last, group) for group in fed.groups], fed.groups)
-            written, coming = self._agreed(after, fed.labels, most)
-            free = [number for number in range(len(rows)) if number not in fed.labels]
-            coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
-            answers = {**written, **reader.decode(coming, most, written)}
-            chosen = holder.choice
-        self._score(rows, fed, after)
-        for number, row in enumerate(rows):
-            row.after = self._text(answers[number])
-            row.acted = None if chosen is None else chosen[number] >= 0
+                self._ask_anew(holder, rows, fed, max(longest, self.max_new_tokens))
+            else:
+                after, answers = self._after(reader, fed.groups, most)
+                self._score(rows, fed, after)
+                for number, row in enumerate(rows):
+                    row.after = self._text(answers[number])
+                    row.acted = None if holder.choice is None else holder.choice[number] >= 0
 
-    def _asked_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], reader: Reader) -> Reader:
-        """The reader of the questions that the edited model is asked instead."""
+    def _ask_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], fed: _Fed, room: int) -> None:
+        """Fill in the rows where the edited model is asked another question; it answers the same ones as before."""
         asked = holder.ask([row.view.query for row in rows])
-        return Reader(self.model, self.model.encode(asked, answers=False), reader.room)
+        chosen, where = holder.choice, holder.rows
+        moved = [n for n, row in enumerate(rows) if asked[n].prompt != row.view.query.prompt]
+        after = fed.by_row()
+        for number, row in enumerate(rows):
+            row.after = row.before
+            row.acted = None if chosen is None else chosen[number] >= 0
+        if moved:
+            reader = Reader(self.model, self.model.encode([asked[n] for n in moved], answers=False), room)
+            groups = [{n: group[old] for n, old in enumerate(moved) if old in group} for group in fed.groups]
+            if chosen is not None:
+                holder.choice = [chosen[n] for n in moved]
+            if where.counts is not None:
+                holder.rows = _rows_of([rows[n] for n in moved], len(where.counts))
+            states, answers = self._after(reader, groups, reader.rooms(self.max_new_tokens))
+            after |= {moved[n]: state for n, state in states.items()}
+            for n, old in enumerate(moved):
+                rows[old].after = self._text(answers[n])
+        self._score(rows, fed, after)
+
+    def _after(
+        self, reader: Reader, groups: Sequence[dict[int, tuple[int, ...]]], most: Sequence[int]
+    ) -> tuple[dict[int, Tensor], dict[int, list[int]]]:
+        """Ask the edited model: by row, the states that predict what is fed, and the tokens of the answer."""
+        last = reader.read()
+        states = _merged([self._feed(reader, last, group) for group in groups], groups)
+        labels = {number: tokens for group in groups for number, tokens in group.items()}
+        written, coming = self._agreed(states, labels, most)
+        free = [number for number in range(len(reader)) if number not in labels]
+        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+        return _split(states, labels), {**written, **reader.decode(coming, most, written)}
 
     def _before(
         self, rows: Sequence[AskedRow], reader: Reader, given: dict[int, tuple[int, ...]], most: Sequence[int]
@@ -208,11 +235,12 @@ class Evaluator:
         found: list[int] = torch.cat(parts).tolist() if parts else []
         return found
 
-    def _score(self, rows: Sequence[AskedRow], fed: _Fed, after: Tensor) -> None:
-        """Fill ``legacy`` and ``kl`` from final hidden states, some tokens at a time."""
+    def _score(self, rows: Sequence[AskedRow], fed: _Fed, states: Mapping[int, Tensor]) -> None:
+        """Fill ``legacy`` and ``kl`` from final hidden states by row, some tokens at a time."""
         if not fed.labels:
             return
         numbers = sorted(fed.labels)
+        after = torch.cat([states[number] for number in numbers])
         device = after.device
         labels = torch.tensor([token for number in numbers for token in fed.labels[number]], device=device)
         row = torch.tensor([n for n, number in enumerate(numbers) for _ in fed.labels[number]], device=device)
@@ -253,6 +281,12 @@ def _merged(states: Sequence[Tensor], groups: Sequence[dict[int, tuple[int, ...]
             start += len(group[row])
     order = [place for row in sorted(places) for place in places[row]]
     return torch.cat(list(states))[torch.tensor(order, dtype=torch.long, device=states[0].device)]
+
+
+def _split(states: Tensor, labels: dict[int, tuple[int, ...]]) -> dict[int, Tensor]:
+    """States (T, d), rows in order, by row."""
+    rows = sorted(labels)
+    return dict(zip(rows, torch.split(states, [len(labels[row]) for row in rows]), strict=True))
 
 
 def _has_text(text: str | None) -> bool:
