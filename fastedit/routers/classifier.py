@@ -1,0 +1,168 @@
+"""The disentanglement classifier: does a prompt ask what an edit is about, of the image that it is about?
+
+LDKE (arXiv 2605.29826) sends related inputs to the edited and unrelated ones to the original model; only its abstract
+was to be had, so the design is ours. Two heads read states that exist anyway, at the point where the deltas begin: the
+entity head the tokens of the image, the relation head those of the text. An edit acts where both say yes: the
+probability is the product of theirs, each a logistic of the cosine to what the edit left in memory. So what is
+entangled in the model's states is judged apart: the same image with another question fails by the relation, the same
+question with another image by the entity. A product of two matrices scores a prompt against any number of edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastedit.backbone import EditableModel, PackedState
+from fastedit.routers import Routed
+from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
+from fastedit.routers.scope import trained_part
+
+PREFIX = "classifier/"
+#: Distance of two images' centres (unit vectors) below which they are the same pixels: rounding stays far below it,
+#: other renderings of a scene far above.
+SAME_IMAGE = 0.02
+
+
+@dataclass(frozen=True)
+class ClassifierShape:
+    """Sizes of the heads.
+
+    Args:
+        width: d of the states. size: of a head's vector. queries: per head. key: width of their keys and values.
+    """
+
+    width: int
+    size: int = 256
+    queries: int = 8
+    key: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("width", "size", "queries", "key"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"classifier: {name} is at least 1 (got {name}={getattr(self, name)!r})")
+
+
+class Disentangler(nn.Module):
+    """Entity and relation head, and how near two of their vectors must be.
+
+    Args:
+        shape: sizes. seed: of the first weights.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, shape: ClassifierShape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        generator = torch.Generator().manual_seed(seed)
+        self.entity = AttentionPool(shape.width, shape.queries, shape.key, shape.size, generator)
+        self.relation = AttentionPool(shape.width, shape.queries, shape.key, shape.size, generator)
+        #: Stands for the image of prompts that have none
+        self.nothing = nn.Parameter(torch.randn(shape.size, generator=generator))
+        # Slope and offset of the two logits: at cosine 1/2 a head is undecided
+        self.slope = nn.Parameter(torch.full((2,), 10.0))
+        self.offset = nn.Parameter(torch.full((2,), -5.0))
+        self.register_buffer("threshold", torch.tensor(0.5).log())
+
+    def forward(self, tokens: PromptTokens) -> tuple[Tensor, Tensor]:
+        """Entity and relation vectors (R, size), float32, of length 1."""
+        seen = (tokens.image_count > 0)[:, None]
+        nothing = F.normalize(self.nothing, dim=0).expand(len(tokens), -1)
+        # where, not a product: a row without an image has no gradient to the pool
+        entity = torch.where(seen, self.entity(tokens.image, tokens.image_count), nothing)
+        return entity, self.relation(tokens.text, tokens.text_count)
+
+    def logits(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads' logits of cosines of any shape."""
+        return self.slope[0] * entity + self.offset[0], self.slope[1] * relation + self.offset[1]
+
+    def log_probability(self, entity: Tensor, relation: Tensor) -> Tensor:
+        """Logarithm of the product of both probabilities, of cosines of any shape."""
+        by_entity, by_relation = self.logits(entity, relation)
+        return F.logsigmoid(by_entity) + F.logsigmoid(by_relation)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, for an artifact."""
+        return {PREFIX + name: tensor for name, tensor in self.state_dict().items()}
+
+    def settings(self) -> dict[str, Any]:
+        """The shape as plain values, for an artifact's config."""
+        return asdict(self.shape)
+
+    @staticmethod
+    def of(artifact: Any, device: torch.device) -> Disentangler:
+        """The classifier that an artifact holds (config "classifier" and tensors "classifier/..."), frozen."""
+        made = Disentangler(ClassifierShape(**artifact.config["classifier"]))
+        known = {n.removeprefix(PREFIX): t for n, t in artifact.tensors.items() if n.startswith(PREFIX)}
+        made.load_state_dict(known)
+        return made.to(device).eval().requires_grad_(False)
+
+
+class ClassifierRouter:
+    """An edit acts where the logarithm of the classifier's probability reaches the threshold.
+
+    The threshold is the one that training set, or ``threshold`` (a probability) of the spec's options. The edits'
+    fixed tensors: ``entity`` and ``relation`` vectors (B, size) and ``image``, the centre of the image (B, d).
+    """
+
+    def __init__(self, model: EditableModel, stacked: Routed) -> None:
+        options = stacked.spec.options
+        self.classifier = Disentangler.of(trained_part(model, options), model.device)
+        given = options.get("threshold")
+        self.least = float(self.classifier.threshold) if given is None else float(torch.tensor(given).log())
+
+    @torch.no_grad()
+    def scores(self, state: PackedState, fixed: Mapping[str, Tensor], own: Tensor | None) -> Tensor:
+        """See `Router`; at most 0. Of edits that claim a prompt and are not to have it, minus infinity."""
+        tokens = prompt_tokens(state)
+        entity, relation = self.classifier(tokens)
+        known_entity, known_relation = fixed["entity"].to(entity.dtype), fixed["relation"].to(relation.dtype)
+        if own is not None:
+            by_entity = (entity * known_entity[own]).sum(1)
+            return self.classifier.log_probability(by_entity, (relation * known_relation[own]).sum(1))
+        found = self.classifier.log_probability(entity @ known_entity.T, relation @ known_relation.T)
+        return settled(found, self.least, tokens.centre(), fixed["image"].to(entity.dtype))
+
+    def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
+        """See `Router`."""
+        return fixed["entity"].new_full((len(fixed["entity"]),), self.least)
+
+
+def settled(scores: Tensor, least: float, asked: Tensor, stored: Tensor, ratio: float = 0.5) -> Tensor:
+    """Scores in which no two edits claim one prompt.
+
+    Edits of the same question about images that show the same (many pictures of one flag, say) all claim each other's
+    prompts, and need not agree. Where one of them was made on the very image that is asked about, it acts, the newest
+    of several; else the one whose image is nearest, if the next is at least 1 / ``ratio`` times as far away (the ratio
+    test of Lowe, IJCV 2004, section 7.1); else none: what is left is a guess, and the base model's answer stands.
+
+    Args:
+        scores: (R, B). least: what an edit needs to claim a prompt. asked: (R, d), stored: (B, d), centres of images.
+    Returns:
+        (R, B), minus infinity at the edits that lost.
+    """
+    claims = scores >= least
+    for row in (claims.sum(1) > 1).nonzero().flatten().tolist():
+        edits = claims[row].nonzero().flatten()
+        distance = torch.linalg.vector_norm(asked[row] - stored[edits], dim=1)
+        same = distance <= SAME_IMAGE
+        winner = None
+        if bool(same.any()):
+            edits = edits[same]
+            best = scores[row, edits]
+            # Rounding does not decide between two edits of one question
+            winner = edits[best >= best.max() - 1e-3][-1]
+        else:
+            near, order = distance.sort()
+            winner = edits[order[0]] if near[0] <= ratio * near[1] else None
+        kept = None if winner is None else scores[row, winner].clone()
+        scores[row, claims[row]] = -torch.inf
+        if winner is not None and kept is not None:
+            scores[row, winner] = kept
+    return scores

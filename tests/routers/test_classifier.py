@@ -1,0 +1,137 @@
+"""The disentanglement classifier: what it says of pairs, which edit acts, what happens where several claim a prompt."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastedit
+from fastedit import Query
+from fastedit.backbone import EditableModel
+from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.routers.classifier import ClassifierRouter, ClassifierShape, Disentangler, settled
+from fastedit.routers.features import prompt_tokens
+from fastedit.training import Artifact
+from tests.engine.conftest import picture
+
+POINT = (1, "attention")
+QUERIES = [
+    Query("what colour is it ?", picture(1)),
+    Query("who ?", None),
+    Query("where is the large one in here ?", picture(2)),
+    Query("who is that ?", None),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> EditableModel:
+    return fastedit.load("random:llava-tiny")
+
+
+@pytest.fixture(scope="module")
+def artifact(model: EditableModel) -> Artifact:
+    made = Disentangler(ClassifierShape(model.hidden_size, size=12, queries=2, key=5), seed=4)
+    made.threshold.fill_(0.25).log_()
+    return Artifact("ldke", model.fingerprint, {"classifier": made.settings()}, made.tensors())
+
+
+def walked(model: EditableModel, queries: list[Query]) -> Any:
+    return packed_prefix(model, packed_start(model, model.encode(queries, answers=False)), *POINT)
+
+
+def router(model: EditableModel, artifact: Artifact, **options: Any) -> ClassifierRouter:
+    model.artifacts[artifact.id] = artifact
+    stacked: Any = SimpleNamespace(spec=SimpleNamespace(options={"artifact": artifact.id, **options}))
+    return ClassifierRouter(model, stacked)
+
+
+def memory(model: EditableModel, artifact: Artifact, queries: list[Query]) -> dict[str, torch.Tensor]:
+    tokens = prompt_tokens(walked(model, queries))
+    with torch.no_grad():
+        entity, relation = Disentangler.of(artifact, model.device)(tokens)
+    return {"entity": entity, "relation": relation, "image": tokens.centre()}
+
+
+def test_the_probability_is_the_product_of_the_heads(artifact: Artifact, model: EditableModel) -> None:
+    made = Disentangler.of(artifact, model.device)
+    entity, relation = torch.linspace(-1, 1, 5), torch.linspace(1, -0.5, 5)
+    expected = torch.sigmoid(10 * entity - 5) * torch.sigmoid(10 * relation - 5)
+    torch.testing.assert_close(made.log_probability(entity, relation).exp(), expected)
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_what_has_no_image_has_one_entity(artifact: Artifact, model: EditableModel) -> None:
+    found = memory(model, artifact, QUERIES)
+    torch.testing.assert_close(found["entity"].norm(dim=1), torch.ones(4))
+    assert torch.equal(found["entity"][1], found["entity"][3])
+    assert not torch.allclose(found["entity"][0], found["entity"][2])
+    assert not torch.allclose(found["relation"][1], found["relation"][3])
+
+
+def test_a_row_is_scored_against_its_own_edit_or_all(artifact: Artifact, model: EditableModel) -> None:
+    made, fixed = router(model, artifact, threshold=0.999999), memory(model, artifact, QUERIES)
+    state = walked(model, QUERIES)
+    own = torch.tensor([0, 0, 2, 1])
+    each = made.scores(state, fixed, own)
+    # Nothing reaches the threshold, so no edit is taken out
+    every = made.scores(state, fixed, None)
+    assert every.shape == (4, 4)
+    torch.testing.assert_close(each, every.gather(1, own[:, None])[:, 0])
+    assert float(each[0]) == pytest.approx(2 * float(torch.sigmoid(torch.tensor(5.0)).log()), abs=1e-5)
+    assert bool((every <= 0).all())
+
+
+def test_the_threshold_is_that_of_training_or_the_one_given(artifact: Artifact, model: EditableModel) -> None:
+    fixed = memory(model, artifact, QUERIES[:3])
+    expected = torch.full((3,), 0.25).log()
+    torch.testing.assert_close(router(model, artifact).threshold(fixed), expected)
+    torch.testing.assert_close(router(model, artifact, threshold=0.5).threshold(fixed), torch.full((3,), 0.5).log())
+
+
+def test_a_classifier_that_is_not_there_is_named(artifact: Artifact, model: EditableModel) -> None:
+    stacked: Any = SimpleNamespace(spec=SimpleNamespace(options={"artifact": "0" * 64}))
+    with pytest.raises(ValueError, match=r"fastedit\.load_artifact"):
+        ClassifierRouter(model, stacked)
+
+
+def centres(*angles: float) -> torch.Tensor:
+    turned = torch.tensor(angles, dtype=torch.float64)
+    return torch.stack([turned.cos(), turned.sin()], 1)
+
+
+LEAST = -0.5
+NONE = -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("scores", "asked", "stored", "winner"),
+    [
+        ([-0.1, -0.9, -2.0], 0.0, (1.0, 0.0, 0.0), 0),  # one claim stands, however far its image is
+        ([-0.9, -0.9, -2.0], 0.0, (0.0, 0.0, 0.0), None),  # no claim
+        ([-0.1, -0.2, -2.0], 0.0, (0.5, 0.0, 0.0), 1),  # made on this very image, though its score is less
+        ([-0.2, -0.2, -0.1], 0.0, (0.0, 1e-3, 0.5), 1),  # the newest of two such
+        ([-0.1, -0.2, -0.2], 0.0, (0.0, 1e-3, 0.5), 0),  # the one that is more about the question
+        ([-0.2, -0.1, -0.2], 0.0, (0.1, 0.5, 1.0), 0),  # by far the nearest image
+        ([-0.2, -0.1, -0.2], 0.0, (0.4, 0.5, 1.0), None),  # a guess
+    ],
+)
+def test_where_several_edits_claim_a_prompt(
+    scores: list[float], asked: float, stored: tuple[float, ...], winner: int | None
+) -> None:
+    given = torch.tensor([scores, [-3.0, -3.0, -3.0]])
+    found = settled(given.clone(), LEAST, centres(asked, asked), centres(*stored))
+    claims = given >= LEAST
+    for edit in range(3):
+        kept = not claims[0, edit] or edit == winner
+        assert float(found[0, edit]) == (float(given[0, edit]) if kept else NONE)
+    assert torch.equal(found[1], given[1])
+
+
+def test_two_edits_of_text_are_told_apart_by_their_question() -> None:
+    """They have no image, so all images are the same."""
+    stored = torch.zeros(2, 3)
+    found = settled(torch.tensor([[-0.2, -0.1], [-0.1, -0.2]]), LEAST, torch.zeros(2, 3), stored)
+    assert found.argmax(1).tolist() == [1, 0]
