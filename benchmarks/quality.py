@@ -31,10 +31,13 @@ if __name__ == "__main__":
 
 from benchmarks import record
 from benchmarks.quality_cases import METHODS, UNFITTED, Case, ablations, cross_task, sequential, single
+from benchmarks.quality_maps import layer_map
 from benchmarks.quality_run import World, run_case
 from benchmarks.quality_tables import load_outcomes, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Edits of the map of layers.
+MAPPED = 200
 TABLES = ("single", "sequential", "cross-task", "ablation")
 
 
@@ -138,7 +141,9 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
     if not outcomes:
         console.print(f"no outcomes below {out}", markup=False)
         return
-    drawn = draw(outcomes, pictures, out / "artifacts")
+    singles = sorted({(o["case"]["model"], o["case"]["data"]) for o in outcomes if o["case"]["table"] == "single"})
+    maps = [layer_map(model, data, MAPPED, out / "maps" / f"{model}-{data}.json") for model, data in singles]
+    drawn = draw(outcomes, pictures, maps)
     target = document or out / "results.md"
     text = markdown(outcomes, {name: os.path.relpath(path, target.parent) for name, path in drawn.items()})
     target.parent.mkdir(parents=True, exist_ok=True)

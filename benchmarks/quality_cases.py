@@ -81,7 +81,19 @@ def cross_task(edits: int, methods: Sequence[str]) -> list[Case]:
 
 
 #: The rows of UniKE's ablation table (arXiv 2409.19872, table 4) and of its figures on the direction and on alpha.
-UNIKE: Mapping[str, Mapping[str, Any]] = {}
+UNIKE: Mapping[str, Mapping[str, Any]] = {
+    "full": {},
+    "intrinsic only": {"extrinsic": "none", "zeta": "none"},
+    "Latent-IKE only": {"intrinsic": False},
+    "intrinsic + prompt IKE": {"extrinsic": "prompt", "zeta": "none"},
+    "without collaboration": {"zeta": "none", "alpha": 0.5},
+    "zeta none": {"zeta": "none"},
+    "zeta random": {"zeta": "random"},
+    "zeta semantic": {"zeta": "semantic"},
+    "alpha 0.1": {"alpha": 0.1},
+    "alpha 0.5": {"alpha": 0.5},
+    "alpha 0.9": {"alpha": 0.9},
+}
 
 #: ODEdit's parts (arXiv 2601.19700), on low-rank deltas.
 ODEDIT: Mapping[str, Mapping[str, Any]] = {
@@ -95,8 +107,17 @@ ODEDIT: Mapping[str, Mapping[str, Any]] = {
     "frozen lambda": {"learn_dual": False},
 }
 
-#: Which layers the LDKE-style editor changes.
-LDKE: Mapping[str, Mapping[str, Any]] = {}
+#: Which two of three candidate layers the LDKE-style editor changes, and what the classifier is worth.
+LDKE: Mapping[str, Mapping[str, Any]] = {
+    "as it is": {},
+    "without classifier": {"route": False},
+    "localized 2": {"route": False, "top": 2},
+    "localized 2, by weight gradients": {"route": False, "top": 2, "score": "weight"},
+    "localized 2, neighbours": {"route": False, "top": 2, "window": True},
+    "voted 2": {"route": False, "top": 2, "layers": "voted"},
+    "random 2": {"route": False, "top": 2, "layers": "random"},
+    "last 2": {"route": False, "layers": 2},
+}
 
 
 def ablations(edits: int) -> list[Case]:

@@ -21,8 +21,12 @@ MUST_CHANGE = ("reliability", "text_generality", "image_generality")
 MUST_STAY = ("text_locality", "image_locality", "near", "same")
 
 
-def draw(outcomes: Sequence[Outcome], folder: Path, artifacts: Path) -> dict[str, Path]:
-    """Draw what there is; name -> PNG."""
+def draw(outcomes: Sequence[Outcome], folder: Path, maps: Sequence[Mapping[str, Any]] = ()) -> dict[str, Path]:
+    """Draw what there is; name -> PNG.
+
+    Args:
+        outcomes: of ``quality.py``. folder: for the pictures. maps: of layers, from ``quality_maps``.
+    """
     figures: dict[str, Figure] = {}
     for model, data in dict.fromkeys((o["case"]["model"], o["case"]["data"]) for o in of(outcomes, "single")):
         group = [o for o in of(outcomes, "single") if (o["case"]["model"], o["case"]["data"]) == (model, data)]
@@ -31,7 +35,7 @@ def draw(outcomes: Sequence[Outcome], folder: Path, artifacts: Path) -> dict[str
         group = [o for o in of(outcomes, table) if o["checkpoints"]]
         if group:
             figures[f"forgetting, {table}"] = forgetting(group)
-    figures |= _of_trained_parts(artifacts)
+    figures |= {f"layers, {m['data']} on {m['model']}": layer_map(m) for m in maps}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, figure in figures.items():
@@ -114,7 +118,7 @@ def layer_map(scores: Mapping[str, Any]) -> Figure:
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8.5)
     axes.set_xticks(range(len(values[0])))
     axes.grid(visible=False)
-    axes.set_title("share of the localization score, mean over edits", fontsize=10)
+    axes.set_title(f"{scores['data']} on {scores['model']}: share of the localization score", fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.05)
     return figure
 
@@ -131,10 +135,6 @@ def spaces(view: Mapping[str, Any]) -> Figure:
         axes.tick_params(labelbottom=True)
         axes.legend(frameon=False, fontsize=8, markerscale=2)
     return figure
-
-
-def _of_trained_parts(_artifacts: Path) -> dict[str, Figure]:
-    return {}
 
 
 def _mean(outcome: Mapping[str, Any], names: Sequence[str]) -> float:

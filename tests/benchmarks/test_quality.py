@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import fastedit
-from benchmarks import quality, quality_run
+from benchmarks import quality, quality_maps, quality_run
 from benchmarks.quality_cases import FIVE, METHODS, SCORES, UNFITTED, Case, ablations, cross_task, sequential, single
 from benchmarks.quality_figures import draw
 from benchmarks.quality_tables import (
@@ -108,8 +108,9 @@ def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
         outcome("lora", [1.0, 1.0, 1.0], table="sequential"),
         outcome("odedit+lora", [1.0, 0.0], table="ablation-odedit", label="without TV"),
     ]  # fmt: skip
-    drawn = draw(outcomes, tmp_path / "pictures", tmp_path)
-    assert len(drawn) == 2
+    maps = [{"kinds": ["a (2)", "b (1)"], "values": [[0.2, 0.8], [0.6, 0.4]], "data": "d", "model": "m"}]
+    drawn = draw(outcomes, tmp_path / "pictures", maps)
+    assert len(drawn) == 3
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.values())
     text = markdown(outcomes, {name: path.name for name, path in drawn.items()})
     expected = [
@@ -158,6 +159,20 @@ def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.
     console = Console(record=True, width=200)
     assert quality.run_all([case], tmp_path, jobs=1, threads=1, console=console) == []
     assert "1 cases, 1 of them are there" in console.export_text()
+
+
+def test_layers_are_mapped_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = [
+        dataclasses.replace(edit, tags=("hard", "colour") if n % 2 else ("shape",))
+        for n, edit in enumerate(make_edits(5))
+    ]
+    monkeypatch.setattr(quality_maps, "records", lambda data, split, limit: edits)
+    found = quality_maps.layer_map("random:llava-tiny", "pocket-vqa", 5, tmp_path / "maps" / "a.json")
+    assert found["kinds"] == ["colour (2)", "shape (3)"]
+    for values in found["values"]:
+        assert sum(values) == pytest.approx(1.0)
+        assert min(values) > 0
+    assert quality_maps.layer_map("never loaded", "", 0, tmp_path / "maps" / "a.json") == found
 
 
 def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
