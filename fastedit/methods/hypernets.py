@@ -21,7 +21,7 @@ from fastedit.backbone.packed import token_rows
 from fastedit.backbone.walk import packed_tail
 from fastedit.deltas import DeltaSpec, Rows
 from fastedit.deltas.rows import TokenSpans
-from fastedit.methods.base import Written, positions_option
+from fastedit.methods.base import Written, last_layers, positions_option
 from fastedit.objectives import Role
 from fastedit.ops import low_rank, risk
 from fastedit.prepared import EditRows
@@ -172,6 +172,15 @@ def sketch(factors: Sequence[Factors], width: int = 16, seed: int = 0) -> Tensor
         right = torch.randn(up.shape[2], width, generator=generator).to(up) / width**0.5
         parts.append(((left.T @ down) @ (up @ right)).flatten(1))
     return torch.cat(parts, 1)
+
+
+def changed_layers(layers: int | tuple[int, ...] | None, model: EditableModel, owner: str) -> tuple[int, ...]:
+    """Layer numbers; None is the last tenth of the decoder, at least one.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+    return last_layers(max(1, round(model.n_layers / 10)) if layers is None else layers, model.n_layers, owner)
 
 
 def planned_spec(sites: Sequence[Site], positions: str) -> DeltaSpec:

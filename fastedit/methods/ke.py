@@ -13,8 +13,16 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import Accumulation, Resources, Written, check_positions, last_layers
-from fastedit.methods.hypernets import Factors, Gradients, edit_gradients, planned_spec, restore, written
+from fastedit.methods.base import Accumulation, Resources, Written, check_positions
+from fastedit.methods.hypernets import (
+    Factors,
+    Gradients,
+    changed_layers,
+    edit_gradients,
+    planned_spec,
+    restore,
+    written,
+)
 from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
 from fastedit.prepared import EditRows
@@ -28,31 +36,34 @@ class KEConfig:
     """Settings of ``ke``; those of the network must be the ones that it was trained with.
 
     Args:
-        layers: an int n for the last n decoder layers, or layer numbers.
+        layers: an int n for the last n decoder layers, or layer numbers; None is the last tenth of them: three of 32,
+            as in the multimodal ports.
         names: linear modules of a layer that are changed.
         hidden: of each direction of the LSTM that reads the edit.
         condition: length of the vector that it makes of the edit; None is four hidden sizes of the model, at most 1024
             (the multimodal port's).
         inner: width of the network of every matrix.
         max_scale: largest gate.
-        positions: "all", or "after_image": the change acts on the tokens behind the image only.
-        edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``.
+        positions: "after_image": the change acts on the tokens behind the image only, and has as many ranks as there
+            are; or "all".
+        edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``. With the
+            multimodal ports' 0.1, 0.1, 0.1 and 1 training is slow to edit at all.
         locality_views: kinds of image locality views of a record and training step.
         valid_records: of those given for training, kept for validation.
         row_cache_mib: memory for rows that are walked once for all steps of training.
         seed: of the network's first values.
     """
 
-    layers: int | tuple[int, ...] = 3
+    layers: int | tuple[int, ...] | None = None
     names: tuple[str, ...] = ("up", "down")
     hidden: int = 128
     condition: int | None = None
     inner: int = 128
     max_scale: float = 1.0
-    positions: str = "all"
-    edit_weight: float = 0.1
-    text_weight: float = 0.1
-    image_weight: float = 0.1
+    positions: str = "after_image"
+    edit_weight: float = 1.0
+    text_weight: float = 1.0
+    image_weight: float = 1.0
     locality_weight: float = 1.0
     locality_views: int = 2
     valid_records: int = 64
@@ -185,7 +196,7 @@ class KE:
     @staticmethod
     def spec(model: EditableModel, config: KEConfig) -> DeltaSpec:
         """Low-rank factors beside the chosen modules, one rank more than an edit has tokens."""
-        sites = model.sites(last_layers(config.layers, model.n_layers, "ke"), config.names)
+        sites = model.sites(changed_layers(config.layers, model, "ke"), config.names)
         return planned_spec(sites, config.positions)
 
     @staticmethod
@@ -220,6 +231,13 @@ class KE:
         gradients = edit_gradients(model, spec.sites, rows)
         with torch.no_grad():
             return written(spec, shared(gradients, requests))
+
+    @staticmethod
+    def trainer(config: KEConfig) -> TrainerConfig:
+        """Two thousand steps."""
+        return TrainerConfig(
+            steps=2000, batch_size=16, lr=3e-3, schedule="cosine", valid_every=250, patience=4, checkpoint_every=250
+        )
 
     @staticmethod
     def task(

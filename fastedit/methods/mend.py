@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
-from fastedit.methods.base import Accumulation, Resources, Written, check_positions, last_layers
-from fastedit.methods.hypernets import Factors, Gradients, Scale, edit_gradients, planned_spec, restore, written
+from fastedit.methods.base import Accumulation, Resources, Written, check_positions
+from fastedit.methods.hypernets import (
+    Factors,
+    Gradients,
+    Scale,
+    changed_layers,
+    edit_gradients,
+    planned_spec,
+    restore,
+    written,
+)
 from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
 from fastedit.prepared import EditRows
@@ -27,7 +36,8 @@ class MENDConfig:
     """Settings of ``mend``; those of the network must be the ones that it was trained with.
 
     Args:
-        layers: an int n for the last n decoder layers, or layer numbers.
+        layers: an int n for the last n decoder layers, or layer numbers; None is the last tenth of them: three of 32,
+            as in the multimodal ports.
         names: linear modules of a layer whose gradients are edited.
         rank: of a block's two factors; None is a quarter of d_in + d_out, at most 1920 (the paper's).
         blocks: residual blocks of a network.
@@ -35,25 +45,27 @@ class MENDConfig:
             dimensions by their deviations, as the paper does.
         edit_lr: first value of the learned step size of every matrix.
         edit_lr_factor: on the trainer's rate, for the logarithms of the step sizes.
-        positions: "all", or "after_image": the change acts on the tokens behind the image only.
-        edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``.
+        positions: "after_image": the change acts on the tokens behind the image only, and has as many ranks as there
+            are; or "all".
+        edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``. With the
+            multimodal ports' 0.1, 0.1, 0.1 and 1 training is slow to edit at all.
         locality_views: kinds of image locality views of a record and training step.
         valid_records: of those given for training, kept for validation.
         row_cache_mib: memory for rows that are walked once for all steps of training.
         seed: of the network's first values.
     """
 
-    layers: int | tuple[int, ...] = 3
+    layers: int | tuple[int, ...] | None = None
     names: tuple[str, ...] = ("up", "down")
     rank: int | None = None
     blocks: int = 2
     directions: int = 512
-    edit_lr: float = 1e-3
+    edit_lr: float = 5e-3
     edit_lr_factor: float = 10.0
-    positions: str = "all"
-    edit_weight: float = 0.1
-    text_weight: float = 0.1
-    image_weight: float = 0.1
+    positions: str = "after_image"
+    edit_weight: float = 1.0
+    text_weight: float = 1.0
+    image_weight: float = 1.0
     locality_weight: float = 1.0
     locality_views: int = 2
     valid_records: int = 64
@@ -99,6 +111,8 @@ class MendNetwork(nn.Module):
                 _Block(width, rank, len(own), generator, signed=block == config.blocks - 1)
                 for block in range(config.blocks)
             )
+        #: Factors on the learning rate: the wider a network, the smaller the steps of its weights.
+        self.rates = {f"nets.{shape}.": min(1.0, 512 / sum(map(int, shape.split("x")))) for shape in members}
         self.x_scale = nn.ModuleList(Scale(site.d_in, config.directions) for site in sites)
         self.grad_scale = nn.ModuleList(Scale(site.d_out, config.directions) for site in sites)
         self.log_lr = nn.Parameter(torch.full((len(sites),), math.log(config.edit_lr)))
@@ -157,7 +171,7 @@ class MEND:
     @staticmethod
     def spec(model: EditableModel, config: MENDConfig) -> DeltaSpec:
         """Low-rank factors beside the chosen modules, with as many ranks as an edit has tokens."""
-        sites = model.sites(last_layers(config.layers, model.n_layers, "mend"), config.names)
+        sites = model.sites(changed_layers(config.layers, model, "mend"), config.names)
         return planned_spec(sites, config.positions)
 
     @staticmethod
@@ -193,6 +207,13 @@ class MEND:
             return written(spec, shared(gradients, requests))
 
     @staticmethod
+    def trainer(config: MENDConfig) -> TrainerConfig:
+        """Two thousand steps."""
+        return TrainerConfig(
+            steps=2000, batch_size=16, lr=2e-3, schedule="cosine", valid_every=250, patience=4, checkpoint_every=250
+        )
+
+    @staticmethod
     def task(
         model: EditableModel,
         config: MENDConfig,
@@ -203,15 +224,16 @@ class MEND:
         """Meta-training; without an objective under the paper's own loss."""
         spec = MEND.spec(model, config)
         weights = MetaWeights(config.edit_weight, config.text_weight, config.image_weight, config.locality_weight)
+        network = MendNetwork(spec.sites, config).to(model.device)
         return MetaTask(
             "mend",
             model,
             spec,
-            MendNetwork(spec.sites, config).to(model.device),
+            network,
             MetaObjective(weights) if objective is None else objective,
             records,
             trainer,
-            factors={"log_lr": config.edit_lr_factor},
+            factors={"log_lr": config.edit_lr_factor, **network.rates},
             locality=config.locality_views,
             held=config.valid_records,
             room=config.row_cache_mib << 20,
