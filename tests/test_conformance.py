@@ -103,16 +103,23 @@ def test_a_fresh_delta_changes_nothing(exact: EditableModel, edits: list[EditReq
         spec = dataclasses.replace(spec, options={**spec.options, "artifact": artifact.id})
     stacked = new_stack(spec, 1, dtype=torch.float64, trainable=False)
     before = logits(exact, edits)
-    with installed(exact, stacked, Rows(), route=False):
+    # What is shared by all edits of a method is not an edit's: without one no router lets it act
+    with installed(exact, stacked, Rows(), route=hook(plan.method, "write") is not None):
         assert torch.equal(logits(exact, edits), before)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_an_edit_without_steps_changes_nothing(exact: EditableModel, edits: list[EditRequest], name: str) -> None:
+    """Where a value stands for a whole output (GRACE), that is said of the edit's own question: others in its ball get
+    the same output."""
     made = run(exact, edits[:1], name, steps=0, pool=records())
     before = logits(exact, edits)
     with fastedit.applied(exact, made.deltas[0]):
-        assert torch.equal(logits(exact, edits), before)
+        after = logits(exact, edits)
+    if made.deltas[0].spec.options.get("replace"):
+        torch.testing.assert_close(after[0], before[0], rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -281,7 +288,8 @@ def fields(name: str) -> set[str]:
 
 
 def assert_alike(ours: Sequence[EditDelta], theirs: Sequence[EditDelta]) -> None:
-    """Deltas that are equal up to the order of sums."""
+    """Deltas that are equal up to the order of sums; what a float32 network made, to its precision."""
     assert [delta.texts for delta in ours] == [delta.texts for delta in theirs]
+    narrow = any(tensor.dtype == torch.float32 for delta in ours for tensor in delta.tensors.values())
     if any(delta.tensors for delta in ours):
-        assert largest_difference(list(ours), list(theirs)) < 1e-8
+        assert largest_difference(list(ours), list(theirs)) < (1e-5 if narrow else 1e-8)
