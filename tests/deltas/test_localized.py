@@ -96,6 +96,18 @@ def test_gradients_are_those_of_the_chosen_pairs_and_zero_elsewhere() -> None:
     assert not bool(stacked.part_grads["up"][2, 0].any()), "a slot that is not used"
 
 
+def test_gradients_of_a_site_that_is_walked_twice_add_up() -> None:
+    stacked = filled()
+    x = torch.randn(8, D_IN, dtype=torch.float64)
+    grads = []
+    for parts in ((x,), (x, x)):
+        stacked.begin_step()
+        torch.stack([stacked.delta(0, part, Rows((2, 2, 2, 2))).sum() for part in parts]).sum().backward()
+        stacked.end_step()
+        grads.append(stacked.grad.clone())
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
 def test_a_step_without_any_chosen_pair_leaves_no_gradient_of_the_step_before() -> None:
     stacked = filled()
     x = torch.randn(2, D_IN, dtype=torch.float64, requires_grad=True)
