@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,29 +16,40 @@ from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, place_of, 
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import nearest_keys
 
-MODES = ("attn", "raw")
+READINGS = ("attn", "raw")
+SEARCHES = ("codes", "states")
+#: Options that say how a memory is read, and which.
+CONSTANT = ("artifact", "reading", "search", "alpha", "top_k", "rescale")
 
 
 class AttentionMemoryDelta(KeyValueDelta):
-    """``h + s a(x) (know(x) - h)`` at the end of attention blocks, beside extra neurons of feed-forward blocks.
+    """``h + s(x) a(x) (know(x) - h)`` at the end of attention blocks, beside extra neurons of feed-forward blocks.
 
     UniKE, arXiv 2409.19872, section 3.3, equations (3) to (5) and (7): x is what enters the block's query map, h what
-    the block puts out, know(x) what x finds in the memory, a the inclusion of knowledge. The memory and its encoder are
-    constants that all edits share; they are those of the artifact that the model holds under the id in the spec. Ours:
-    s, one number per edit and layer that is fitted and starts at 0, so that a fresh delta changes nothing; the paper
-    mixes from the first step on.
+    the block puts out, know(x) what x finds in the memory, a the inclusion of knowledge. Memory and encoder are
+    constants that all edits share; they are those of the artifact that the model holds under the id in the spec.
+
+    Ours is that an edit's own knowledge joins the memory, as it joins in-context demonstrations, and decides: s(x) is
+    the share of those of its entries that are among what x finds. It is fitted and starts at 0, so that a fresh delta
+    changes nothing, and what finds none of them is left as it is. The paper mixes everywhere and from the first step
+    on; without own entries s is one number of the edit and layer, everywhere.
 
     Sites are "o" (this) and "down" (see ``KeyValueDelta``, whose options and parts are here too).
 
-    Options of the spec: ``artifact``, an id; ``top_k``; ``mode``, "attn" or "raw"; ``alpha``, "dynamic" or a number;
-    ``rescale``, whether know is made as long as h; ``gain`` g, with s = g p.
-    Parts besides: ``"{layer}.o:share"`` p, (B, 1).
+    Options of the spec besides: ``artifact``, an id; ``top_k``; ``reading``, "attn" through the block's own maps or
+    "raw" on hidden states; ``search``, whether "states" are compared or their "codes" in the semantic space; ``alpha``,
+    "dynamic" or a number; ``rescale``, whether know is made as long as h; ``own``, m entries of the edit; ``gain``, a
+    factor on what is fitted here.
+    Parts besides, after ``"{layer}.o:"``: ``share``, (B, m), or (B, 1) without entries; ``states`` (B, m, d), what is
+    added to those that are read.
+    Fixed besides: ``keys`` (B, m, d), states that are searched; ``from`` (B, m, d), states that those that are read
+    start from; ``on`` (B, m), 1 at an entry that there is.
     """
 
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:
-        self.reading = [site for site in spec.sites if site.name != "down"]
+        self.own, self.gain = int(spec.options.get("own", 0)), float(spec.options.get("gain", 1.0))
         self._memories: dict[int, LayerMemory] = {}
         super().__init__(spec, size, dtype=dtype, device=device, trainable=trainable)
 
@@ -48,19 +59,29 @@ class AttentionMemoryDelta(KeyValueDelta):
         return tuple(site for site in spec.sites if site.name == "down")
 
     @staticmethod
-    def other_shapes(spec: DeltaSpec) -> Shapes:
-        """Shapes of the shares.
+    def other_shapes(spec: DeltaSpec) -> tuple[Shapes, Shapes]:
+        """Shapes of the parts and fixed tensors of the memory.
 
         Raises:
-            ValueError: a site that ends no block, or a mode that is not known.
+            ValueError: a site that ends no block, or a way to read or search that is not known.
         """
-        reading = [site for site in spec.sites if site.name != "down"]
-        for site in reading:
-            if site.name != "o":
+        for name, known in (("reading", READINGS), ("search", SEARCHES)):
+            if spec.options.get(name, known[0]) not in known:
+                given = spec.options[name]
+                raise ValueError(f"attention_memory: {name} is one of {list(known)} (got {name}={given!r})")
+        m = int(spec.options.get("own", 0))
+        shapes: Shapes = {}
+        fixed: Shapes = {}
+        for site in spec.sites:
+            if site.name not in ("o", "down"):
                 raise ValueError(f"attention_memory: a memory stands beside 'o' (got site {site.layer}.{site.name})")
-        if spec.options.get("mode", "attn") not in MODES:
-            raise ValueError(f"attention_memory: mode is one of {list(MODES)} (got mode={spec.options['mode']!r})")
-        return {f"{place_of(site)}share": (1,) for site in reading}
+            place = place_of(site)
+            if site.name == "o":
+                shapes[f"{place}share"] = (max(m, 1),)
+                if m:
+                    shapes[f"{place}states"] = (m, site.d_out)
+                    fixed |= {f"{place}keys": (m, site.d_out), f"{place}from": (m, site.d_out), f"{place}on": (m,)}
+        return shapes, fixed
 
     def reader(self, site: int) -> str | None:
         """What queries the memory, and what the feed-forward block reads."""
@@ -74,165 +95,187 @@ class AttentionMemoryDelta(KeyValueDelta):
             ValueError: the model does not hold the artifact, or it has no memory of a layer.
         """
         wanted = str(self.spec.options.get("artifact", ""))
-        if not self.reading or not wanted:
+        reading = [site for site in self.spec.sites if site.name == "o"]
+        if not reading or not wanted:
             return
         artifact = model.artifacts.get(wanted)
         if artifact is None:
             raise ValueError(
-                "attention_memory: the model holds the delta's memory: read it with fastedit.load_artifact and put it "
-                f"into model.artifacts under its id (got artifact={wanted[:12]!r}, held {len(model.artifacts)})"
+                "attention_memory: the model holds the memory that a delta reads; get it by fastedit.load_artifact and "
+                f"put it into model.artifacts by its id (got artifact={wanted[:12]!r}, held {len(model.artifacts)})"
             )
-        self._memories = {
-            site.layer: LayerMemory.of(model, site, artifact.tensors, **_settings(self.spec)) for site in self.reading
-        }
+        self._memories = {site.layer: LayerMemory(model, site, artifact.tensors, self.spec) for site in reading}
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor | None = None) -> Tensor:
-        """Change of the module's output (tokens, d) for what the reader's module gets, tokens sorted by edit."""
+        """Change of the module's output (tokens, d) for what the reader's module gets, tokens sorted by edit.
+
+        Raises:
+            ValueError: the spec names no artifact.
+        """
         here = self.spec.sites[site]
         if here.name == "down":
             return neurons(self, here, x, rows)
         memory = self._memories.get(here.layer)
-        if memory is None:
-            raise ValueError(f"attention_memory: a spec names its artifact before it acts (got {self.spec.options})")
-        assert output is not None
+        if memory is None or output is None:
+            raise ValueError(
+                f"attention_memory: a spec names its artifact before it acts (got {dict(self.spec.options)})"
+            )
+        place, dtype = place_of(here), memory.states.dtype
         offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
-        share = float(self.spec.options.get("gain", 1.0)) * self.differentiable(f"{place_of(here)}share")
         owner = torch.repeat_interleave(offsets.diff(), output_size=x.shape[0])
-        # Where nothing is mixed in, h stays as it is to the bit
-        return share.to(output.dtype)[owner] * memory.towards(x, output)
+        share = self.gain * self.differentiable(f"{place}share")
+        entries = None
+        if self.own:
+            states = self.fixed[f"{place}from"] + self.gain * self.differentiable(f"{place}states")
+            keys, on = self.fixed[f"{place}keys"], self.fixed[f"{place}on"]
+            entries = Entries(keys.to(dtype)[owner], states.to(dtype)[owner], on[owner] > 0)
+        return memory.towards(x.to(dtype), output.to(dtype), share.to(dtype)[owner], entries)
 
 
-def _settings(spec: DeltaSpec) -> dict[str, Any]:
-    options = spec.options
-    alpha = options.get("alpha", "dynamic")
-    return {
-        "top_k": int(options.get("top_k", 40)),
-        "mode": str(options.get("mode", "attn")),
-        "alpha": None if alpha == "dynamic" else float(alpha),
-        "rescale": bool(options.get("rescale", True)),
-    }
-
-
-@dataclass
-class LayerMemory:
-    """The memory of one layer, ready to be read.
+@dataclass(frozen=True)
+class Entries:
+    """What the edit of each token has in the memory.
 
     Args:
-        semantic: (M, d), what is searched. states: (M, d), what is read.
-        query, query_norm, out: the block's maps. keys, values: (M, groups, d_head), the states through its other two.
-        scale: of the scores. encoder: weights and biases of the semantic encoder, in order; see ``encode``.
-        top_k, mode, alpha, rescale: see ``AttentionMemoryDelta``; alpha None is dynamic.
+        keys: (T, m, d), what is searched. states: (T, m, d), what is read. on: (T, m) bool, entries that there are.
     """
 
-    semantic: Tensor
-    states: Tensor
-    query: nn.Module
-    query_norm: nn.Module | None
-    out: nn.Module
     keys: Tensor
-    values: Tensor
-    scale: float
-    encoder: Sequence[Tensor]
-    top_k: int
-    mode: str
-    alpha: float | None
-    rescale: bool
+    states: Tensor
+    on: Tensor
 
-    @staticmethod
-    def of(model: EditableModel, site: Site, tensors: Any, **settings: Any) -> LayerMemory:
-        """Put the memory of a site's layer on the model's device.
 
-        Raises:
-            ValueError: the artifact has none of this layer.
-        """
-        place = f"{site.layer}:"
+class LayerMemory:
+    """The memory of one layer on a model's device, ready to be read.
+
+    Args:
+        model: whose attention reads it. site: of the layer. tensors: of the artifact. spec: how it is read.
+    Raises:
+        ValueError: the artifact has no memory of this layer.
+    """
+
+    def __init__(self, model: EditableModel, site: Site, tensors: Mapping[str, Tensor], spec: DeltaSpec) -> None:
+        place, options = f"{site.layer}:", spec.options
         if f"{place}semantic" not in tensors:
             raise ValueError(f"attention_memory: the artifact has a memory of layer {site.layer} (got none)")
-        semantic, states = (tensors[place + name].to(model.device, model.dtype) for name in ("semantic", "positive"))
-        maps = [model.module(found) for found in model.sites([site.layer], ["q", "k", "v", "o"])]
+        alpha = options.get("alpha", "dynamic")
+        self.alpha = None if alpha == "dynamic" else float(alpha)
+        self.top_k, self.rescale = int(options.get("top_k", 40)), bool(options.get("rescale", True))
+        self.raw, self.by_code = options.get("reading") == "raw", options.get("search") == "codes"
+        maps = model.sites([site.layer], ["q", "k", "v", "o"])
+        self.query, self.key, self.value, self.out = (model.module(found) for found in maps)
         attention: Any = model.adapter.text.layers[site.layer].self_attn
-        width = int(attention.head_dim)
-        key, value = (bare(part, states).view(len(states), -1, width) for part in maps[1:3])
+        self.width, self.scale = int(attention.head_dim), float(attention.scaling)
         # Some rotary decoders norm queries and keys by head
-        by_head = getattr(attention, "q_norm", None)
-        if by_head is not None:
-            key = attention.k_norm(key)
-        names = sorted(name for name in tensors if name.startswith(f"{place}enc_sem."))
-        encoder = [tensors[name].to(model.device, model.dtype) for name in names]
-        return LayerMemory(
-            semantic, states, maps[0], by_head, maps[3], key, value, float(attention.scaling), encoder, **settings
-        )
+        self.query_norm, self.key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self.encoder = [tensors[f"{place}enc_sem.{n}"].to(model.device, model.dtype) for n in range(4)]
+        semantic, self.states = (tensors[place + n].to(model.device, model.dtype) for n in ("semantic", "positive"))
+        self.searched = self._compared(semantic)
+        self.keys, self.values = self._read(self.states)
 
-    def towards(self, x: Tensor, output: Tensor) -> Tensor:
-        """``a (know - h)`` (T, d) for queries x (T, d) and attention outputs h (T, d)."""
-        found, mixed = self.know(x)
+    def towards(self, x: Tensor, output: Tensor, share: Tensor, own: Entries | None) -> Tensor:
+        """``s a (know - h)`` (T, d) for queries x (T, d) and attention outputs h (T, d).
+
+        Args:
+            share: (T, m) of the edit's entries, or (T, 1) without any. own: those entries.
+        """
+        asked = self._compared(x)
+        near, index = nearest_keys(asked, self.searched, min(self.top_k, len(self.searched)), "cosine")
+        if own is not None:
+            # An entry is found where it is nearer than the last of the memory that is
+            alike = functional.cosine_similarity(asked[:, None], self._compared(own.keys), dim=2)
+            own = Entries(own.keys, own.states, own.on & (alike >= near[:, -1:]))
+            share = share * own.on
+        found, mixed = self._known(x, index, own)
         if self.rescale:
             found = found * (output.norm(dim=1, keepdim=True) / found.norm(dim=1, keepdim=True).clamp(min=1e-6))
-        difference = found - output
+        difference = share.sum(1, keepdim=True) * (found - output)
         if self.alpha is not None:
             return self.alpha * difference
-        near = functional.cosine_similarity(encode(mixed, self.encoder), encode(x, self.encoder), dim=1)
-        return near.clamp(0.0, 1.0)[:, None] * difference
+        # Per token, of states in one space. The paper's is one number of a sample, between a code and the attention's
+        # output: with it an answer that is decoded would not be mixed like one that is read at once.
+        alpha = functional.cosine_similarity(encode(mixed, self.encoder), encode(x, self.encoder), dim=1)
+        return alpha.clamp(0.0, 1.0)[:, None] * difference
 
-    def know(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What x (T, d) finds (T, d), and the states that it attended to, mixed likewise (T, d)."""
-        _, index = nearest_keys(x, self.semantic, min(self.top_k, len(self.semantic)), "cosine")
-        states = self.states[index]
-        if self.mode == "raw":
-            # The code's mix of hidden states, with the usual scale of the scores, which it leaves out
-            weights = torch.softmax((states @ x[:, :, None])[:, :, 0] * x.shape[1] ** -0.5, dim=1)
+    def _known(self, x: Tensor, index: Tensor, own: Entries | None) -> tuple[Tensor, Tensor]:
+        """What queries x (T, d) find, (T, d), and the states that they attended to, mixed likewise, (T, d).
+
+        Args:
+            index: (T, k), entries of the memory. own: of the edits, those that are found.
+        """
+        states, absent = self.states[index], torch.zeros_like(index, dtype=torch.bool)
+        if own is not None:
+            states, absent = torch.cat([states, own.states], 1), torch.cat([absent, ~own.on], 1)
+        if self.raw:
+            # The mix of the paper's code, with the usual scale of the scores, which it leaves out
+            scores = (states @ x[:, :, None])[:, :, 0] * x.shape[1] ** -0.5
+            weights = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=1)
             mixed = (weights[:, None] @ states)[:, 0]
             return mixed, mixed
         keys, values = self.keys[index], self.values[index]
-        groups, width = keys.shape[2:]
-        # (T, groups, heads of a group, d_head): heads that share keys are so many queries
-        query = bare(self.query, x).view(len(x), -1, width)
+        if own is not None:
+            own_keys, own_values = self._read(own.states)
+            keys, values = torch.cat([keys, own_keys], 1), torch.cat([values, own_values], 1)
+        query = bare(self.query, x).view(len(x), -1, self.width)
         if self.query_norm is not None:
             query = self.query_norm(query)
-        query = query.view(len(x), groups, -1, width)
+        # (T, groups, heads of a group, d_head): heads that share keys are so many queries
+        query = query.view(len(x), keys.shape[2], -1, self.width)
         scores = torch.einsum("tghw,tkgw->tghk", query, keys) * self.scale
-        weights = torch.softmax(scores, dim=-1)
+        weights = torch.softmax(scores.masked_fill(absent[:, None, None], -torch.inf), dim=-1)
         heads = torch.einsum("tghk,tkgw->tghw", weights, values).flatten(1)
-        mixed = (weights.mean((1, 2))[:, None] @ states)[:, 0]
-        return bare(self.out, heads), mixed
+        return bare(self.out, heads), (weights.mean((1, 2))[:, None] @ states)[:, 0]
+
+    def _read(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., groups, d_head) of states (..., d), without positions."""
+        flat = states.flatten(0, -2)
+        key, value = (bare(part, flat).view(*states.shape[:-1], -1, self.width) for part in (self.key, self.value))
+        return (key if self.key_norm is None else self.key_norm(key)), value
+
+    def _compared(self, states: Tensor) -> Tensor:
+        """What is compared of states (..., d)."""
+        return encode(states, self.encoder) if self.by_code else states
 
 
 def bare(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear map without what is hooked to it or held of it: x (T, d_in) to (T, d_out)."""
+    """A linear map of x (T, d_in), (T, d_out), without what is hooked to it or held of it."""
     made: Tensor = type(module).forward(module, x)
     return made
 
 
 def encode(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Encoded states: x (..., T, d) through W1, b1, W2, b2 in turn, GELU between; (..., d, e) and (..., 1, e)."""
+    """Codes (..., e) of states (..., d): two linear maps (d, d) and (d, e) with their biases, GELU between."""
     first, first_bias, second, second_bias = weights
     return functional.gelu(x @ first + first_bias) @ second + second_bias
 
 
 def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
-    """Neurons side by side, shares added.
-
-    Two edits mix in sequence, which this does up to the product of their shares.
+    """Neurons and own entries side by side; shares without entries are added.
 
     Raises:
-        ValueError: deltas with different memories.
+        ValueError: deltas that read different memories, or in different ways.
     """
     spec = deltas[0].spec
-    fixed = ("artifact", "mode", "alpha", "top_k", "rescale")
-    kinds = {tuple(str(delta.spec.options.get(name)) for name in fixed) for delta in deltas}
-    if len(kinds) > 1:
-        raise ValueError(f"attention_memory: deltas in sequence share their memory (got {sorted(kinds)})")
-    feeding = [site for site in spec.sites if site.name == "down"]
+    ways = {tuple(str(delta.spec.options.get(name)) for name in CONSTANT) for delta in deltas}
+    counts = [int(delta.spec.options.get("own", 0)) for delta in deltas]
+    if len(ways) > 1 or (0 in counts and any(counts)):
+        told = f"got {sorted(ways)}, own={counts}"
+        raise ValueError(f"attention_memory: deltas in sequence read one memory in one way ({told})")
+    feeding = AttentionMemoryDelta.neuron_sites(spec)
     tensors = side_by_side(deltas, feeding) if feeding else {}
-    options = dict(spec.options)
-    if feeding:
-        options = plain_options(spec, sum(int(delta.spec.options["n"]) for delta in deltas))
+    n = sum(int(delta.spec.options.get("n", 0)) for delta in deltas)
+    options = {**(plain_options(spec, n) if feeding else spec.options), "gain": 1.0, "own": sum(counts)}
+    gains = [float(delta.spec.options.get("gain", 1.0)) for delta in deltas]
     for site in spec.sites:
-        if site.name == "o":
-            name = f"{place_of(site)}share"
-            parts = [float(delta.spec.options.get("gain", 1.0)) * delta.tensors[name] for delta in deltas]
-            tensors[name] = torch.stack(parts).sum(0)
+        if site.name != "o":
+            continue
+        place = place_of(site)
+        shares = [gain * delta.tensors[f"{place}share"] for gain, delta in zip(gains, deltas, strict=True)]
+        tensors[f"{place}share"] = torch.cat(shares) if options["own"] else torch.stack(shares).sum(0)
+        if options["own"]:
+            states = [gain * delta.tensors[f"{place}states"] for gain, delta in zip(gains, deltas, strict=True)]
+            tensors[f"{place}states"] = torch.cat(states)
+            for name in ("keys", "from", "on"):
+                tensors[place + name] = torch.cat([delta.tensors[place + name] for delta in deltas])
     request_id = "+".join(delta.request_id for delta in deltas)
-    return replace(
-        deltas[0], spec=replace(spec, options={**options, "gain": 1.0}), tensors=tensors, request_id=request_id
-    )
+    return replace(deltas[0], spec=replace(spec, options=options), tensors=tensors, request_id=request_id)

@@ -40,7 +40,8 @@ class KeyValueDelta(FlatStack):
     ) -> None:
         self.feeding = self.neuron_sites(spec)
         shapes, fixed = neuron_shapes(spec, self.feeding) if self.feeding else ({}, {})
-        shapes |= self.other_shapes(spec)
+        others, kept = self.other_shapes(spec)
+        shapes, fixed = shapes | others, fixed | kept
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
         self._drawn = drawn_keys(spec, shapes, self.flat)
         # What only the fit needs is not stored with a delta: the token that a neuron is for, and inputs of others
@@ -59,9 +60,9 @@ class KeyValueDelta(FlatStack):
         return spec.sites
 
     @staticmethod
-    def other_shapes(_spec: DeltaSpec) -> Shapes:
-        """Shapes of parts besides those of neurons: none."""
-        return {}
+    def other_shapes(_spec: DeltaSpec) -> tuple[Shapes, Shapes]:
+        """Shapes of parts and of fixed tensors besides those of neurons: none."""
+        return {}, {}
 
     def initial(self, name: str) -> Tensor | float:
         """Drawn keys; all else is 0."""
@@ -208,8 +209,10 @@ def neuron_losses(
         foreign: (B, M) bool, inputs that an edit may not act at. on: (B, n), 1 or 0.
         margin: of the memory loss. most: how many of the largest are taken.
     """
-    # (B, n, M)
-    remembered = (memory.to(keys.dtype) @ keys).transpose(1, 2) + bias[:, :, None]
+    edits, d, n = keys.shape
+    # (B, n, M), as one product: a batched one would copy the memory for every edit
+    remembered = (keys.transpose(1, 2).reshape(edits * n, d) @ memory.to(keys.dtype).T).view(edits, n, -1)
+    remembered = remembered + bias[:, :, None]
     counted = (on > 0)[:, :, None] & foreign[:, None, :]
     others = _mean_of_largest(remembered + margin, counted, most)
     if tokens is None:
@@ -264,8 +267,10 @@ def side_by_side(deltas: Sequence[EditDelta], sites: Sequence[Site]) -> dict[str
     """The neurons of several deltas as the parts of one.
 
     Raises:
-        ValueError: their activations or gates differ.
+        ValueError: their activations or gates differ, or they ask another question besides.
     """
+    if any(delta.texts for delta in deltas):
+        raise ValueError(f"key_value: deltas in sequence ask the question itself (got texts={list(deltas[0].texts)})")
     kinds = {(d.spec.options.get("activation", "relu"), bool(d.spec.options.get("gate", False))) for d in deltas}
     if len(kinds) > 1:
         raise ValueError(f"key_value: neurons laid side by side share activation and gate (got {sorted(kinds)})")

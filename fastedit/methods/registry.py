@@ -16,6 +16,9 @@ from fastedit.methods.ldke import LDKE
 from fastedit.methods.lora import LoRA
 from fastedit.methods.mend import MEND
 from fastedit.methods.serac import SERAC
+from fastedit.methods.tpatcher import TPatcher
+from fastedit.methods.unike import UniKE
+from fastedit.methods.wise import WISE
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
 
 
@@ -50,7 +53,10 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "mend": MEND,
     "ke": KE,
+    "tpatcher": TPatcher,
+    "unike": UniKE,
     "ldke": LDKE,
+    "wise": WISE,
     "grace": GRACE,
     "serac": SERAC,
     "ike": IKE,

@@ -9,99 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.deltas import DeltaSpec, EditDelta
-from fastedit.deltas.attention_memory import MODES
 from fastedit.deltas.key_value import place_of
 from fastedit.methods.base import Accumulation, Resources, last_layers, positions_option
-from fastedit.methods.tpatcher import Remembered, check_places, neuron_options, remember
-from fastedit.methods.unike_memory import TRUTHS, KnowledgeTask, unit_rms
-from fastedit.objectives import Objective
+from fastedit.methods.captured import wanted_inputs
+from fastedit.methods.ike import IKE, IKEConfig
+from fastedit.methods.retrieval import TextIndex
+from fastedit.methods.tpatcher import Remembered, is_gated, neuron_options, patches, remember
+from fastedit.methods.unike_config import UniKEConfig
+from fastedit.methods.unike_memory import KnowledgeTask, triplets, unit_rms
+from fastedit.objectives import Objective, Role
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
 from fastedit.solver import SolverConfig
 from fastedit.training import Task, TrainerConfig
 
-EXTRINSIC = ("latent", "prompt", "none")
-ZETAS = ("truthfulness", "semantic", "random", "none")
-
-
-@dataclass(frozen=True)
-class UniKEConfig:
-    """Settings of ``unike``. Every row of the paper's ablation is one: see below.
-
-    Intrinsic only: ``extrinsic="none", zeta="none"``. Latent-IKE only: ``intrinsic=False``. Intrinsic with in-context
-    text: ``extrinsic="prompt", zeta="none"``. Both without collaboration: ``zeta="none"`` and a number for ``alpha``.
-
-    Args:
-        layers: an int n for the last n decoder layers, all where there are fewer; or layer numbers.
-        intrinsic: extra neurons. n: how many in every layer.
-        extrinsic: "latent", what attention finds in the memory; "prompt", the edit as text before a question; "none".
-        top_k: states that a query finds. mode: "attn" through the block's own maps, "raw" on hidden states.
-        alpha: inclusion of knowledge: "dynamic", or a number. rescale: knowledge is made as long as what it replaces.
-        gain: of the shares of knowledge, which move by the learning rate like everything else.
-        zeta: direction that is added to the values: "truthfulness", "semantic", "random" or "none". beta: its factor.
-        memory_weight, margin, most, memory: of T-Patcher's memory loss on the neurons; see ``TPatcherConfig``. The
-            paper's code has it and leaves it off.
-        steps: most optimiser steps. lr: of AdamW; None is 0.6 / hidden size. clip: largest gradient norm of an edit.
-        weight_decay: on the neurons and shares.
-        positions: "all", "after_image" or "answer" (from the last token of the prompt on): where the delta acts.
-        stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
-        seed: of the first keys, the same for every edit, and of a random direction.
-        truth: which answer of a record is right: "prediction" where edits are counterfactual, "target" where they
-            correct the model. width: of encoded states. temperature: of the encoders' losses.
-        valid_records: triplets that are kept from training the encoders.
-    """
-
-    layers: int | tuple[int, ...] = 4
-    intrinsic: bool = True
-    n: int = 10
-    extrinsic: str = "latent"
-    top_k: int = 40
-    mode: str = "attn"
-    alpha: str | float = "dynamic"
-    rescale: bool = True
-    gain: float = 10.0
-    zeta: str = "truthfulness"
-    beta: float = 0.1
-    memory_weight: float = 0.0
-    margin: float = 3.0
-    most: int = 1000
-    memory: int = 2048
-    steps: int = 30
-    lr: float | None = None
-    clip: float | None = 1.0
-    weight_decay: float = 0.0
-    positions: str = "answer"
-    stop_loss: float | None = 0.02
-    seed: int = 0
-    truth: str = "prediction"
-    width: int = 256
-    temperature: float = 0.07
-    valid_records: int = 200
-
-    def __post_init__(self) -> None:
-        for name, known in (("extrinsic", EXTRINSIC), ("mode", MODES), ("zeta", ZETAS), ("truth", TRUTHS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unike: {name} is one of {list(known)} (got {name}={getattr(self, name)!r})")
-        for name in ("n", "top_k", "most", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"unike: {name} is at least 1 (got {name}={getattr(self, name)!r})")
-        if isinstance(self.alpha, str) and self.alpha != "dynamic":
-            raise ValueError(f"unike: alpha is 'dynamic' or a number (got alpha={self.alpha!r})")
-        if not self.intrinsic and self.extrinsic != "latent":
-            raise ValueError(f"unike: intrinsic=False leaves extrinsic='latent' (got extrinsic={self.extrinsic!r})")
-        check_places("unike", self.positions)
-
-    @property
-    def steers(self) -> bool:
-        """Whether a direction is added to the values."""
-        return self.intrinsic and self.zeta != "none"
-
-    @property
-    def learns(self) -> bool:
-        """Whether anything of the trained part is used."""
-        return self.extrinsic == "latent" or (self.intrinsic and self.zeta in ("truthfulness", "semantic"))
+#: Size of what tells neurons of one token apart, of that of freshly drawn keys.
+APART = 0.1
 
 
 @dataclass(frozen=True)
@@ -109,11 +34,13 @@ class Knowledge:
     """What all edits of a run share.
 
     Args:
-        directions: by layer (d,), what is added to values. remembered: inputs of the memory loss.
+        directions: by layer (d,), what is added to values. remembered: inputs that no neuron is for. texts:
+            demonstrations.
     """
 
     directions: dict[int, Tensor]
-    remembered: Remembered | None
+    remembered: Remembered | None = None
+    texts: TextIndex | None = None
 
 
 class UniKE:
@@ -131,19 +58,22 @@ class UniKE:
     @staticmethod
     def spec(model: EditableModel, config: UniKEConfig) -> DeltaSpec:
         """Neurons beside the modules that end the feed-forward blocks, the memory beside those that end attention."""
-        options: dict[str, Any] = positions_option(config.positions)
+        options: dict[str, Any] = dict(positions_option(config.positions))
         names: list[str] = []
         if config.extrinsic == "latent":
             names.append("o")
-            options |= {"artifact": "", "top_k": config.top_k, "mode": config.mode, "alpha": config.alpha}
-            options |= {"rescale": config.rescale, "gain": config.gain}
+            # The artifact's id comes with the run
+            options |= {"artifact": "", "top_k": config.top_k, "reading": config.reading, "search": config.search}
+            options |= {"alpha": config.alpha, "rescale": config.rescale, "own": config.own, "gain": config.gain}
         if config.intrinsic:
             names.append("down")
             options |= {"n": config.n, **neuron_options(model, None), "seed": config.seed}
             if config.steers:
                 options["steering"] = config.beta
-            if config.memory_weight:
+            if config.keys == "tokens" or config.memory_weight:
                 options |= {"memory_weight": config.memory_weight, "margin": config.margin, "most": config.most}
+            if config.keys == "tokens":
+                options["activation_weight"] = config.activation_weight
         kind = "attention_memory" if config.extrinsic == "latent" else "key_value"
         return DeltaSpec(kind, tuple(model.sites(layers_of(model, config), names)), options)
 
@@ -152,7 +82,7 @@ class UniKE:
         """AdamW per edit."""
         return SolverConfig(
             steps=config.steps,
-            lr=0.6 / model.hidden_size if config.lr is None else config.lr,
+            lr=2.6 / model.hidden_size if config.lr is None else config.lr,
             clip=config.clip,
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
@@ -180,31 +110,32 @@ class UniKE:
         return KnowledgeTask(
             model,
             model.sites(layers_of(model, config), ["q"]),
-            records,
+            triplets(records, config.truth, config.triplets, trainer.seed),
             trainer,
+            held=config.valid_records,
             width=config.width,
             temperature=config.temperature,
-            truth=config.truth,
-            held=config.valid_records,
         )
 
     @staticmethod
     def setup(model: EditableModel, config: UniKEConfig, resources: Resources) -> Knowledge:
-        """Directions from the artifact, inputs of other questions from the pool."""
+        """Directions from the artifact; inputs of other questions, and demonstrations, from the pool.
+
+        Raises:
+            ValueError: the artifact has no direction of a layer.
+        """
+        layers = layers_of(model, config)
         directions: dict[int, Tensor] = {}
-        for layer in layers_of(model, config) if config.steers else ():
-            if config.zeta == "random":
-                generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
-                found = unit_rms(torch.randn(model.hidden_size, generator=generator))
-            else:
-                assert resources.artifact is not None
-                found = resources.artifact.tensors[f"{layer}:direction.{config.zeta}"]
-            directions[layer] = found.to(model.device)
+        for layer in layers if config.steers else ():
+            directions[layer] = _direction(model, config, resources, layer).to(model.device)
         remembered = None
-        if config.intrinsic and config.memory_weight:
-            readers = model.sites(layers_of(model, config), ["up"])
-            remembered = remember(model, readers, resources, config.memory)
-        return Knowledge(directions, remembered)
+        if config.intrinsic and (config.memory_weight or config.keys == "tokens"):
+            most = config.memory if config.memory_weight else 0
+            remembered = remember(model, model.sites(layers, ["up"]), resources, most)
+        texts = None
+        if config.extrinsic == "prompt":
+            texts = IKE.setup(model, _told(config, resources.pool), resources)
+        return Knowledge(directions, remembered, texts)
 
     @staticmethod
     def start(
@@ -214,37 +145,113 @@ class UniKE:
         requests: Sequence[EditRequest],
         rows: Sequence[EditRows],
     ) -> list[dict[str, Tensor]]:
-        """What is constant of every edit."""
-        downs = model.sites(layers_of(model, config), ["down"]) if config.intrinsic else []
+        """Keys and entries from the edits' own tokens, and what is constant of every edit."""
+        layers = layers_of(model, config)
+        feeding = model.sites(layers, ["down"]) if config.intrinsic else []
+        reading = model.sites(layers, ["o"]) if config.extrinsic == "latent" and config.own else []
+        gated = is_gated(model)
         found: list[dict[str, Tensor]] = []
-        for request in requests:
+        for request, tokens in zip(requests, _edit_tokens(model, layers, rows), strict=True):
             values: dict[str, Tensor] = {}
-            for down in downs:
-                place = place_of(down)
+            for site in reading:
+                values |= entries(tokens[site.layer, "q"], config.own, place_of(site))
+            for site in feeding:
+                place = place_of(site)
+                if config.keys == "tokens":
+                    values |= own_keys(tokens[site.layer, "up"], config.n, place, gated=gated, seed=config.seed)
                 if config.steers:
-                    values[f"{place}direction"] = shared.directions[down.layer]
+                    values[f"{place}direction"] = shared.directions[site.layer]
                 if shared.remembered is not None:
-                    values[f"{place}memory"] = shared.remembered.inputs[down.layer]
+                    values[f"{place}memory"] = shared.remembered.inputs[site.layer]
                     values[f"{place}foreign"] = shared.remembered.foreign(request)
             found.append(values)
         return found
 
     @staticmethod
     def finish(
-        _model: EditableModel,
+        model: EditableModel,
         config: UniKEConfig,
-        _shared: Knowledge,
+        shared: Knowledge,
         requests: Sequence[EditRequest],
         deltas: Sequence[EditDelta],
     ) -> list[EditDelta]:
-        """With in-context text, the edit before every question."""
+        """With in-context text, the edit and its demonstrations before every question."""
         if config.extrinsic != "prompt":
             return list(deltas)
-        told = [f"{request.prompt} {request.target}\n{{prompt}}" for request in requests]
-        return [replace(delta, texts={"template": text}) for delta, text in zip(deltas, told, strict=True)]
+        told = IKE.write(model, _told(config, shared.texts), shared.texts, requests, [])
+        return [replace(delta, texts=one.texts) for delta, one in zip(deltas, told, strict=True)]
 
 
 def layers_of(model: EditableModel, config: UniKEConfig) -> tuple[int, ...]:
     """Numbers of the layers that are edited."""
-    wanted = min(config.layers, model.n_layers) if isinstance(config.layers, int) else config.layers
+    wanted = min(4, max(1, model.n_layers // 2)) if config.layers is None else config.layers
     return last_layers(wanted, model.n_layers, "unike")
+
+
+def own_keys(tokens: Tensor, n: int, place: str, *, gated: bool, seed: int) -> dict[str, Tensor]:
+    """What n neurons for the tokens (T, d), in turn, start from: as T-Patcher's, all on, and a little apart.
+
+    Neurons of one token that were alike would be chosen between by rounding where a loss takes the largest terms. A
+    gate has the key; what it is multiplied with keeps the drawn keys.
+    """
+    made = patches(tokens.repeat(-(-n // len(tokens)), 1)[:n], n, place, gated=gated)
+    name = f"{place}gate_keys" if gated else f"{place}keys"
+    draw = torch.rand(made[name].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    made[name] = made[name] + APART * (draw * tokens.shape[1] ** -0.5).to(made[name])
+    dropped = {f"{place}off"} | ({f"{place}keys"} if gated else set())
+    return {key: value for key, value in made.items() if key not in dropped}
+
+
+def entries(tokens: Tensor, m: int, place: str) -> dict[str, Tensor]:
+    """An edit's entries in the memory of a layer: from a token of the target on, the state behind the target.
+
+    Args:
+        tokens: (T, d), what enters the attention block from the last token of the question to the last of the target.
+        m: entries; those behind the first T are off. place: what the names of the tensors begin with.
+    """
+    count = min(m, len(tokens))
+    keys = tokens.new_zeros(m, tokens.shape[1])
+    keys[:count] = tokens[:count]
+    on = tokens.new_zeros(m)
+    on[:count] = 1.0
+    return {f"{place}keys": keys, f"{place}from": tokens[-1].expand(m, -1), f"{place}on": on}
+
+
+def _edit_tokens(
+    model: EditableModel, layers: Sequence[int], rows: Sequence[EditRows]
+) -> list[dict[tuple[int, str], Tensor]]:
+    """By edit, what enters the blocks of some layers at the tokens that predict its target, (T, d) by (layer, reader).
+
+    A block that lies before the rows' state, because no delta reaches it, is left out.
+    """
+    state = PackedState.cat([own.state for own in rows])
+    begins = state.layer + (state.stage == "ffn")
+    sites = [s for s in model.sites(layers, ["q", "up"]) if s.name == "up" or s.layer >= begins]
+    inputs, _ = wanted_inputs(model, state, sites)
+    found = []
+    first = 0
+    for own in rows:
+        chosen = (own.role == int(Role.EDIT)).nonzero().flatten() + first
+        first += len(own.labels)
+        found.append({_reader(site): inputs[site][chosen] for site in sites})
+    return found
+
+
+def _reader(site: Site) -> tuple[int, str]:
+    return site.layer, site.name
+
+
+def _direction(model: EditableModel, config: UniKEConfig, resources: Resources, layer: int) -> Tensor:
+    if config.zeta == "random":
+        generator = torch.Generator().manual_seed(1000 * config.seed + layer)
+        return unit_rms(torch.randn(model.hidden_size, generator=generator))
+    tensors = {} if resources.artifact is None else resources.artifact.tensors
+    name = f"{layer}:direction.{config.zeta}"
+    if name not in tensors:
+        raise ValueError(f"unike: the artifact was trained with layer {layer} (got none of it)")
+    return tensors[name]
+
+
+def _told(config: UniKEConfig, demonstrated: object) -> IKEConfig:
+    """How an edit is told in context: without anything to demonstrate by itself."""
+    return IKEConfig(k=config.demonstrations if demonstrated else 0)

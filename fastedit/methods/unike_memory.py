@@ -21,21 +21,21 @@ from fastedit.requests import EditRequest, Query
 from fastedit.training import Artifact, TrainerConfig
 
 ENCODERS = ("enc_sem", "enc_tru")
-TRUTHS = ("prediction", "target")
 #: Names of the states of a triplet, as they stand in the artifact.
-STATES = ("semantic", "positive", "negative")
+STATES = ("semantic", "positive", "negative", "reworded")
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """A question, its right answer and a wrong one."""
+    """A question, the same asked otherwise, its right answer and a wrong one."""
 
     question: Query
+    again: Query
     right: str
     wrong: str
 
 
-def triplets(records: Sequence[EditRequest], truth: str, seed: int) -> list[Triplet]:
+def triplets(records: Sequence[EditRequest], truth: str, most: int, seed: int) -> list[Triplet]:
     """Questions about images with a right and a wrong answer (UniKE, arXiv 2409.19872, section 3.3).
 
     The paper asks a model over 15,000 questions and takes its own mistakes as the wrong answers. Here a record's
@@ -44,59 +44,67 @@ def triplets(records: Sequence[EditRequest], truth: str, seed: int) -> list[Trip
 
     Args:
         records: to learn from. truth: "prediction" where edits are counterfactual, "target" where they correct the
-            model. seed: of the wrong answers that are drawn.
+            model. most: triplets. seed: of their choice and of the wrong answers that are drawn.
     """
     rng = random.Random(seed)
-    answers: dict[str, list[str]] = defaultdict(list)
+    answers: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record.image_locality_prompt and record.image_locality_answer:
-            answers[record.image_locality_prompt].append(record.image_locality_answer)
+            answers[record.image_locality_prompt].add(record.image_locality_answer)
     found = []
     for record in records:
-        if record.image is not None and (record.prediction or "").strip() and record.prediction != record.target:
-            pair = (str(record.prediction), record.target)
-            right, wrong = pair if truth == "prediction" else pair[::-1]
-            found.append(Triplet(Query(record.prompt, record.image), right, wrong))
+        said = (record.prediction or "").strip()
+        if record.image is not None and said and said != record.target:
+            right, wrong = (said, record.target) if truth == "prediction" else (record.target, said)
+            again = Query(record.rephrase or record.prompt, record.image_rephrase or record.image)
+            found.append(Triplet(Query(record.prompt, record.image), again, right, wrong))
         other, answer = record.image_locality_prompt, record.image_locality_answer
         if other and answer and record.image_locality_image is not None:
-            wrongs = sorted({each for each in answers[other] if each != answer})
+            wrongs = sorted(answers[other] - {answer})
             if wrongs:
                 question = Query(other, record.image_locality_image)
-                found.append(Triplet(question, answer, rng.choice(wrongs)))
-    return found
+                found.append(Triplet(question, question, answer, rng.choice(wrongs)))
+    rng.shuffle(found)
+    return found[:most]
 
 
 def states_of(model: EditableModel, found: Sequence[Triplet], sites: Sequence[Site]) -> dict[str, Tensor]:
     """Inputs of the attention blocks, float32 (M, d), by ``"{layer}:{name}"``.
 
-    "semantic" is that of the last token of the question, "positive" and "negative" those of the last token of the right
-    and of the wrong answer. States are what the query map reads, so those of a layer behind its norm.
+    "semantic" is that of the last token of the question and "reworded" of the same asked otherwise; "positive" and
+    "negative" are those of the last token of the right and of the wrong answer. States are what the query map reads,
+    so those of a layer behind its norm.
     """
     kept: dict[str, list[Tensor]] = {f"{site.layer}:{name}": [] for site in sites for name in STATES}
-    for name, answers in (("positive", [t.right for t in found]), ("negative", [t.wrong for t in found])):
-        asked = [replace(t.question, answer=answer) for t, answer in zip(found, answers, strict=True)]
-        for inputs, counts in answer_inputs(model, asked, sites):
-            ends = torch.tensor(counts).cumsum(0)
-            last, first = ends - 1, ends - torch.tensor(counts)
+    asked = {
+        "positive": [replace(t.question, answer=t.right) for t in found],
+        "negative": [replace(t.question, answer=t.wrong) for t in found],
+        "reworded": [replace(t.again, answer=t.right) for t in found],
+    }
+    for name, queries in asked.items():
+        for inputs, counts in answer_inputs(model, queries, sites):
+            ends = torch.tensor(counts, device=model.device).cumsum(0)
+            first = ends - torch.tensor(counts, device=model.device)
             for site in sites:
-                kept[f"{site.layer}:{name}"].append(inputs[site][last.to(model.device)].float())
+                kept[f"{site.layer}:{name}"].append(inputs[site][first if name == "reworded" else ends - 1].float())
                 if name == "positive":
-                    kept[f"{site.layer}:semantic"].append(inputs[site][first.to(model.device)].float())
+                    kept[f"{site.layer}:semantic"].append(inputs[site][first].float())
     return {key: torch.cat(parts) for key, parts in kept.items()}
 
 
 class KnowledgeTask:
     """The encoders of every layer as a training ``Task``: contrastive losses on stored states.
 
-    UniKE, arXiv 2409.19872, section 3.4, equations (8) to (10): in the truthful space right answers lie with right ones
-    and wrong with wrong ones; in the semantic space a question lies with its own answers, right or wrong. The paper
-    leaves similarity, temperature and sizes open: cosines over 0.07, and two linear maps with GELU between.
+    UniKE, arXiv 2409.19872, section 3.4: in the truthful space right answers lie with right ones and wrong with wrong
+    ones; in the semantic space a question lies with its own answers, right or wrong. The paper leaves similarity,
+    temperature and sizes open: cosines over 0.07, and two linear maps with GELU between. Ours besides: in the semantic
+    space a question lies with the same one asked otherwise.
 
     Args:
-        model: frozen. sites: the query maps of the layers. records: to learn from.
+        model: frozen. sites: the query maps of the layers.
+        found: triplets to learn from. held: how many of them, the last, are kept for validation.
         trainer: settings of the loop; its batch is one of triplets.
-        width: of the encoded states. temperature: of the similarities. truth: see ``triplets``.
-        held: triplets for validation.
+        width: of the codes. temperature: of the similarities.
     Raises:
         ValueError: fewer than two triplets to learn from.
     """
@@ -107,25 +115,24 @@ class KnowledgeTask:
         self,
         model: EditableModel,
         sites: Sequence[Site],
-        records: Sequence[EditRequest],
+        found: Sequence[Triplet],
         trainer: TrainerConfig,
         *,
+        held: int,
         width: int,
         temperature: float,
-        truth: str,
-        held: int,
     ) -> None:
-        found = triplets(records, truth, trainer.seed)
-        self.count = len(found)
-        self.held = min(held, len(found) // 4)
-        if len(found) - self.held < 2:
-            told = f"got {len(found)} triplets of {len(records)} records"
-            raise ValueError(f"unike: records have image questions with a right and a wrong answer ({told})")
+        self.count, self.held = len(found), min(held, len(found) // 4)
+        if self.count - self.held < 2:
+            raise ValueError(
+                "unike: records have questions about images with a right and a wrong answer, at least two "
+                f"(got {self.count} triplets, held={self.held})"
+            )
         self._model, self._layers = model, [site.layer for site in sites]
         self.states = states_of(model, found, sites)
         self.temperature, self.batch = temperature, max(2, trainer.batch_size)
-        self.config = {"width": width, "temperature": temperature, "truth": truth, "triplets": len(found)}
-        self.fingerprint = f"{model.fingerprint}:{self._layers}:{self.config}:{_digest(found)}"
+        self.config = {"width": width, "temperature": temperature, "triplets": self.count, "layers": self._layers}
+        self.fingerprint = f"{model.fingerprint}:{self.config}:{_digest(found)}"
         self._weights = self._drawn(width, trainer.seed)
 
     def parameters(self) -> Mapping[str, Tensor]:
@@ -149,7 +156,7 @@ class KnowledgeTask:
             return {"score": 0.0}
         truths, finds = [], []
         for layer in self._layers:
-            _, right, wrong = (self._encoded(layer, "enc_tru", name, None) for name in STATES)
+            right, wrong = (self._encoded(layer, "enc_tru", name, None) for name in ("positive", "negative"))
             axis = functional.normalize(right[: -self.held].mean(0) - wrong[: -self.held].mean(0), dim=0)
             middle = 0.5 * (right[: -self.held].mean(0) + wrong[: -self.held].mean(0)) @ axis
             truths.append(
@@ -163,11 +170,12 @@ class KnowledgeTask:
     @torch.no_grad()
     def result(self) -> Artifact:
         """Memory, encoders, and the directions of truth and meaning in the space of hidden states."""
-        tensors = {**self.states, **self._weights}
+        kept = {name: states for name, states in self.states.items() if not name.endswith(":reworded")}
+        tensors = {**kept, **self._weights}
         for layer in self._layers:
             for name, encoder in (("truthfulness", "enc_tru"), ("semantic", "enc_sem")):
                 tensors[f"{layer}:direction.{name}"] = self._direction(layer, encoder)
-        return Artifact("unike", self._model.fingerprint, {"layers": self._layers, **self.config}, tensors)
+        return Artifact(self.name, self._model.fingerprint, self.config, tensors)
 
     def _direction(self, layer: int, encoder: str) -> Tensor:
         """(d,), root mean square 1: from wrong to right answers in an encoder's space, mapped back to hidden states.
@@ -175,7 +183,7 @@ class KnowledgeTask:
         zeta of the paper is the difference of the means; the map is a ridge regression of states on encoded states.
         """
         weights = [self._weights[f"{layer}:{encoder}.{number}"] for number in range(4)]
-        right, wrong = (self.states[f"{layer}:{name}"] for name in STATES[1:])
+        right, wrong = (self.states[f"{layer}:{name}"] for name in ("positive", "negative"))
         states = torch.cat([right, wrong]).double()
         codes = encode(torch.cat([right, wrong]), weights).double()
         centred = codes - codes.mean(0)
@@ -185,10 +193,11 @@ class KnowledgeTask:
         return unit_rms(zeta @ back).float()
 
     def _losses(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        right, wrong = (self._encoded(layer, "enc_tru", name, chosen) for name in STATES[1:])
+        right, wrong = (self._encoded(layer, "enc_tru", name, chosen) for name in ("positive", "negative"))
         truthful = truthful_loss(right, wrong, self.temperature)
-        asked, right, wrong = (self._encoded(layer, "enc_sem", name, chosen) for name in STATES)
-        return semantic_loss(asked, right, wrong, self.temperature), truthful
+        asked, right, wrong, again = (self._encoded(layer, "enc_sem", name, chosen) for name in STATES)
+        semantic = semantic_loss(asked, right, wrong, self.temperature)
+        return semantic + same_loss(asked, again, self.temperature), truthful
 
     def _encoded(self, layer: int, encoder: str, name: str, chosen: Tensor | None) -> Tensor:
         """Encoded states of length 1, (N, e)."""
@@ -213,7 +222,7 @@ class KnowledgeTask:
 def truthful_loss(right: Tensor, wrong: Tensor, temperature: float) -> Tensor:
     """Scalar: right and wrong answers (N, e), of length 1, as two classes, each state to be found by its class.
 
-    UniKE, equation (8): for an anchor of a class, minus the log of the share that its class has of the similarities to
+    UniKE, section 3.4: for an anchor of a class, minus the log of the share that its class has of the similarities to
     all states. Ours: without the anchor itself, whose similarity is constant.
     """
     both = torch.cat([right, wrong])
@@ -225,11 +234,18 @@ def truthful_loss(right: Tensor, wrong: Tensor, temperature: float) -> Tensor:
 
 
 def semantic_loss(asked: Tensor, right: Tensor, wrong: Tensor, temperature: float) -> Tensor:
-    """Scalar: questions (N, e) find their own two answers among all (UniKE, equation (9)); states of length 1."""
+    """Scalar: questions (N, e) find their own two answers among all (UniKE, section 3.4); codes of length 1."""
     scores = torch.cat([asked @ right.T, asked @ wrong.T], 1) / temperature
     n = len(asked)
     own = torch.stack([scores.diagonal(), scores.diagonal(n)], 1)
     return (torch.logsumexp(scores, 1) - torch.logsumexp(own, 1)).mean()
+
+
+def same_loss(asked: Tensor, again: Tensor, temperature: float) -> Tensor:
+    """Scalar: questions (N, e) find the same asked otherwise among all, and it finds them; codes of length 1."""
+    scores = asked @ again.T / temperature
+    label = torch.arange(len(asked), device=asked.device)
+    return 0.5 * (functional.cross_entropy(scores, label) + functional.cross_entropy(scores.T, label))
 
 
 def unit_rms(vector: Tensor) -> Tensor:
