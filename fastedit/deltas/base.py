@@ -79,6 +79,7 @@ class StackedDelta(Protocol):
     fixed: dict[str, Tensor]
     texts: list[Mapping[str, str]]
     row_roles: tuple[int, ...]
+    earlier: Sequence[StackedDelta]
 
     @property
     def size(self) -> int:
@@ -158,6 +159,8 @@ class FlatStack:
         self.texts: list[Mapping[str, str]] = [{} for _ in range(size)]
         #: Role of every row of the running batch, while the deltas are fitted.
         self.row_roles: tuple[int, ...] = ()
+        #: Deltas that act beneath, while these are fitted on top of them.
+        self.earlier: Sequence[StackedDelta] = ()
         self.trainable = trainable
         width = sum(math.prod(shape) for shape in shapes.values())
         like = torch.empty(0, dtype=dtype, device=device)

@@ -148,8 +148,8 @@ def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditD
     with ExitStack() as entered:
         held = entered.enter_context(held_inputs(model, *split_point(work.spec)))
         holders = [entered.enter_context(installed(model, stacked, Rows(), route=False))]
-        for delta in committed:
-            earlier = stack([delta], device=model.device)
+        stacked.earlier = [stack([delta], device=model.device) for delta in committed]
+        for earlier in stacked.earlier:
             holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
         problem = BatchProblem(
             model, stacked, holders, held, objective, waiting, make, _named(work, take), timer,

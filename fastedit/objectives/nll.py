@@ -10,15 +10,23 @@ from fastedit.ops import risk
 
 
 class NLLObjective:
-    """Mean NLL of the target tokens of the edit view, per edit (the loss of FT and LoRA editing)."""
+    """Mean NLL of the target tokens of the edit view, per edit (the loss of FT and LoRA editing).
 
-    roles: tuple[Role, ...] = (Role.EDIT,)
+    Args:
+        fitted: views whose NLL is averaged, the edit view first.
+        beside: views that run along and are not in the loss, for deltas with a loss of their own.
+    """
+
+    def __init__(self, fitted: tuple[Role, ...] = (Role.EDIT,), beside: tuple[Role, ...] = ()) -> None:
+        self.fitted = fitted
+        self.roles: tuple[Role, ...] = (*fitted, *beside)
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
-        segments = torch.where(tokens.is_role(Role.EDIT), tokens.edit, -1)
-        value, _ = risk(tokens.logits, tokens.labels, segments, tokens.n_edits, kind="ce")
-        return Losses(value, value.detach(), all_correct(tokens), {"nll": value.detach()})
+        views = [_segment_nll(tokens, role, tokens.n_edits) for role in self.fitted]
+        total = views[0][0] if len(views) == 1 else _mean_present([v for v, _ in views], [p for _, p in views])
+        nll = views[0][0].detach()
+        return Losses(total, nll, all_correct(tokens), {"nll": nll})
 
 
 class KLObjective:

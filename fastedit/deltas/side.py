@@ -1,0 +1,214 @@
+"""A side copy of one linear map, fitted inside a random part of its entries, and copies merged into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
+from fastedit.deltas.full import FullDelta, accumulate_full
+from fastedit.deltas.random_mask import apply_mask_
+from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.deltas.scope import RowMarks, in_scope, row_marks
+
+
+class SideDelta(FullDelta):
+    """What a side memory differs by from the frozen weight it is a copy of: ``y += x @ delta.T``.
+
+    WISE, arXiv 2405.14768. The weight itself is never read, so it may be quantized. Gradients are kept where a random
+    mask has a one, which follows from the edit (``random_mask``). How far an input moves is the distance between the
+    activations behind the map, ``||silu(x W0) - silu(x (W0 + delta))||``, averaged over tokens of the prompt (equation
+    (3)); the mean norm of the frozen ones over the edit's own prompt is its unit, so that margins need not know the
+    model. While it is fitted, margins part the rows of the edit from those that must not change (equation (5)), and
+    when it is done, the smallest distance of a row of the edit, times a share, is where it begins to act.
+
+    Options of the spec:
+        keep: share of the entries that are fitted.
+        tokens: tokens of a prompt that are averaged over, one of ``scope.TOKENS``.
+        alpha, beta, gamma: margins in units; rows that must not change move less than alpha, rows of the edit more than
+            beta, and these by gamma more than those.
+        weight: of the margins in the loss.
+        share: of the smallest distance, from which on it acts.
+    Parts: ``"{layer}.{name}:delta"`` (B, d_out, d_in).
+    Fixed, after ``"{layer}.{name}:"``: ``mask`` (B, 4), key of the mask; ``unit`` (B, 1); ``threshold`` (B, 1);
+    ``edits`` (B, 1), how many it holds; ``merged`` (B, 1), 1 for a merged memory.
+
+    Raises:
+        ValueError: not exactly one site.
+    """
+
+    def __init__(
+        self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
+    ) -> None:
+        if len(spec.sites) != 1:
+            raise ValueError(f"side: a copy of one linear map (got sites={[site.module_path for site in spec.sites]})")
+        super().__init__(spec, size, dtype=dtype, device=device, trainable=trainable)
+        self.place = place_of(spec)
+        for name, width in FIXED.items():
+            self.fixed[f"{self.place}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
+        self._distance: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor, RowMarks, Tensor] | None = None
+
+    def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor | None = None) -> Tensor:
+        """Change of the output (tokens, d_out) for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
+        change = super().delta(site, x, rows)
+        if self.trainable and self.row_roles and output is not None and torch.is_grad_enabled():
+            self._note(x.detach(), output.detach(), change, rows)
+        return change
+
+    def _note(self, x: Tensor, output: Tensor, change: Tensor, rows: Rows | TokenSpans) -> None:
+        """Keep how far every row moves now, and what is needed to measure it again."""
+        marks = row_marks(rows, self.size, x.device)
+        if marks is None:
+            return
+        assert isinstance(rows, TokenSpans)
+        counted = rows.memory.get("counted")
+        if counted is None:
+            counted = rows.memory["counted"] = marks.counted(str(self.spec.options["tokens"])).nonzero()[:, 0]
+        total = change[counted]
+        for earlier in self.earlier:
+            # All tokens: those of an edit that is fitted on top of others
+            total = total + earlier.delta(0, x[counted], Rows(), output[counted]).to(total.dtype)
+        self._distance = row_means(moved(output[counted], total), marks.row[counted], len(marks.owner))
+        self._seen = (x, output, marks, counted)
+
+    def extra_loss(self) -> Tensor | None:
+        """(B,) the margins of the last forward pass, in units; None before any."""
+        if self._distance is None or self._seen is None:
+            return None
+        marks, options, device = self._seen[2], self.spec.options, self._distance.device
+        inside = in_scope(self.row_roles, device)
+        unit = self.fixed[f"{self.place}unit"][:, 0].clamp(min=torch.finfo(self.flat.dtype).tiny)
+        distance = self._distance / unit[marks.owner]
+        near, far = distance[inside], distance[~inside]
+        own_near, own_far = marks.owner[inside], marks.owner[~inside]
+        loss = row_means((float(options["beta"]) - near).relu(), own_near, self.size)
+        loss = loss + row_means((far - float(options["alpha"])).relu(), own_far, self.size)
+        # Every row of the edit against every other row of it
+        a, b = (own_near[:, None] == own_far[None]).nonzero(as_tuple=True)
+        self._distance = None
+        loss = loss + row_means((far[b] - near[a] + float(options["gamma"])).relu(), own_near[a], self.size)
+        return float(options["weight"]) * loss
+
+    def end_step(self) -> None:
+        """After the backward pass: gradients outside of the mask are dropped."""
+        super().end_step()
+        apply_mask_(self.grad, self.fixed[f"{self.place}mask"], float(self.spec.options["keep"]))
+
+    def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
+        """Edit number ``index`` as a value of its own; one that was fitted has its threshold measured before."""
+        if self._seen is not None:
+            self._measure(index)
+        return super().unstack(index, model_fingerprint=model_fingerprint, request_id=request_id)
+
+    @torch.no_grad()
+    def _measure(self, index: int) -> None:
+        assert self._seen is not None
+        x, output, marks, counted = self._seen
+        wanted = (marks.owner == index) & in_scope(self.row_roles, x.device)
+        tokens = counted[wanted[marks.row[counted]]]
+        if not len(tokens):
+            return
+        distance = self.distances(index, x[tokens], output[tokens], self.earlier)
+        means = row_means(distance, marks.row[tokens], len(marks.owner))
+        self.fixed[f"{self.place}threshold"][index] = float(self.spec.options["share"]) * means[wanted].min()
+
+    def distances(self, edit: int, x: Tensor, output: Tensor, earlier: Sequence[StackedDelta] = ()) -> Tensor:
+        """(T,) how far an edit moves tokens whose input x (T, d_in) the frozen map takes to output (T, d_out)."""
+        change = x.to(self.flat.dtype) @ self.parts[f"{self.place}delta"][edit].T
+        for other in earlier:
+            change = change + other.delta(0, x, Rows(), output).to(change.dtype)
+        return moved(output, change)
+
+
+#: Widths of the fixed tensors by name.
+FIXED = {"mask": 4, "unit": 1, "threshold": 1, "edits": 1, "merged": 1}
+
+
+def place_of(spec: DeltaSpec) -> str:
+    """What the names of the parts begin with."""
+    return f"{spec.sites[0].layer}.{spec.sites[0].name}:"
+
+
+def moved(output: Tensor, change: Tensor) -> Tensor:
+    """(T,) distance between the activations of outputs (T, d) with and without a change (T, d)."""
+    frozen = output.to(change.dtype)
+    distance: Tensor = torch.linalg.vector_norm(functional.silu(frozen + change) - functional.silu(frozen), dim=1)
+    return distance
+
+
+def row_means(values: Tensor, number: Tensor, count: int) -> Tensor:
+    """(count,) means of the values (T,) that have each number (T,), 0 where there are none."""
+    total = values.new_zeros(count).index_add(0, number, values)
+    return total / torch.bincount(number, minlength=count).clamp(min=1)
+
+
+def accumulate_side(deltas: Sequence[EditDelta]) -> EditDelta:
+    """One memory that holds the edits of several: the sum of their changes, the smallest of their thresholds."""
+    fixed = _joined(deltas, merged=0.0)
+    summed = accumulate_full(deltas)
+    return replace(summed, tensors={**summed.tensors, **fixed})
+
+
+def merged_side(deltas: Sequence[EditDelta], density: float) -> EditDelta:
+    """One memory by TIES (arXiv 2306.01708): what is small is dropped, signs are elected, agreeing values averaged."""
+    name = f"{place_of(deltas[0].spec)}delta"
+    tensors = {name: ties([delta.tensors[name] for delta in deltas], density), **_joined(deltas, merged=1.0)}
+    return replace(deltas[0], tensors=tensors, request_id="+".join(delta.request_id for delta in deltas))
+
+
+def empty_side(like: EditDelta) -> EditDelta:
+    """A memory without edits, which acts nowhere."""
+    place = place_of(like.spec)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in like.tensors.items()}
+    tensors[f"{place}threshold"] = torch.full((1,), torch.inf)
+    return replace(like, tensors=tensors, request_id="")
+
+
+def _joined(deltas: Sequence[EditDelta], *, merged: float) -> Mapping[str, Tensor]:
+    """Fixed tensors of several memories together."""
+    place = place_of(deltas[0].spec)
+
+    def column(name: str) -> Tensor:
+        return torch.cat([delta.tensors[f"{place}{name}"] for delta in deltas])
+
+    return {
+        f"{place}mask": deltas[-1].tensors[f"{place}mask"],
+        f"{place}unit": column("unit").max()[None],
+        f"{place}threshold": column("threshold").min()[None],
+        f"{place}edits": column("edits").sum()[None],
+        f"{place}merged": torch.full((1,), merged),
+    }
+
+
+def ties(changes: Sequence[Tensor], density: float) -> Tensor:
+    """TIES-merging of changes of equal shape (arXiv 2306.01708, algorithm 1).
+
+    Args:
+        changes: at least one. density: share of the entries of each that stay, the largest ones.
+    Returns:
+        The mean, over the changes whose entry stayed and has the elected sign, of that entry; the sign is that of the
+        sum of what stayed ("mass").
+    Raises:
+        ValueError: no changes, or a density outside of (0, 1].
+    """
+    if not changes or not 0 < density <= 1:
+        raise ValueError(f"ties: some changes, density in 0 to 1 (got changes={len(changes)}, density={density!r})")
+    kept = [_trimmed(change, density) for change in changes]
+    sign = torch.stack(kept).sum(0).sign()
+    agreeing = [change * (change.sign() == sign) for change in kept]
+    count = torch.stack([change != 0 for change in agreeing]).sum(0)
+    return torch.stack(agreeing).sum(0) / count.clamp(min=1)
+
+
+def _trimmed(change: Tensor, density: float) -> Tensor:
+    """The change with its smallest entries at zero."""
+    dropped = change.numel() - round(density * change.numel())
+    if dropped == 0:
+        return change
+    limit = change.abs().flatten().kthvalue(dropped).values
+    return change * (change.abs() > limit)
