@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from fastedit.methods import METHODS, OBJECTIVES, method_names, resolve
-from fastedit.objectives import InvariantObjective, KLObjective, NLLObjective
+from fastedit.methods import METHODS, method_names, resolve
+from fastedit.methods.base import hook
+from fastedit.methods.registry import objectives_of
+from fastedit.objectives import InvariantObjective, KLObjective, NLLObjective, Role
 
 
 def test_every_name_resolves() -> None:
-    assert len(method_names()) == len(METHODS) * len(OBJECTIVES)
+    assert len(method_names()) == sum(len(objectives_of(method)) for method in METHODS.values())
+    assert all("" in objectives_of(method) for method in METHODS.values())
     for name in method_names():
         plan = resolve(name, {})
         objective = plan.build_objective(10)
-        expected = {"": NLLObjective, "kl": KLObjective, "odedit": InvariantObjective}[name.rpartition("+")[0]]
-        assert isinstance(objective, expected)
+        own = hook(plan.method, "objective") is not None
+        expected = {"": NLLObjective, "kl": KLObjective, "odedit": InvariantObjective}[plan.prefix]
+        assert isinstance(objective, expected) or (own and not plan.prefix)
+        assert Role.EDIT in objective.roles
+
+
+def test_where_nothing_is_fitted_no_objective_can_be_put() -> None:
+    with pytest.raises(ValueError, match=r"'ike' is spelled ike \(got method='odedit\+ike'\)"):
+        resolve("odedit+ike", {})
 
 
 def test_overrides_reach_every_config_that_has_the_field() -> None:
