@@ -45,7 +45,7 @@ class Gradients:
     Args:
         x: by site, (B, N, d_in) float32. grad: by site, (B, N, d_out) float32. N may differ by site.
         mask: by site, (B, N) bool, where there is a token.
-        nll: (B,) float32, of the targets before the edit.
+        nll: (B,) float32, mean over each target's tokens before the edit.
     """
 
     x: tuple[Tensor, ...]
@@ -62,7 +62,10 @@ class HyperNetwork(Protocol):
 
 
 def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[EditRows]) -> Gradients:
-    """Gradients of the mean target NLL of every edit at the outputs of the target maps, on the model as it acts now.
+    """Gradients of the target NLL of every edit at the outputs of the target maps, on the model as it acts now.
+
+    The NLL is summed over a target's tokens. With the mean, as in the multimodal ports, a token of a long target weighs
+    less than one of a short target, and a network that sees one token at a time cannot make up for it.
 
     Args:
         model: frozen; deltas that are installed are part of it.
@@ -92,8 +95,9 @@ def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[E
             logits = model.head(packed_tail(model, state))
             nll, _ = risk(logits, labels, edit, len(rows), kind="ce")
             zeros = [seen[index][1] for index in range(len(sites))]
+            lengths = torch.bincount(edit, minlength=len(rows))
             # Edits share no token, so the gradient of the sum is each edit's own
-            found = torch.autograd.grad(nll.sum(), zeros)
+            found = torch.autograd.grad((nll * lengths).sum(), zeros)
     finally:
         for handle in handles:
             handle.remove()

@@ -69,7 +69,7 @@ def test_pairs_make_up_the_gradient_of_the_weight(model: EditableModel) -> None:
         with free_weights(model, spec) as weights:
             logits = model.head(packed_tail(model, own.state))
             loss = torch.nn.functional.cross_entropy(logits, own.labels)
-            expected = torch.autograd.grad(loss, weights)
+            expected = torch.autograd.grad(loss * len(own.labels), weights)
         assert gradients.nll[edit].item() == pytest.approx(loss.item(), rel=1e-6)
         for site, whole in enumerate(expected):
             made = gradients.grad[site][edit].T @ gradients.x[site][edit]
