@@ -16,16 +16,15 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec, EditDelta, split_point
-from fastedit.methods.base import Accumulation, Resources
+from fastedit.methods.base import Accumulation, Resources, positions_option
 from fastedit.methods.ldke_config import LDKEConfig, candidate_layers, named_places, slots_of, trained_settings
 from fastedit.methods.ldke_task import ClassifierTask
-from fastedit.methods.ldke_views import Untimed
+from fastedit.methods.ldke_views import Untimed, walked
 from fastedit.methods.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.objectives import ROLES, KLObjective, Objective
 from fastedit.prepared import EditRows, prepare
-from fastedit.requests import EditRequest
+from fastedit.requests import EditRequest, Query
 from fastedit.routers.classifier import ClassifierShape, Disentangler
-from fastedit.routers.features import prompt_tokens
 from fastedit.solver import SolverConfig
 from fastedit.training import Artifact, TrainerConfig, require_artifact
 from fastedit.views import ViewSource
@@ -62,6 +61,7 @@ class LDKE:
             "rank": config.rank,
             "scale": config.alpha / config.rank,
             "seed": config.seed,
+            **positions_option(config.positions),
         }
         if config.route:
             options |= {"router": "classifier", "entity": config.size, "relation": config.size}
@@ -93,7 +93,7 @@ class LDKE:
     def trainer(config: LDKEConfig) -> TrainerConfig:
         """Some hundred steps; the loss is flat from the first hundred on."""
         return TrainerConfig(
-            steps=200, batch_size=64, lr=2e-3, warmup=20, schedule="cosine", weight_decay=0.01, valid_every=50
+            steps=150, batch_size=64, lr=2e-3, warmup=20, schedule="cosine", weight_decay=0.01, valid_every=50
         )
 
     @staticmethod
@@ -164,9 +164,10 @@ class LDKE:
             places = best_layers(_scores(model, config, rows), slots, window=config.window)
         found = [{"layers": torch.tensor(own, dtype=torch.float32) + 1} for own in places]
         if shared.classifier is not None:
-            for own, each in zip(found, rows, strict=True):
-                # Views are sorted by role: the edit's own is the first. One by one, to the bit whatever the batch
-                tokens = prompt_tokens(each.state.of_row(0))
+            point = split_point(LDKE.spec(model, config))
+            # Walked anew, as rows may be without their images. One by one: the same to the bit whatever the batch
+            for own, request in zip(found, requests, strict=True):
+                tokens = walked(model, point, [Query(request.prompt, request.image)])
                 with torch.no_grad():
                     entity, relation = shared.classifier(tokens)
                 own |= {"entity": entity[0], "relation": relation[0], "image": tokens.centre()[0]}

@@ -11,6 +11,7 @@ from fastedit.methods.base import last_layers
 from fastedit.methods.localize import GROUPS, SCORES
 
 CHOICES = ("auto", "voted", "random")
+POSITIONS = ("all", "after_image", "answer")
 #: Most candidates that are taken without being named.
 MOST_CANDIDATES = 8
 
@@ -31,6 +32,8 @@ class LDKEConfig:
         groups: tokens that count for "activation": of "last" (end of the prompt), "answer" and "image".
         probes: weight of what must not change, against a layer.
         calibration: training records that vote.
+        positions: tokens that the change acts on: "all", "after_image" (behind the image) or "answer" (the end of a
+            prompt and the answer behind it).
         rank: r. alpha: the change is scaled by alpha / rank.
         steps, lr, clip, weight_decay: of AdamW; lr None is 1.2 / hidden size (3e-4 at 4096).
         stop_loss: stop an edit when the NLL of its worst fitted view is below this and all are right; None never stops.
@@ -53,6 +56,7 @@ class LDKEConfig:
     groups: tuple[str, ...] = GROUPS
     probes: float = 0.5
     calibration: int = 64
+    positions: str = "all"
     rank: int = 8
     alpha: float = 32.0
     steps: int = 50
@@ -83,6 +87,8 @@ class LDKEConfig:
                 raise ValueError(f"ldke: {name} is not negative (got {name}={getattr(self, name)!r})")
         if isinstance(self.layers, str) and self.layers not in CHOICES:
             raise ValueError(f"ldke: layers is one of {list(CHOICES)} or names layers (got layers={self.layers!r})")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"ldke: positions is one of {list(POSITIONS)} (got positions={self.positions!r})")
         if self.score not in SCORES:
             raise ValueError(f"ldke: score is one of {list(SCORES)} (got score={self.score!r})")
         if not self.groups or set(self.groups) - set(GROUPS):

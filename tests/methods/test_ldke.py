@@ -81,6 +81,7 @@ def test_candidates_lie_behind_the_first_quarter(n_layers: int, expected: tuple[
         ({"score": "norm"}, "score is one of"),
         ({"groups": ("last", "first")}, "groups are of"),
         ({"groups": ()}, "groups are of"),
+        ({"positions": "image"}, "positions is one of"),
         ({"top": 0}, "top is at least 1"),
         ({"rank": 0}, "rank is at least 1"),
         ({"threshold": 1.0}, r"threshold is a probability \(got threshold=1.0\)"),
@@ -182,11 +183,16 @@ def test_its_own_question_is_always_let_in(model: EditableModel, edits: list[Edi
     assert sequence.scores["strict"]["reliability"].mean == made.scores["strict"]["reliability"].mean
 
 
+@pytest.mark.parametrize("positions", ["all", "after_image", "answer"])
 def test_what_an_edit_leaves_does_not_depend_on_its_batch(
-    model: EditableModel, edits: list[EditRequest], artifact: Artifact
+    model: EditableModel, edits: list[EditRequest], artifact: Artifact, positions: str
 ) -> None:
-    together = run(model, edits, artifact=artifact, top=1, steps=1, evaluate=False)
-    alone = run(model, edits, artifact=artifact, top=1, steps=1, batch_size=1, evaluate=False)
+    together = run(model, edits, artifact=artifact, top=1, steps=1, positions=positions)
+    assert together.scores["strict"]["routed_in"].mean > 0
+    alone = run(model, edits, artifact=artifact, top=1, steps=1, positions=positions, batch_size=1, evaluate=False)
+    everywhere = run(model, edits, artifact=artifact, top=1, steps=1, evaluate=False)
+    for ours, theirs in zip(together.deltas, everywhere.deltas, strict=True):
+        assert torch.equal(ours.tensors["image"], theirs.tensors["image"])
     for ours, theirs in zip(together.deltas, alone.deltas, strict=True):
         for name in ("layers", "entity", "relation", "image"):
             torch.testing.assert_close(ours.tensors[name], theirs.tensors[name])
