@@ -40,11 +40,12 @@ class MENDConfig:
             as in the multimodal ports.
         names: linear modules of a layer whose gradients are edited.
         rank: of a block's two factors; None is a quarter of d_in + d_out, at most 1920 (the paper's).
+        apart: let no token of an edit see the change that is meant for another (ours, see ``MendNetwork``).
         blocks: residual blocks of a network.
         directions: of inputs and gradients that are brought to size one before the network, see ``Scale``; 0 divides
             dimensions by their deviations, as the paper does.
-        edit_lr: first value of the learned step size of every matrix.
-        edit_lr_factor: on the trainer's rate, for the logarithms of the step sizes.
+        edit_lr: first value of the learned step size of every matrix, over the width of its input.
+        edit_lr_factor: on the trainer's rate, for what is learned as a logarithm: step sizes, the ridge of ``apart``.
         positions: "after_image": the change acts on the tokens behind the image only, and has as many ranks as there
             are; or "all".
         edit_weight, text_weight, image_weight, locality_weight: of the outer loss, see ``MetaObjective``. With the
@@ -58,9 +59,10 @@ class MENDConfig:
     layers: int | tuple[int, ...] | None = None
     names: tuple[str, ...] = ("up", "down")
     rank: int | None = None
+    apart: bool = True
     blocks: int = 2
     directions: int = 512
-    edit_lr: float = 5e-3
+    edit_lr: float = 0.3
     edit_lr_factor: float = 10.0
     positions: str = "after_image"
     edit_weight: float = 1.0
@@ -90,6 +92,10 @@ class MendNetwork(nn.Module):
     the learned step size times the sum of the outer products of what comes out. So at first it is plain gradient
     descent on normalised factors.
 
+    Ours: the last block has no relu, so that what goes out may be smaller than what came in; inputs and gradients are
+    scaled by directions (``Scale``); and an edit's tokens are set apart (``set_apart``): the tokens of a target have
+    much alike inputs, and each one's change is made at the others too.
+
     Args:
         sites: target linear maps.
         config: sizes and first values.
@@ -115,6 +121,8 @@ class MendNetwork(nn.Module):
         self.rates = {f"nets.{shape}.": min(1.0, 512 / sum(map(int, shape.split("x")))) for shape in members}
         self.x_scale = nn.ModuleList(Scale(site.d_in, config.directions) for site in sites)
         self.grad_scale = nn.ModuleList(Scale(site.d_out, config.directions) for site in sites)
+        self.apart = config.apart
+        self.log_ridge = nn.Parameter(torch.full((len(sites),), math.log(0.1)), requires_grad=config.apart)
         self.log_lr = nn.Parameter(torch.full((len(sites),), math.log(config.edit_lr)))
 
     def measure(self, gradients: Sequence[Gradients]) -> None:
@@ -137,8 +145,30 @@ class MendNetwork(nn.Module):
             for block in self.nets[shape]:  # type: ignore[attr-defined]
                 hidden = block(hidden, number)
             x, grad = torch.split(hidden * mask, [site.d_in, site.d_out], -1)
-            made.append((x.transpose(1, 2), -self.log_lr[index].exp() * grad))
+            if self.apart:
+                x = self.x_scale[index](set_apart(x, both[0], self.log_ridge[index].exp()))
+            made.append((x.transpose(1, 2) / site.d_in, -self.log_lr[index].exp() * grad))
         return made
+
+
+def set_apart(read: Tensor, x: Tensor, ridge: Tensor) -> Tensor:
+    """Reading directions of the tokens of an edit that see their own input as before, and the others' inputs less.
+
+    With r_s the direction of token s and x_t the input of token t, the change of the output at t is ``Σ_s (r_s·x_t)
+    v_s``. The directions returned lie in the span of the r_s and have ``r_s·x_t = 0`` for t ≠ s, up to a ridge: for one
+    edit what the normal equations of MALMEN (arXiv 2311.04661, section 3.3) do for many.
+
+    Args:
+        read: (B, N, d) directions. x: (B, N, d) inputs; zero where there is no token.
+        ridge: scalar, relative to the mean of r_t·x_t.
+    """
+    seen = read @ x.transpose(1, 2)
+    own = seen.diagonal(dim1=1, dim2=2)
+    size = own.abs().sum(1) / (own != 0).sum(1).clamp(min=1)
+    # Where there is no token the ridge alone keeps the matrix regular
+    damped = seen + torch.diag_embed((ridge * size).clamp(min=1e-12)[:, None].expand_as(own))
+    solved: Tensor = torch.linalg.solve(damped, read)
+    return (1 + ridge) * own[..., None] * solved
 
 
 class _Block(nn.Module):
@@ -233,7 +263,7 @@ class MEND:
             MetaObjective(weights) if objective is None else objective,
             records,
             trainer,
-            factors={"log_lr": config.edit_lr_factor, **network.rates},
+            factors={"log_": config.edit_lr_factor, **network.rates},
             locality=config.locality_views,
             held=config.valid_records,
             room=config.row_cache_mib << 20,

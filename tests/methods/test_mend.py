@@ -12,7 +12,7 @@ from torch import Tensor
 import fastedit
 from fastedit.backbone import EditableModel, Site, weights_hash
 from fastedit.methods.hypernets import Gradients
-from fastedit.methods.mend import MEND, MENDConfig, MendNetwork
+from fastedit.methods.mend import MEND, MENDConfig, MendNetwork, set_apart
 from fastedit.training import Artifact, save_artifact
 from tests.engine.conftest import make_edits
 
@@ -45,14 +45,14 @@ def artifact(model: EditableModel) -> Artifact:
 
 
 def test_it_starts_as_gradient_descent_on_normalised_factors() -> None:
-    network = MendNetwork(SITES, MENDConfig(rank=3, edit_lr=0.5, directions=0))
+    network = MendNetwork(SITES, MENDConfig(rank=3, edit_lr=0.5, directions=0, apart=False))
     gradients = some_gradients()
     network.measure([gradients])
     for site, (down, up) in enumerate(network(gradients, [])):
         x, grad, mask = gradients.x[site], gradients.grad[site], gradients.mask[site]
         x = x / x[mask].square().mean(0).sqrt()
         grad = grad / grad[mask].square().mean(0).sqrt()
-        expected = -0.5 * torch.einsum("bno,bni->boi", grad, x)
+        expected = -0.5 / x.shape[2] * torch.einsum("bno,bni->boi", grad, x)
         torch.testing.assert_close((down @ up).transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -85,6 +85,30 @@ def test_every_parameter_learns_from_the_first_step_on() -> None:
         assert bool(parameter.grad.any()) != waits, name
 
 
+def test_tokens_that_are_set_apart_do_not_see_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2, 1, 9, generator=generator, dtype=torch.float64)
+    x = 3 * common + torch.randn(2, 4, 9, generator=generator, dtype=torch.float64)
+    read = x + 0.1 * torch.randn(2, 4, 9, generator=generator, dtype=torch.float64)
+    x[1, 3:], read[1, 3:] = 0, 0
+    before = read @ x.transpose(1, 2)
+    # Without the inputs' common part hardly anything would be seen
+    assert before[0, 0, 1] > 0.5 * before[0, 0, 0]
+    after = set_apart(read, x, torch.tensor(1e-9, dtype=torch.float64)) @ x.transpose(1, 2)
+    torch.testing.assert_close(after, torch.diag_embed(before.diagonal(dim1=1, dim2=2)), rtol=1e-5, atol=1e-5)
+    # A large ridge leaves the directions as they were, up to their sizes
+    damped = set_apart(read, x, torch.tensor(1e9, dtype=torch.float64))
+    size = before.diagonal(dim1=1, dim2=2)
+    scale = size / (size.sum(1) / (size != 0).sum(1))[:, None]
+    torch.testing.assert_close(damped, read * scale[..., None], rtol=1e-5, atol=1e-6)
+    orthogonal = torch.eye(4, 9, dtype=torch.float64)[None] * 2
+    for ridge in (1e-3, 1.0):
+        kept = set_apart(orthogonal, orthogonal, torch.tensor(ridge, dtype=torch.float64))
+        torch.testing.assert_close(kept, orthogonal)
+    nothing = torch.zeros(1, 4, 9, dtype=torch.float64)
+    assert float(set_apart(nothing, nothing, torch.tensor(0.1)).abs().max()) == 0
+
+
 def test_sites_of_one_shape_share_a_network_and_are_told_apart() -> None:
     network = MendNetwork(SITES, MENDConfig(rank=3, blocks=1))
     assert sorted(network.nets) == ["5x7", "7x5"]
@@ -107,7 +131,7 @@ def test_sites_of_one_shape_share_a_network_and_are_told_apart() -> None:
 @pytest.mark.parametrize("name", ["random:llava-tiny", "random:blip2-tiny", "random:qwen2vl-tiny"])
 def test_a_step_in_its_first_direction_lowers_the_loss(name: str) -> None:
     model, edits = fastedit.load(name), make_edits(4)
-    settings = {**SMALL, "edit_lr": 1e-4, "layers": 2}
+    settings = {**SMALL, "edit_lr": 1e-3, "layers": 2}
     artifact = fastedit.train(model, "mend", edits, trainer={"steps": 0, "batch_size": 2}, **settings)
     run = fastedit.edit(model, edits, "mend", artifact=artifact, **settings)
     spec = MEND.spec(model, MENDConfig(**settings))
