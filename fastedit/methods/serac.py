@@ -81,7 +81,7 @@ class SERAC:
     @staticmethod
     def trainer(config: SERACConfig) -> TrainerConfig:
         """A few hundred steps; 50,000 of single records in the port."""
-        return TrainerConfig(steps=300, batch_size=48, lr=1e-3, warmup=20, schedule="cosine", valid_every=100)
+        return TrainerConfig(steps=450, batch_size=48, lr=2e-3, warmup=20, schedule="cosine", valid_every=100)
 
     @staticmethod
     def task(

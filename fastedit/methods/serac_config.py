@@ -63,7 +63,7 @@ class SERACConfig:
     image_edit_weight: float = 0.1
     locality_weight: float = 1.0
     scope_weight: float = 1.0
-    scope_recall: float = 2.0
+    scope_recall: float = 4.0
     scope_batch: int = 128
     swap: float = 0.5
     valid_records: int = 64

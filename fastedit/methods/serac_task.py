@@ -30,6 +30,8 @@ from fastedit.views import TrainingView
 
 #: Similarity below which the counterfactual model cannot be heard in the mixture, and is not asked.
 UNHEARD = 1e-4
+#: Of the objective: above the norm that gradients are clipped to, batches count alike, and copying is learned sooner.
+SCALE = 10.0
 #: One record in so many of a step has views that must stay, where no views are compared.
 KEPT_EVERY = 4
 #: Length of the summary of the trained weights that an objective may read.
@@ -89,6 +91,10 @@ class SeracTask:
         own = {PREFIX + name: weight for name, weight in self.stack.weights.items()}
         return own | {f"scope/{name}": weight for name, weight in self.heads.named_parameters()}
 
+    def groups(self) -> dict[str, float]:
+        """Heads are trained more slowly."""
+        return {name: 0.5 for name in self.parameters() if name.startswith("scope/")}
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Of the mixture and of the scope."""
         rng = random.Random(f"{self.trainer.seed}|{step}")
@@ -97,7 +103,9 @@ class SeracTask:
         tokens = self._mixture(chosen, step, rng)
         # Records change from step to step: an objective that changes with the steps is taken where it is complete
         losses = self.objective(tokens, min(step, int(getattr(self.objective, "start", step))))
-        total = losses.total.mean()
+        # By tokens: long targets are what copying is learned from, short ones can be guessed
+        length = torch.bincount(tokens.edit[tokens.is_role(*CE_ROLES)], minlength=tokens.n_edits)
+        total = SCALE * (losses.total * length).sum() / length.sum()
         told: dict[str, float] = {}
         if self.settings.scope_weight and not self.settings.faithful:
             size = min(self.n_train, self.settings.scope_batch)
@@ -165,6 +173,9 @@ class SeracTask:
         with installed(self.model, self.stack, Rows(), route=False):
             hidden = packed_tail(self.model, state)
         after = _rows(self.model.head(hidden), state.wanted_counts, heard)
+        if not self.settings.faithful:
+            # What must stay is the scope's business: here it would only teach not to copy
+            after = {n: logits if inside[n] else logits.detach() for n, logits in after.items()}
         states = _rows(hidden, state.wanted_counts, heard)
         labels_by_row = {**told, **_rows(labels, state.wanted_counts, heard)}
         logits = [_mixed(frozen.get(row), after.get(row), share[row]) for row in range(len(views))]
@@ -197,9 +208,8 @@ class SeracTask:
     ) -> tuple[list[_Numbered], list[int], list[str]]:
         """The views of some records, how many of each, and by view the cached edit that stands before it.
 
-        Many records with few views each: copying is learned from many different targets at a time, three times as fast
-        as from three views of each of a third of them. Objectives that compare the views of an edit get two that must
-        change.
+        Many records with few views each, as copying is learned from many targets at a time. Objectives that compare the
+        views of an edit get two that must change.
         """
         views: list[_Numbered] = []
         counts, contexts = [], []
@@ -238,7 +248,11 @@ class SeracTask:
         edits = self.heads(ScopeFeatures.cat([part.select([0]) for part in features]))
         own = edits[token_rows(counts, edits.device)]
         found = torch.exp(-(self.heads(ScopeFeatures.cat(asked)) - own).square().sum(1))
-        return found if self.settings.faithful else torch.where(inside, 1.0, found)
+        if self.settings.faithful:
+            return found
+        # What is scaled up is the objective of the counterfactual model, not that of the scope
+        found = found.detach() + (found - found.detach()) / SCALE
+        return torch.where(inside, 1.0, found)
 
     def _copied(self, held: Sequence[int]) -> dict[str, list[float]]:
         """By kind of what must change: whether the counterfactual model gives every token of the target."""

@@ -12,6 +12,7 @@ from fastedit import EditRequest, Query
 from fastedit.backbone import EditableModel
 from fastedit.backbone.encoding import row_size
 from fastedit.evaluation import evaluation_views
+from fastedit.methods import ike
 from fastedit.methods.base import Resources
 from fastedit.methods.ike import IKE, IKEConfig, demonstrations
 from tests.engine.conftest import make_edits
@@ -105,6 +106,19 @@ def test_demonstrations_are_dropped_until_the_longest_question_fits(
     monkeypatch.setattr(text, "max_position_embeddings", whole_question + 20)
     with pytest.raises(ValueError, match=r"ike: the edit, a question and 7 tokens of an answer fit"):
         template(model, replace(config, k=0), edit, [])
+
+
+def test_texts_that_grow_where_they_are_joined_still_fit(
+    model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = IKEConfig(**SHORT)
+    length = ike._length
+    # As if demonstrations had no tokens when they stand alone
+    monkeypatch.setattr(ike, "_length", lambda m, prompt, seen: length(m, prompt, seen) if seen else 1)
+    monkeypatch.setattr(model.adapter.text.config, "max_position_embeddings", 300)
+    found = template(model, config, edits[0], edits[1:])
+    asked = Query(found.replace("{prompt}", edits[0].prompt), edits[0].image)
+    assert 200 < row_size(model, asked)[0] <= 300 - config.answer_room
 
 
 def test_fields_are_filled_once(model: EditableModel, edits: list[EditRequest]) -> None:

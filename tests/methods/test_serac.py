@@ -148,3 +148,22 @@ def test_what_does_not_fit_is_refused(model: EditableModel, edits: list[EditRequ
     odd = replace(edits[0], target="{prompt}")
     with pytest.raises(ValueError, match=r"serac: an edit's text does not hold '\{prompt\}'"):
         fastedit.edit(model, [odd], "serac", artifact=artifact, **CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("random:blip2-tiny", {}),
+        ("random:qwen3vl-tiny", {}),
+        ("random:qwen2vl-tiny", {"quantize": "nf4"}),
+        ("random:llava-tiny", {"dtype": "bfloat16"}),
+    ],
+)
+def test_every_family_and_precision(edits: list[EditRequest], name: str, settings: dict[str, str]) -> None:
+    model = fastedit.load(name, **settings)
+    trainer = {"steps": 3, "batch_size": 4, "valid_every": 3}
+    made = fastedit.train(model, "serac", edits, trainer=trainer, **CONFIG)
+    assert made.metrics["validation"][0]["blind"] == 1.0
+    run = fastedit.edit(model, edits[:2], "serac", artifact=made, **CONFIG)
+    assert run.scores["strict"]["text_locality"].mean == 1.0
+    assert run.scores["strict"]["routed_in"].mean > 0

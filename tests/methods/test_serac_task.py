@@ -162,3 +162,21 @@ def test_validation_scores_what_acts_and_what_is_copied(model: EditableModel) ->
 def test_few_records_are_refused(model: EditableModel) -> None:
     with pytest.raises(ValueError, match=r"serac: .*records=8, valid_records=6, batch_size=4"):
         task_of(model, valid_records=6)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_what_must_stay_trains_the_scope_alone(model: EditableModel, faithful: bool) -> None:
+    """Through the mixture it would teach the counterfactual model not to copy; the port has it so."""
+    task = task_of(model, swap=0.0, faithful=faithful)
+    # Fresh low-rank or full changes answer as the frozen model: let this one differ
+    with torch.no_grad():
+        for name, weight in task.stack.weights.items():
+            weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    tokens = task._mixture([0, 1], 0, random.Random(0))
+    kept = tokens.role >= int(Role.TEXT_LOCALITY)
+    tokens.logits[kept].log_softmax(-1)[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    reached = [p.grad is not None and bool(p.grad.any()) for name, p in task.parameters().items() if "model/" in name]
+    assert any(reached) == faithful
+    heads = [p.grad is not None and bool(p.grad.any()) for name, p in task.parameters().items() if "scope/" in name]
+    assert any(heads)
+    assert task.groups().keys() == {name for name in task.parameters() if "scope/" in name}
