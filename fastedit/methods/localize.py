@@ -154,8 +154,9 @@ def layer_scores(
 ) -> Tensor:
     """(B, L) how much each of L candidate layers is the edit's: the higher, the more.
 
-    Scores of a view are shares of their sum over the layers; then the mean over the views that are to change, minus
-    ``probes`` times the mean over those that are to stay (as they answer now, where a KL would have no gradient).
+    Scores of a view are shares of their sum over the layers, each group of tokens for itself, as an image's many tokens
+    speak of other layers than the one that an answer begins at. Then comes the mean over the views that are to change,
+    minus ``probes`` times the mean over those that are to stay (as they answer now, where a KL would have no gradient).
 
     Args:
         model: frozen; no delta may act.
@@ -168,16 +169,25 @@ def layer_scores(
     state = PackedState.cat([each.state for each in rows])
     labels = torch.cat([each.labels for each in rows])
     size = len(state)
-    columns = [
-        gradient_times_activation(traced, size, groups) if score == "activation" else weight_gradient_norm(traced, size)
-        for traced in trace(model, sites, state, labels)
-    ]
-    table = torch.stack(columns, 1).double()
-    shares = table / table.sum(1, keepdim=True).clamp(min=torch.finfo(table.dtype).tiny)
+    found = trace(model, sites, state, labels)
+    if score == "weight":
+        shares = _shares([torch.stack([weight_gradient_norm(traced, size) for traced in found], 1)])
+    else:
+        tables = [[gradient_times_activation(traced, size, [group]) for traced in found] for group in groups]
+        shares = _shares([torch.stack(columns, 1) for columns in tables])
     roles = torch.tensor([role for each in rows for role in each.row_roles], device=shares.device)
     edit = token_rows([len(each.state) for each in rows], shares.device)
     stays = roles >= int(Role.TEXT_LOCALITY)
     return _mean_by(shares[~stays], edit[~stays], len(rows)) - probes * _mean_by(shares[stays], edit[stays], len(rows))
+
+
+def _shares(tables: Sequence[Tensor]) -> Tensor:
+    """(R, L) of (R, L) scores by group of tokens: shares of the sum over the layers, mean over the groups of a row."""
+    wide = torch.stack(list(tables)).double()
+    total = wide.sum(2, keepdim=True)
+    there = total > 0
+    shares = torch.where(there, wide / total.clamp(min=torch.finfo(wide.dtype).tiny), 0.0)
+    return shares.sum(0) / there.sum(0).clamp(min=1)
 
 
 def _mean_by(values: Tensor, owner: Tensor, owners: int) -> Tensor:
