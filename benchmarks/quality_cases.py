@@ -13,7 +13,7 @@ CLOSE = ("near", "same")
 SCORES = (*FIVE, *CLOSE)
 
 #: In the order of the tables.
-METHODS = ("ft", "lora", "ke", "tpatcher", "mend", "serac", "ike", "wise", "grace", "unike", "ldke")
+METHODS = ("ft", "ft-vision", "lora", "ke", "tpatcher", "mend", "serac", "ike", "wise", "grace", "unike", "ldke")
 #: Nothing is fitted or trained, so there is nothing to put another objective on.
 UNFITTED = ("ike",)
 MODELS = ("pocket-llava", "pocket-blip2")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail, token_layout
+from fastedit.backbone.layouts import token_layout
+from fastedit.backbone.vision import VISION, watched
+from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import DeltaSpec, split_point
 from fastedit.objectives import Role
 from fastedit.requests import Query
@@ -67,7 +69,8 @@ def prepare(
             encoded = model.encode([flat[number].query for number in missing], answers=True)
             labels = encoded.labels[encoded.label_mask]
         with timer.phase("prefix"):
-            state = packed_prefix(model, packed_start(model, encoded), point[0], point[1])
+            state = packed_start(model, encoded)
+            state = watched(model, state, encoded) if point[1] == VISION else packed_prefix(model, state, *point[:2])
             if spec.positions != "all":
                 state = hold_constant(model, replace(state, live=token_layout(state).acting(spec.positions)))
             parts = torch.split(labels, list(state.wanted_counts))

@@ -40,6 +40,15 @@ class Adapter(Protocol):
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run the vision side once over these images."""
 
+    def vision_linears(self) -> dict[str, str]:
+        """Return paths of the linear maps between the vision tower and the decoder by name; none if not editable."""
+
+    def look(self, images: Sequence[ImageInputs]) -> list[Tensor]:
+        """Run the vision tower once over these images; return what the maps behind it read (N, d_vision) of each."""
+
+    def join(self, seen: Sequence[Tensor]) -> Tensor:
+        """Run what is behind the tower on outputs of `look`; return embeddings (T, d) at the images' tokens."""
+
     def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
         """Return prompt tokens with the image's tokens in place, and which of them are image tokens."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import image_token_id, sequential_positions
 from .states import ImageFeatures, ImageInputs, join_padded
@@ -41,6 +41,29 @@ class Blip2Adapter:
         """Return the tensors of one image and how many image tokens it takes."""
         batch = self.processor.image_processor(images=[image], return_tensors="pt")
         return {"pixel_values": batch["pixel_values"]}, int(self.hf.config.num_query_tokens)
+
+    def vision_linears(self) -> dict[str, str]:
+        """Every linear map of the Q-Former, and the projection behind it."""
+        inner = [name for name, module in self.hf.qformer.named_modules() if isinstance(module, nn.Linear)]
+        return {name: f"qformer.{name}" for name in inner} | {"language_projection": "language_projection"}
+
+    def look(self, images: Sequence[ImageInputs]) -> list[Tensor]:
+        """Run the tower."""
+        parameter = next(self.hf.vision_model.parameters())
+        pixels = join_padded([image.tensors["pixel_values"] for image in images])
+        return list(self.hf.vision_model(pixels.to(parameter.device, parameter.dtype), return_dict=True)[0])
+
+    def join(self, seen: Sequence[Tensor]) -> Tensor:
+        """Run Q-Former and projection, as the stock model does behind its tower."""
+        images = torch.stack(list(seen))
+        output = self.hf.qformer(
+            query_embeds=self.hf.query_tokens.expand(images.shape[0], -1, -1),
+            encoder_hidden_states=images,
+            encoder_attention_mask=torch.ones(images.shape[:-1], dtype=torch.long, device=images.device),
+            return_dict=True,
+        )[0]
+        joined: Tensor = self.hf.language_projection(output.to(images.dtype))
+        return joined.flatten(0, 1)
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run tower, Q-Former and projection once over these images."""

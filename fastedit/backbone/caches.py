@@ -109,7 +109,7 @@ class Caches:
         self.states: SpillCache[tuple[PackedState, Tensor]] = SpillCache(
             budget, budget, lambda pair: pair[0].n_bytes + _bytes(pair[1]), _moved_state
         )
-        self.references: SpillCache[Tensor] = SpillCache(budget, budget, _bytes, lambda part, to: part.to(to))
+        self.references = tensor_cache(budget)
 
     def clear(self) -> None:
         """Drop everything."""
@@ -124,6 +124,11 @@ def feature_cache(budget: int) -> SpillCache[ImageFeatures]:
         return ImageFeatures(features.tokens.to(to), tuple(part.to(to) for part in features.deep))
 
     return SpillCache(budget, budget, lambda features: features.n_bytes, moved)
+
+
+def tensor_cache(budget: int) -> SpillCache[Tensor]:
+    """Return a cache of tensors."""
+    return SpillCache(budget, budget, _bytes, lambda part, to: part.to(to))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .model import EditableModel
 
 #: The modules of a layer that read the state directly (after its norm), by the stage of the state.
-FIRST_READERS: dict[str, tuple[str, ...]] = {"attention": ("q", "k", "v"), "ffn": ("up", "gate")}
+#: At the stage "vision" they are not constant.
+FIRST_READERS: dict[str, tuple[str, ...]] = {"vision": (), "attention": ("q", "k", "v"), "ffn": ("up", "gate")}
 
 
 class Held:

@@ -41,6 +41,30 @@ class LlavaAdapter:
         tokens = int((batch["input_ids"] == self.image_token_id).sum())
         return {"pixel_values": batch["pixel_values"]}, tokens
 
+    def vision_linears(self) -> dict[str, str]:
+        """The projector's two maps."""
+        path = "model.multi_modal_projector"
+        return {"linear_1": f"{path}.linear_1", "linear_2": f"{path}.linear_2"}
+
+    def look(self, images: Sequence[ImageInputs]) -> list[Tensor]:
+        """Run the tower; what the projector is given of it stands for its output."""
+        given: list[Tensor] = []
+
+        def keep(_module: Any, args: tuple[Tensor, ...]) -> None:
+            given.append(args[0])
+
+        handle = self.hf.model.multi_modal_projector.register_forward_pre_hook(keep)
+        try:
+            self.image_features(images)
+        finally:
+            handle.remove()
+        return list(given[0])
+
+    def join(self, seen: Sequence[Tensor]) -> Tensor:
+        """Run the projector, which sees one token at a time."""
+        joined: Tensor = self.hf.model.multi_modal_projector(torch.cat(list(seen))[None])
+        return joined[0]
+
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run tower and projector once over these images."""
         parameter = next(self.hf.model.multi_modal_projector.parameters())
@@ -64,6 +88,10 @@ class LlavaTiledAdapter(LlavaAdapter):
     """LLaVA-NeXT and OneVision: an image is cut into tiles, their number and padding depend on its shape."""
 
     family = "LLaVA-NeXT/OneVision"
+
+    def vision_linears(self) -> dict[str, str]:
+        """None: features are cut and joined between projector and decoder."""
+        return {}
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return tiles (1, P, 3, H, W) and size (1, 2) of one image and how many image tokens it takes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .caches import Caches, feature_cache
+from .caches import Caches, SpillCache, feature_cache, tensor_cache
 from .encoding import encode_queries
 from .fingerprint import model_fingerprint
 from .images import ImageReader
@@ -21,7 +21,8 @@ from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_po
 if TYPE_CHECKING:
     from fastedit.requests import ImageSource, Query
 
-    from .walk import Holder, Running
+    from .layouts import Running
+    from .walk import Holder
 
 #: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
 VISION_BATCH, VISION_BATCH_CPU = 32, 4
@@ -83,6 +84,9 @@ class EditableModel:
         self.running: Running | None = None
         #: Installed deltas that act on some prompts only, or ask another question.
         self.holders: list[Holder] = []
+        #: What the vision tower makes of images, for edits behind it; and how many deltas stand there now.
+        self.tower_outputs: SpillCache[Tensor] = tensor_cache(image_cache_mib << 20)
+        self.watching = 0
         #: Trained parts by id, of deltas that do not act without.
         self.artifacts: dict[str, Any] = {}
 
@@ -110,6 +114,7 @@ class EditableModel:
         """Drop everything remembered: pixels, image features, prefix states, reference logits, answers."""
         self.images.clear()
         self.image_features.clear()
+        self.tower_outputs.clear()
         self.caches.clear()
         self.reference_answers.clear()
 
@@ -132,6 +137,11 @@ class EditableModel:
         """
         return encode_queries(self, queries, answers=answers)
 
+    @property
+    def vision_batch(self) -> int:
+        """Images per call of the vision side."""
+        return VISION_BATCH_CPU if self.device.type == "cpu" else VISION_BATCH
+
     @torch.no_grad()
     def features(self, encoded: Encoded) -> dict[str, ImageFeatures]:
         """Return the features of every distinct image of the rows by content hash, running the tower on new ones."""
@@ -144,7 +154,7 @@ class EditableModel:
                 missing.append(image)
             else:
                 found[key] = cached
-        size = VISION_BATCH_CPU if self.device.type == "cpu" else VISION_BATCH
+        size = self.vision_batch
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             for image, features in zip(chunk, self.adapter.image_features(chunk), strict=True):
@@ -192,6 +202,11 @@ class EditableModel:
         self._check_layer(layer)
         if stage not in STAGES:
             raise ValueError(f"prefix: stage must be one of {', '.join(STAGES)} (got stage={stage!r})")
+        if self.watching:
+            raise ValueError(
+                "prefix: a delta on the vision side acts in generate, answer and edits, where the model computes image "
+                "tokens anew (got padded rows)"
+            )
         text = self.adapter.text
         state = self.start(encoded)
         context = self.context(state)

@@ -37,6 +37,7 @@ class PackedState:
         constant: keys and values (sum(starts), heads, d_head) of the constant tokens by layer.
         live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
         image: (T,), bool, the tokens of images; None where there are none.
+        seen: at the stage "vision", what the vision tower puts out for each row's image, None without; else ().
         behind: of rows that go on behind prompts, how many tokens behind its prompt's last one each begins; () is 0.
     """
 
@@ -53,6 +54,7 @@ class PackedState:
     constant: dict[int, KeyValue] = field(default_factory=dict)
     live: Tensor | None = None
     image: Tensor | None = None
+    seen: tuple[Tensor | None, ...] = ()
     behind: tuple[int, ...] = ()
     # Attention plans and the like, made at the first use
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -72,6 +74,7 @@ class PackedState:
         """Size of the kept tensors in bytes."""
         parts = [self.hidden, self.position_ids, *(self.rotary or ()), *self.deep.values()]
         parts += [part for pair in self.constant.values() for part in pair]
+        parts += [part for part in self.seen if part is not None]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def of_row(self, row: int) -> PackedState:
@@ -92,6 +95,7 @@ class PackedState:
             constant={layer: (k[c:d], v[c:d]) for layer, (k, v) in self.constant.items()},
             live=None if self.live is None else self.live[a:b],
             image=None if self.image is None else self.image[a:b],
+            seen=self.seen[row : row + 1],
             memory={},
         )
 
@@ -107,6 +111,7 @@ class PackedState:
             constant={layer: (change(k), change(v)) for layer, (k, v) in self.constant.items()},
             live=None if self.live is None else change(self.live),
             image=None if self.image is None else change(self.image),
+            seen=tuple(None if part is None else change(part) for part in self.seen),
             memory={},
         )
 
@@ -162,6 +167,7 @@ class PackedState:
             constant=_cat_constants([state.constant for state in states]),
             live=_cat_marks(states, "live", True),
             image=_cat_marks(states, "image", False),
+            seen=tuple(part for state in states for part in state.seen),
             memory={},
         )
 

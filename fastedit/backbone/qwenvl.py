@@ -45,6 +45,38 @@ class QwenVLAdapter:
         tensors = {"pixel_values": batch["pixel_values"], "image_grid_thw": grid}
         return tensors, int(grid[0].prod()) // self.merge_size**2
 
+    def vision_linears(self) -> dict[str, str]:
+        """The merger's two maps."""
+        names = ("mlp.0", "mlp.2") if hasattr(self.hf.model.visual.merger, "mlp") else ("linear_fc1", "linear_fc2")
+        return {name: f"model.visual.merger.{name}" for name in names}
+
+    def look(self, images: Sequence[ImageInputs]) -> list[Tensor]:
+        """Run the tower; return its patches in the order in which the decoder gets what is made of them."""
+        merger, given = self.hf.model.visual.merger, []
+
+        def numbered(x: Tensor) -> Tensor:
+            # The tower may have gathered patches in windows: numbers come out where tokens would
+            given.append(x)
+            tokens = x.numel() // merger.hidden_size
+            return torch.arange(tokens, device=x.device, dtype=torch.float64)[:, None]
+
+        own = merger.__dict__.get("forward")
+        merger.forward = numbered
+        try:
+            features = self.image_features(images)
+        finally:
+            # An instance attribute of before goes back; else the class's method shows again
+            del merger.forward
+            if own is not None:
+                merger.forward = own
+        groups = given[0].reshape(-1, self.merge_size**2, given[0].shape[-1])
+        return [groups[part.tokens[:, 0].long()].flatten(0, 1) for part in features]
+
+    def join(self, seen: Sequence[Tensor]) -> Tensor:
+        """Run the merger, which sees one token's patches at a time."""
+        joined: Tensor = self.hf.model.visual.merger(torch.cat(list(seen)))
+        return joined
+
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run the tower once over these images."""
         parameter = next(self.hf.model.visual.parameters())

@@ -11,10 +11,14 @@ from torch import Tensor
 from .attention import StoredPast
 from .packed import PackedState, token_rows
 from .states import STAGES, Encoded
+from .vision import VISION, watched
 from .walk import packed_prefix, packed_start, packed_tail
 
 if TYPE_CHECKING:
     from .model import EditableModel
+
+#: Stages of a layer in the order of a walk.
+ORDER = (VISION, *STAGES)
 
 
 class Reader:
@@ -32,7 +36,9 @@ class Reader:
         self.model, self.room = model, room
         self.lengths: list[int] = encoded.lengths.tolist()
         self.past = StoredPast(len(encoded), max(self.lengths) + room)
-        self._state = packed_start(model, encoded)
+        self._encoded, self._state = encoded, packed_start(model, encoded)
+        if model.watching:
+            self.read_below(0, VISION)
         row = token_rows(self._state.counts, encoded.input_ids.device)
         furthest = torch.zeros(len(encoded), dtype=torch.long, device=row.device)
         #: The position of the first token behind each prompt: one more than the largest in it.
@@ -43,6 +49,10 @@ class Reader:
 
     def read_below(self, layer: int, stage: str) -> None:
         """Walk the prompts up to a point; every `read` starts there."""
+        if (layer, stage) == (0, VISION):
+            if self._state.stage != VISION:
+                self._state = watched(self.model, self._state, self._encoded)
+            return
         self._state = packed_prefix(self.model, self._state, layer, stage, self.past)
 
     @torch.no_grad()
@@ -54,7 +64,7 @@ class Reader:
         state = self._state
         for holder in sorted(self.model.holders, key=lambda each: each.point):
             if not holder.asks:
-                if (state.layer, STAGES.index(state.stage)) < (holder.point[0], STAGES.index(holder.point[1])):
+                if (state.layer, ORDER.index(state.stage)) < (holder.point[0], ORDER.index(holder.point[1])):
                     state = packed_prefix(self.model, state, *holder.point, self.past)
                 holder.decide(state)
         return packed_tail(self.model, state, self.past)

@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
+from .layouts import running
 from .packed import KeyValue, PackedState, pack
 from .states import Encoded
+from .vision import VISION, renewed
 
 if TYPE_CHECKING:
     from fastedit.requests import Query
 
     from .model import EditableModel
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """Whose the tokens are that a linear map sees now.
-
-    Args:
-        counts: tokens of each row, rows in order.
-        live: (T,), bool, where a delta that leaves some tokens alone acts; None is everywhere.
-        wanted: (M,), int64, the tokens that carry labels, or end a prompt; None is all.
-        wanted_counts: how many of each row; not used where all are.
-        behind: see `PackedState`.
-    """
-
-    counts: tuple[int, ...]
-    live: Tensor | None = None
-    wanted: Tensor | None = None
-    wanted_counts: tuple[int, ...] = ()
-    behind: tuple[int, ...] = ()
-
-    @cached_property
-    def prompts(self) -> tuple[int, ...]:
-        """Tokens of each row that belong to its prompt: up to the first wanted one, or all where none is wanted."""
-        if self.wanted is None:
-            return tuple(min(count, 1) for count in self.counts)
-        wanted = self.wanted.tolist()
-        starts = [0, *accumulate(self.counts)]
-        firsts = [0, *accumulate(self.wanted_counts)]
-        return tuple(
-            wanted[firsts[row]] - starts[row] + 1 if self.wanted_counts[row] else count
-            for row, count in enumerate(self.counts)
-        )
-
-    @cached_property
-    def steps(self) -> tuple[int, ...]:
-        """How many tokens each token is behind the last one of its prompt; below 0 inside of the prompt."""
-        behind = self.behind or (0,) * len(self.counts)
-        rows = zip(self.counts, self.prompts, behind, strict=True)
-        return tuple(place - prompt + 1 + first for count, prompt, first in rows for place in range(count))
-
-    @cached_property
-    def answer(self) -> Tensor | None:
-        """(T,), bool: the last token of each prompt and all behind it; None is all."""
-        if self.wanted is None:
-            return None
-        return torch.tensor([step >= 0 for step in self.steps], dtype=torch.bool, device=self.wanted.device)
-
-    def acting(self, positions: str) -> Tensor | None:
-        """(T,), bool: where a delta with these ``positions`` acts; None is everywhere."""
-        return self.answer if positions == "answer" else self.live
-
-
-def token_layout(state: PackedState) -> TokenLayout:
-    """The layout of all tokens of a state."""
-    wanted = None if len(state.wanted) == state.hidden.shape[0] else state.wanted
-    return TokenLayout(state.counts, state.live, wanted, state.wanted_counts, state.behind)
-
-
-class Running:
-    """The layouts of the walk in progress, by number of tokens: all of them, or those that are wanted."""
-
-    def __init__(self, state: PackedState) -> None:
-        self.layouts = {state.hidden.shape[0]: token_layout(state)}
-        if len(state.wanted) != state.hidden.shape[0]:
-            live = None if state.live is None else state.live[state.wanted]
-            self.layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live, behind=state.behind)
-        #: For those who hook in: what they worked out of a layout.
-        self.memory: dict[Any, Any] = {}
 
 
 class Holder(Protocol):
@@ -157,10 +88,12 @@ def packed_prefix(
     """
     if (state.layer, state.stage) == (layer, stage):
         return state
+    if state.stage == VISION:
+        state = renewed(model, state)
     text = model.adapter.text
     hidden, first = state.hidden, state.layer
     attention = Attention(model, state, past, None)
-    with _running(model, state):
+    with running(model, state):
         if state.stage == "ffn":
             hidden = _fed(model, first, hidden, state.deep)
             first += 1
@@ -186,9 +119,11 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
     text, last = model.adapter.text, model.n_layers - 1
     if past is None and any(state.starts) and state.constant:
         past = state.remembered("constant", lambda: ConstantPast(state))
+    if state.stage == VISION:
+        state = renewed(model, state)
     hidden, first = state.hidden, state.layer
     whole = Attention(model, state, past, None)
-    with _running(model, state):
+    with running(model, state):
         if state.stage == "ffn":
             if first == last:
                 return _finished(model, _taken(hidden, state), state)
@@ -222,7 +157,7 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
     collected = _Collected()
     attention = Attention(model, before, collected, None)
     text, hidden, first = model.adapter.text, before.hidden, before.layer
-    with _running(model, before):
+    with running(model, before):
         if before.stage == "ffn":
             hidden = _fed(model, first, hidden, before.deep)
             first += 1
@@ -273,13 +208,3 @@ def _finished(model: EditableModel, hidden: Tensor, state: PackedState) -> Tenso
     if last in state.deep:
         hidden = hidden + _taken(state.deep[last], state)[None]
     return text.finish(hidden)[0]
-
-
-@contextmanager
-def _running(model: EditableModel, state: PackedState) -> Iterator[None]:
-    """Inside the block hooks can ask the model whose tokens they see."""
-    before, model.running = model.running, state.remembered("running", lambda: Running(state))
-    try:
-        yield
-    finally:
-        model.running = before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
 from fastedit.deltas.rows import Rows, TokenSpans
@@ -22,13 +23,16 @@ PLACEHOLDER = "{prompt}"
 
 
 def split_point(spec: DeltaSpec) -> tuple[int, str]:
-    """The last point of the model that the delta cannot reach: (layer, "attention" | "ffn").
+    """The last point of the model that the delta cannot reach: (layer, "attention" | "ffn"), or (0, "vision").
 
     Everything before it is constant while the delta is fitted. A delta without sites changes the prompt: nothing is.
+    One on the vision side leaves the vision tower constant.
     """
     if not spec.sites:
         return 0, "attention"
     layer = min(site.layer for site in spec.sites)
+    if layer == VISION_LAYER:
+        return 0, VISION
     names = {site.name for site in spec.sites if site.layer == layer}
     return layer, "ffn" if names <= FFN_NAMES else "attention"
 
@@ -163,6 +167,7 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route:
     handles: list[Any] = []
     seen: dict[tuple[int, str], Tensor] = {}
     decides = False
+    watches = int(holder.point[1] == VISION)
 
     def keep_input(site: Site, reader: str) -> None:
         (source,) = model.sites([site.layer], [reader])
@@ -173,6 +178,7 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route:
         handles.append(model.module(source).register_forward_pre_hook(hook))
 
     try:
+        model.watching += watches
         for index, site in enumerate(stacked.spec.sites):
             reader = stacked.reader(index)
             if reader is not None:
@@ -184,6 +190,7 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route:
             model.holders.append(holder)
         yield holder
     finally:
+        model.watching -= watches
         for handle in handles:
             handle.remove()
         if decides:

@@ -16,7 +16,7 @@ from fastedit.data import fingerprint
 from fastedit.deltas import StoredDeltas, split_point
 from fastedit.engine import provenance
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
-from fastedit.engine.flops import COUNTED, Peak, nfu
+from fastedit.engine.flops import Peak, is_counted, nfu
 from fastedit.engine.memory import peak_memory_mib
 from fastedit.engine.modes import Checkpoints, run_sequential, run_single
 from fastedit.engine.plan import largest_batch
@@ -144,7 +144,7 @@ def edit(
 def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
     spent = work.timer.total(without=("evaluation",))
     used = None
-    if peak is not None and spent and work.spec.kind in COUNTED:
+    if peak is not None and spent and is_counted(work.spec):
         roles = work.plan.build_objective(work.solver.steps).roles
         necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
         used = nfu(necessary.total, spent, peak)

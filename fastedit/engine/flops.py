@@ -38,6 +38,11 @@ _FEED_IN = ("up", "gate")
 COUNTED = frozenset({"full", "low_rank"})
 
 
+def is_counted(spec: DeltaSpec) -> bool:
+    """Whether the work of a delta is counted: of a known kind, in decoder layers."""
+    return spec.kind in COUNTED and all(site.layer >= 0 for site in spec.sites)
+
+
 @dataclass(frozen=True, slots=True)
 class RowFlops:
     """One teacher-forced row.
@@ -110,8 +115,9 @@ class FlopCounter:
     """
 
     def __init__(self, model: EditableModel, spec: DeltaSpec, *, causal: bool = True) -> None:
-        if spec.kind not in COUNTED:
-            raise ValueError(f"flops: kind is one of {sorted(COUNTED)} (got kind={spec.kind!r})")
+        if not is_counted(spec):
+            got = f"kind={spec.kind!r}, layers={sorted({site.layer for site in spec.sites})}"
+            raise ValueError(f"flops: kind is one of {sorted(COUNTED)}, in decoder layers (got {got})")
         self.model, self.spec, self.causal = model, spec, causal
         self._edited = {(site.layer, site.name) for site in spec.sites}
         names = list(model.adapter.text.site_paths)

@@ -1,4 +1,4 @@
-"""Fine-tuning of the last layers' FFN weights, on a delta beside the frozen weights."""
+"""Fine-tuning of the last layers' FFN weights, or of what joins the vision tower to the decoder, on a delta."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec
 from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
 from fastedit.solver import SolverConfig
@@ -56,6 +57,57 @@ class FT:
 
     @staticmethod
     def solver(model: EditableModel, config: FTConfig) -> SolverConfig:
+        """AdamW per edit."""
+        return SolverConfig(
+            steps=config.steps,
+            lr=0.4 / model.hidden_size if config.lr is None else config.lr,
+            clip=config.clip,
+            weight_decay=config.weight_decay,
+            radius=config.radius,
+            stop_loss=config.stop_loss,
+        )
+
+
+@dataclass(frozen=True)
+class FTVisionConfig:
+    """Settings of ``ft-vision``, VLKEB's fine-tuning of the vision side (arXiv 2403.07350).
+
+    There it is the projector of LLaVA, and the Q-Former of BLIP-2 and MiniGPT-4 without the projection behind it; for
+    Qwen-VL the tower's last block, where ours is the merger. Biases and norms stay as they are.
+
+    Args:
+        names: linear maps between vision tower and decoder, as the model's family calls them
+            (``fastedit.backbone.vision.vision_sites``); None is all.
+        steps: most optimiser steps.
+        lr: of AdamW; None is 0.4 / hidden size, which is VLKEB's 1e-4 at 4096 and 3e-3 at 128.
+        clip: largest gradient norm of an edit; None is off.
+        weight_decay: on the delta.
+        radius: largest absolute value of an entry of the delta; None is off.
+        stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+    """
+
+    names: tuple[str, ...] | None = None
+    steps: int = 100
+    lr: float | None = None
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    radius: float | None = None
+    stop_loss: float | None = 0.02
+
+
+class FTVision:
+    """Full delta behind the vision tower, always on; questions without an image never meet it."""
+
+    Config: ClassVar[type] = FTVisionConfig
+    sequence: ClassVar[Accumulation] = "accumulate"
+
+    @staticmethod
+    def spec(model: EditableModel, config: FTVisionConfig) -> DeltaSpec:
+        """Full matrices beside the maps between tower and decoder."""
+        return DeltaSpec("full", tuple(vision_sites(model, config.names)))
+
+    @staticmethod
+    def solver(model: EditableModel, config: FTVisionConfig) -> SolverConfig:
         """AdamW per edit."""
         return SolverConfig(
             steps=config.steps,

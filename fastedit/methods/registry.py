@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
-from fastedit.methods.ft import FT
+from fastedit.methods.ft import FT, FTVision
 from fastedit.methods.grace import GRACE
 from fastedit.methods.ike import IKE
 from fastedit.methods.ke import KE
@@ -50,6 +50,7 @@ class KLConfig:
 
 METHODS: dict[str, type[Method]] = {
     "ft": FT,
+    "ft-vision": FTVision,
     "lora": LoRA,
     "mend": MEND,
     "ke": KE,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.probe import feed_forward_parts
-from fastedit.backbone.walk import token_layout
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import TOKENS, row_marks

@@ -131,7 +131,7 @@ class TwoLinears(nn.Module):
 
 def test_installed_adds_and_leaves_nothing_behind(spec: DeltaSpec) -> None:
     net = TwoLinears()
-    model: Any = SimpleNamespace(module=lambda site: net.get_submodule(site.module_path), running=None)
+    model: Any = SimpleNamespace(module=lambda site: net.get_submodule(site.module_path), running=None, watching=0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     stacked = filled(spec)
     x = torch.randn(3, 4, 5, dtype=torch.float64)
