@@ -21,11 +21,17 @@ MUST_CHANGE = ("reliability", "text_generality", "image_generality")
 MUST_STAY = ("text_locality", "image_locality", "near", "same")
 
 
-def draw(outcomes: Sequence[Outcome], folder: Path, maps: Sequence[Mapping[str, Any]] = ()) -> dict[str, Path]:
+def draw(
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    maps: Sequence[Mapping[str, Any]] = (),
+    views: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Path]:
     """Draw what there is; name -> PNG.
 
     Args:
         outcomes: of ``quality.py``. folder: for the pictures. maps: of layers, from ``quality_maps``.
+        views: of UniKE's spaces by model and set, from there as well.
     """
     figures: dict[str, Figure] = {}
     for model, data in dict.fromkeys((o["case"]["model"], o["case"]["data"]) for o in of(outcomes, "single")):
@@ -36,6 +42,7 @@ def draw(outcomes: Sequence[Outcome], folder: Path, maps: Sequence[Mapping[str, 
         if group:
             figures[f"forgetting, {table}"] = forgetting(group)
     figures |= {f"layers, {m['data']} on {m['model']}": layer_map(m) for m in maps}
+    figures |= {f"spaces, {name}": spaces(view) for name, view in (views or {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, figure in figures.items():

@@ -14,9 +14,11 @@ from benchmarks.quality_run import records
 from fastedit.deltas import DeltaSpec
 from fastedit.engine.timing import PhaseTimer
 from fastedit.methods.localize import layer_scores
+from fastedit.methods.unike_view import KINDS, knowledge_view
 from fastedit.objectives import ROLES
 from fastedit.prepared import prepare
 from fastedit.requests import EditRequest
+from fastedit.training import load_artifact
 from fastedit.views import ViewSource
 
 TOGETHER = 32
@@ -51,3 +53,15 @@ def localized(model: Any, edits: Sequence[EditRequest]) -> torch.Tensor:
         views = [source.views(number, ROLES) for number in range(start, min(start + TOGETHER, len(edits)))]
         parts.append(layer_scores(model, sites, prepare(model, spec, views, timer), probes=0.0))
     return torch.cat(parts)
+
+
+def knowledge(artifact: Path) -> dict[str, tuple[list[list[float]], list[str]]]:
+    """By title of a panel, points (N, 2) and what each is: states of UniKE's memory, and their codes."""
+    view = knowledge_view(load_artifact(artifact, kind="unike"))
+    found = {}
+    for name, kinds in (("semantic", view.semantic_kinds), ("truthful", view.truthful_kinds)):
+        labels = [KINDS[kind] for kind in kinds.tolist()]
+        for when, title in (("before", "states"), ("after", f"{name} space")):
+            own = f"{title}, {'questions and answers' if name == 'semantic' else 'answers'}"
+            found[own] = (getattr(view, f"{name}_{when}").tolist(), labels)
+    return found

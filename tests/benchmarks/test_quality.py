@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import fastedit
@@ -26,6 +27,7 @@ from benchmarks.quality_tables import (
 )
 from fastedit.methods import METHODS as REGISTERED
 from fastedit.methods import resolve
+from fastedit.training import Artifact, save_artifact
 from tests.engine.conftest import make_edits
 
 
@@ -173,6 +175,29 @@ def test_layers_are_mapped_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert sum(values) == pytest.approx(1.0)
         assert min(values) > 0
     assert quality_maps.layer_map("never loaded", "", 0, tmp_path / "maps" / "a.json") == found
+
+
+def test_what_the_encoders_see_is_drawn(tmp_path: Path) -> None:
+    shapes = {"semantic": (7, 5), "positive": (7, 5), "negative": (7, 5)}
+    shapes |= {
+        f"{name}.{n}": shape
+        for name in ("enc_sem", "enc_tru")
+        for n, shape in enumerate(((5, 5), (5,), (5, 4), (4,)))
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"3:{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    path = save_artifact(Artifact("unike", "", {"layers": [3]}, tensors), tmp_path / "unike.safetensors")
+    view = quality_maps.knowledge(path)
+    assert {title: len(points) for title, (points, _) in view.items()} == {
+        "states, questions and answers": 21,
+        "semantic space, questions and answers": 21,
+        "states, answers": 14,
+        "truthful space, answers": 14,
+    }
+    assert all(len(points) == len(labels) for points, labels in view.values())
+    assert set(view["truthful space, answers"][1]) == {"right answer", "wrong answer"}
+    drawn = draw([], tmp_path, views={"a on b": view})
+    assert drawn["spaces, a on b"].stat().st_size > 10_000
 
 
 def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
