@@ -117,7 +117,11 @@ LDKE: Mapping[str, Mapping[str, Any]] = {
     "voted 2": {"route": False, "top": 2, "layers": "voted"},
     "random 2": {"route": False, "top": 2, "layers": "random"},
     "last 2": {"route": False, "layers": 2},
+    "layers 1 and 2": {"route": False, "layers": (1, 2)},
+    "layers 1 and 3": {"route": False, "layers": (1, 3)},
 }
+#: All sets of two of the three candidates: what the best of them is for an edit, brute force finds.
+EVERY_SET = ("last 2", "layers 1 and 2", "layers 1 and 3")
 
 
 def ablations(edits: int) -> list[Case]:

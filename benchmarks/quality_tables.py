@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cases import FIVE, SCORES, UNFITTED
-from fastedit.evaluation import Score, bootstrap_difference
+from benchmarks.quality_cases import EVERY_SET, FIVE, SCORES, UNFITTED
+from fastedit.evaluation import Score, bootstrap, bootstrap_difference
 
 Outcome = dict[str, Any]
 
@@ -87,6 +87,7 @@ def markdown(outcomes: Sequence[Outcome], pictures: Mapping[str, str]) -> str:
     for table in sorted({o["case"]["table"] for o in outcomes if o["case"]["table"].startswith("ablation")}):
         group = of(outcomes, table)
         lines += [f"## Parts of {table.removeprefix('ablation-')}", "", *_score_table(group, "variant"), ""]
+        lines += _brute_force(group)
     lines += _rates(outcomes)
     if pictures:
         lines += ["## Pictures", ""]
@@ -201,6 +202,23 @@ def _sequence_table(group: Sequence[Outcome]) -> list[str]:
             seconds = f"{outcome['timing']['seconds_per_edit']:.3f}" if number == len(points) - 1 else ""
             lines.append(f"| {name} | {count} | " + " | ".join(cells) + f" | {seconds} |")
     return lines
+
+
+def _brute_force(group: Sequence[Outcome]) -> list[str]:
+    """The best set of layers for each edit, by its own scores, beside sets that are chosen without knowing them."""
+    free = [outcome for outcome in group if outcome["case"]["settings"].get("route") is False]
+    worth = {outcome["case"]["label"]: outcome["per_edit"]["mean_of_six"] for outcome in free}
+    if not set(EVERY_SET) <= set(worth):
+        return []
+    best = bootstrap([max(values) for values in zip(*(worth[label] for label in EVERY_SET), strict=True)])
+    means = {label: bootstrap(values).mean for label, values in worth.items() if label not in EVERY_SET[1:]}
+    return [
+        "Brute force fits every set of two layers and takes the best for each edit by its scores, which no editor "
+        f"knows beforehand: mean of the five and near {best.mean:.3f} ({best.low:.3f} to {best.high:.3f}). Beside it: "
+        + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items())
+        + ".",
+        "",
+    ]
 
 
 def _mean_text(found: Mapping[str, Any] | None) -> str:

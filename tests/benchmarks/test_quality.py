@@ -14,7 +14,18 @@ from rich.console import Console
 
 import fastedit
 from benchmarks import quality, quality_maps, quality_run
-from benchmarks.quality_cases import FIVE, METHODS, SCORES, UNFITTED, Case, ablations, cross_task, sequential, single
+from benchmarks.quality_cases import (
+    EVERY_SET,
+    FIVE,
+    METHODS,
+    SCORES,
+    UNFITTED,
+    Case,
+    ablations,
+    cross_task,
+    sequential,
+    single,
+)
 from benchmarks.quality_figures import draw
 from benchmarks.quality_tables import (
     Outcome,
@@ -102,6 +113,18 @@ def test_what_is_reached_is_told_from_what_is_not() -> None:
     assert verdicts([long])[-1][1]
     forgetful = outcome("ldke", [0.89] * 1000, table="sequential")
     assert not verdicts([forgetful])[-1][1]
+
+
+def test_brute_force_takes_the_best_set_of_every_edit() -> None:
+    sets = [
+        outcome("ldke", right, near=0.0, table="ablation-ldke", label=label, settings={"route": False})
+        for label, right in zip((*EVERY_SET, "voted 2"), ([1.0, 0.0], [0.0, 0.5], [0.0, 0.0], [0.5, 0.5]), strict=True)
+    ]
+    text = markdown(sets, {})
+    # (5 * 1 + 0) / 6 of the first edit by one set, (5 * 0.5 + 0) / 6 of the second by another
+    assert "mean of the five and near 0.625 (" in text
+    assert "last 2 0.417, voted 2 0.417." in text
+    assert "Brute force" not in markdown(sets[1:], {})
 
 
 def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
