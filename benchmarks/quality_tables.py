@@ -105,8 +105,8 @@ def _how(outcomes: Sequence[Outcome]) -> list[str]:
         "intervals. The strict protocol compares generated answers; `near` is the edit's question about another image, "
         "`same` another question about the edit's image, both must stay. Trained parts and pools come from the train "
         "split, edits from the eval split. Seconds an edit are processor seconds of one out of a batch of 16 on one "
-        "thread, without scores; training is wall time on one thread of a machine that ran other cases beside; memory is "
-        "the peak of the process while 64 edits at a time are fitted and scored.",
+        "thread, without scores; training is wall time on one thread of a machine that ran other cases beside; memory "
+        "is the peak of the process while 64 edits at a time are fitted and scored.",
         "",
         f"Versions: {versions}. Commits: {', '.join(commits)}.",
     ]
