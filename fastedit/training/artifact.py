@@ -115,7 +115,10 @@ def require_artifact(artifact: Artifact | None, kind: str, model: EditableModel 
     """
     call = f"fastedit.train(model, {kind!r}, records)"
     if artifact is None:
-        raise ValueError(f"{kind}: needs a trained part; make one with {call} and pass it as artifact= (got none)")
+        raise ValueError(
+            f"{kind}: needs a trained part; make one with {call} and pass it as artifact=, or on the command line with "
+            f"'fastedit train --method {kind}' and give it as --artifact (got none)"
+        )
     if artifact.kind != kind:
         raise ValueError(f"{kind}: the artifact is of this kind, see {call} (got kind={artifact.kind!r})")
     if model is not None and artifact.model_fingerprint != model.fingerprint:
