@@ -32,7 +32,7 @@ if __name__ == "__main__":
 from benchmarks import record
 from benchmarks.quality_cases import METHODS, UNFITTED, Case, ablations, cross_task, sequential, single
 from benchmarks.quality_maps import knowledge, layer_map
-from benchmarks.quality_run import World, run_case
+from benchmarks.quality_run import World, peak_memory_mib, run_case
 from benchmarks.quality_tables import load_outcomes, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,13 +111,47 @@ def groups_of(cases: Sequence[Case], jobs: int) -> list[list[Case]]:
     return [group[start : start + size] for group in found.values() for start in range(0, len(group), size)]
 
 
+def weigh_all(cases: Sequence[Case], out: Path, *, jobs: int, threads: int, console: Console) -> None:
+    """Put the peak memory of each case into its outcome, from a process of its own; what is there is not run again."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def one(case: Case) -> None:
+        path = file_of(case, out)
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        if outcome["timing"]["peak_memory_mib"] is not None:
+            return
+        told = json.dumps(asdict(case))
+        command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--weigh", told]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            console.print(f"not weighed: {case.name}\n{ended.stderr[-2000:]}", style="red", markup=False)
+            return
+        outcome["timing"]["peak_memory_mib"] = float(ended.stdout.split()[-1])
+        write_outcome(outcome, path)
+        console.print(f"{case.name}: {outcome['timing']['peak_memory_mib']:.0f} MiB", markup=False, highlight=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, [case for case in cases if file_of(case, out).exists()]))
+
+
+def write_outcome(outcome: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(outcome), encoding="utf-8")
+    partial.replace(path)
+
+
+def case_of(data: dict[str, Any]) -> Case:
+    """A case that was given as JSON."""
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
+    return Case(**{**data, "score_at": tuple(data["score_at"]), "settings": settings})
+
+
 def run_these(text: str, out: Path) -> None:
     """Run cases that are given as JSON; the file of each is there whole or not at all."""
     world = World()
     for data in json.loads(text):
-        data["score_at"] = tuple(data["score_at"])
-        data["settings"] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
-        case = Case(**data)
+        case = case_of(data)
         path = file_of(case, out)
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
@@ -127,9 +161,7 @@ def run_these(text: str, out: Path) -> None:
             # The others may run all the same; whoever started this sees what is missing
             traceback.print_exc()
             continue
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(outcome), encoding="utf-8")
-        partial.replace(path)
+        write_outcome(outcome, path)
         print(f"{case.name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -184,11 +216,16 @@ def main(
     only_report: Annotated[bool, typer.Option("--report", help="run nothing")] = False,
     document: Annotated[Path | None, typer.Option(help="write the tables here, pictures beside")] = None,
     store: Annotated[bool, typer.Option("--record", help="append the rows to benchmarks/results/")] = False,
+    weighed: Annotated[bool, typer.Option("--memory/--no-memory", help="peak memory, a process a single case")] = True,
     these: Annotated[str, typer.Option(hidden=True)] = "",
+    weigh: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Score methods on the embedded models."""
     if these:
         run_these(these, out)
+        return
+    if weigh:
+        print(peak_memory_mib(case_of(json.loads(weigh)), out / "artifacts"))
         return
     console = Console()
     failed: list[str] = []
@@ -201,6 +238,9 @@ def main(
         wanted = [part for part in only.split(",") if part]
         cases = [case for case in cases if not wanted or any(part in case.name for part in wanted)]
         failed = run_all(cases, out, jobs=jobs, threads=threads, console=console)
+        if weighed:
+            alone = [case for case in cases if case.table == "single"]
+            weigh_all(alone, out, jobs=jobs, threads=threads, console=console)
     pictures = out / "pictures" if document is None else document.parent / "pictures"
     report(out, console, document=document, store=store, pictures=pictures)
     if failed:

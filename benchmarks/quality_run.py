@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,6 @@ class World:
         return self
 
 
-def reset_peak() -> None:
-    """Let the peak of this process's memory begin anew, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64, seed: int = 0) -> dict[str, Any]:
     """Train what is to be trained (once for all cases that share it), edit, score.
 
@@ -74,7 +67,6 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
     """
     model, edits, pool = world.of(case).model, world.edits, world.pool
     trained = _trained(case, model, pool, artifacts)
-    reset_peak()
     begin = time.perf_counter()
     run = fastedit.edit(
         model, edits, case.method, batch_size=batch_size, mode=case.mode, pool=pool, seed=seed, show_progress=False,
@@ -96,12 +88,24 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
                 "wall_s": wall,
                 "train_s": None if trained is None else trained[1],
                 "seconds": dict(run.timing.seconds),
-                "peak_memory_mib": process_bytes("VmHWM") / 2**20,
+                "peak_memory_mib": None,
                 "steps": run.timing.steps,
             },
             "provenance": run.provenance,
         }
     )
+
+
+def peak_memory_mib(case: Case, artifacts: Path, *, batch_size: int = TIMED, seed: int = 0) -> float:
+    """Peak of this process's memory, which has done nothing else, when one batch of a case is fitted and scored."""
+    world = World().of(replace(case, edits=TIMED))
+    trained = _trained(case, world.model, world.pool, artifacts)
+    given = {} if trained is None else {"artifact": trained[0]}
+    fastedit.edit(
+        world.model, world.edits, case.method, batch_size=batch_size, mode=case.mode, pool=world.pool, seed=seed,
+        show_progress=False, **given, **case.settings,
+    )  # fmt: skip
+    return process_bytes("VmHWM") / 2**20
 
 
 def processor_seconds(world: World, method: str, given: Mapping[str, Any]) -> float:

@@ -106,7 +106,7 @@ def _how(outcomes: Sequence[Outcome]) -> list[str]:
         "`same` another question about the edit's image, both must stay. Trained parts and pools come from the train "
         "split, edits from the eval split. Seconds an edit are processor seconds of one out of a batch of 16 on one "
         "thread, without scores; training is wall time on one thread of a machine that ran other cases beside; memory "
-        "is the peak of the process while 64 edits at a time are fitted and scored.",
+        "is the peak of a process that fits and scores 64 edits at a time and does nothing else.",
         "",
         f"Versions: {versions}. Commits: {', '.join(commits)}.",
     ]
@@ -141,7 +141,8 @@ def _score_table(group: Sequence[Outcome], heading: str = "method") -> list[str]
         train = "" if timing["train_s"] is None else f"{timing['train_s']:.0f} s"
         cells = [_cell(score(outcome, name)) for name in SCORES]
         cells += [f"{mean_of_five(outcome):.3f}", f"{timing['seconds_per_edit']:.3f}", train]
-        lines.append("| " + " | ".join([_named(outcome), *cells, f"{timing['peak_memory_mib']:.0f}"]) + " |")
+        memory = "" if timing["peak_memory_mib"] is None else f"{timing['peak_memory_mib']:.0f}"
+        lines.append("| " + " | ".join([_named(outcome), *cells, memory]) + " |")
     return lines
 
 

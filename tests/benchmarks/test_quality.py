@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,36 @@ def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.
     present = [value for value in five if value is not None]
     assert found["per_edit"]["mean_of_five"][0] == pytest.approx(sum(present) / len(present))
     assert found["timing"]["seconds_per_edit"] > 0
+    assert found["timing"]["peak_memory_mib"] is None
+    assert quality_run.peak_memory_mib(case, tmp_path / "artifacts") > 100
     # It is there: nothing is run again
     console = Console(record=True, width=200)
     assert quality.run_all([case], tmp_path, jobs=1, threads=1, console=console) == []
     assert "1 cases, 1 of them are there" in console.export_text()
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("single", "pocket-llava", "pocket-vqa", "lora", settings={"layers": (1,)}, edits=3)
+    other = dataclasses.replace(case, method="ft")
+    path = quality.file_of(case, tmp_path)
+    path.parent.mkdir()
+    made = outcome("lora", [1.0, 1.0, 1.0])
+    made["timing"]["peak_memory_mib"] = None
+    quality.write_outcome(made, path)
+    asked = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(quality.case_of(json.loads(command[-1])))
+        return subprocess.CompletedProcess(command, len(asked) == 1, "noise\n1234.5\n", "out of memory")
+
+    monkeypatch.setattr(quality.subprocess, "run", run)
+    for attempt in range(3):
+        console = Console(record=True, width=200)
+        quality.weigh_all([case, other], tmp_path, jobs=1, threads=1, console=console)
+        kept = json.loads(path.read_text(encoding="utf-8"))["timing"]["peak_memory_mib"]
+        assert kept == (None if attempt == 0 else 1234.5)
+        assert ("out of memory" in console.export_text()) == (attempt == 0)
+    assert asked == [case, case]
 
 
 def test_layers_are_mapped_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
