@@ -97,16 +97,16 @@ def canvas(
 
 
 def canvases(
-    width: float, height: float, *, rows: int = 1, columns: int = 1, share: Literal["x", "y"] = "x"
+    width: float, height: float, *, rows: int = 1, columns: int = 1, share: Literal["x", "y", ""] = "x"
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with several axes that share one direction."""
+    """A figure with several axes that share one direction, or none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=share == "x", sharey=share == "y", squeeze=False)
     found: list[Axes] = [axes for line in grid for axes in line]
     for axes in found:
-        dress(axes, grid="both" if share == "x" else "x")
+        dress(axes, grid="x" if share == "y" else "both")
     return figure, found
 
 

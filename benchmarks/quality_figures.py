@@ -18,6 +18,9 @@ TONES = (
     "#7a6a53", "#c2a83e", "#3b9e9e", "#e377c2", "#777777", "#bc4b26",
 )  # fmt: skip
 MUST_CHANGE = ("reliability", "text_generality", "image_generality")
+SPACES = {"question": "#9aa3b0", "right answer": "#1b4f9c", "wrong answer": "#dd8b2f"}
+#: Least of both, in per cent, of what the second panel shows.
+CORNER = 60
 MUST_STAY = ("text_locality", "image_locality", "near", "same")
 
 
@@ -64,26 +67,34 @@ def base_of(outcome: Outcome) -> str:
 
 
 def trade_off(group: Sequence[Outcome], title: str) -> Figure:
-    """What must change against what must stay; an arrow leads from x to odedit+x."""
-    figure, axes = canvas(7.6, 5.6, "must stay: mean of text, image locality, near and same, %", grid="both")
+    """What must change against what must stay, all and the best corner; an arrow leads from x to odedit+x."""
+    figure, panels = canvases(12.4, 5.2, columns=2, share="")
     tones = colours(group)
     places = {o["case"]["method"]: (_mean(o, MUST_STAY), _mean(o, MUST_CHANGE)) for o in group}
-    for name, (x, y) in places.items():
-        base = name.rpartition("+")[2]
-        with_odedit = name != base
-        axes.plot(
-            x, y, "o", ms=8, mfc=tones[base] if with_odedit else "white", mec=tones[base], mew=1.8,
-            label=base if not with_odedit else None, zorder=3,
-        )  # fmt: skip
-        if with_odedit and base in places:
-            axes.annotate(
-                "", (x, y), places[base],
-                arrowprops={"arrowstyle": "-|>", "color": tones[base], "lw": 1.1, "shrinkA": 5, "shrinkB": 5},
+    best = [place for place in places.values() if min(place) >= CORNER]
+    for axes in panels:
+        for name, place in places.items():
+            base = name.rpartition("+")[2]
+            full = name != base
+            axes.plot(
+                *place, "o", ms=8, mfc=tones[base] if full else "white", mec=tones[base], mew=1.8,
+                label=None if full else base, zorder=3,
             )  # fmt: skip
-    axes.set_ylabel("must change: mean of reliability, text and image generality, %")
-    axes.set_title(f"{title}, {group[0]['case']['edits']} edits, strict: open is x, full is odedit+x", fontsize=10)
-    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.margins(0.08)
+            if full and base in places:
+                axes.annotate(
+                    "", place, places[base], annotation_clip=True,
+                    arrowprops={"arrowstyle": "-|>", "color": tones[base], "lw": 1.1, "shrinkA": 5, "shrinkB": 5},
+                )  # fmt: skip
+        axes.set_xlabel("must stay: mean of text, image locality, near and same, %")
+        axes.margins(0.06)
+    if best:
+        panels[1].set_xlim(min(x for x, _ in best) - 1.5, 100.8)
+        panels[1].set_ylim(min(y for _, y in best) - 1.5, 100.8)
+        panels[1].set_title(f"those above {CORNER} %", fontsize=10)
+    panels[0].set_ylabel("must change: mean of reliability, text and image generality, %")
+    panels[0].set_title(f"{title}, {group[0]['case']['edits']} edits, strict: open is x, full odedit+x", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8.5)
     return figure
 
 
@@ -132,14 +143,13 @@ def layer_map(scores: Mapping[str, Any]) -> Figure:
 
 def spaces(view: Mapping[str, Any]) -> Figure:
     """Two-dimensional views of the semantic and truthfulness spaces, before and after the encoders."""
-    figure, panels = canvases(9.2, 8.2, rows=2, columns=2)
+    figure, panels = canvases(9.2, 8.2, rows=2, columns=2, share="")
     for axes, (title, (points, labels)) in zip(panels, view.items(), strict=False):
-        for number, label in enumerate(dict.fromkeys(labels)):
+        for label in dict.fromkeys(labels):
             chosen = [point for point, own in zip(points, labels, strict=True) if own == label]
             axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", ms=2.6, alpha=0.6, mew=0,
-                      color=TONES[number % len(TONES)], label=label)  # fmt: skip
+                      color=SPACES[label], label=label)  # fmt: skip
         axes.set_title(title, fontsize=10)
-        axes.tick_params(labelbottom=True)
         axes.legend(frameon=False, fontsize=8, markerscale=2)
     return figure
 
