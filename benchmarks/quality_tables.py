@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cases import EVERY_SET, FIVE, SCORES, UNFITTED
+from benchmarks.quality_cases import DATA, EVERY_SET, FIVE, MODELS, SCORES, UNFITTED
 from fastedit.evaluation import Score, bootstrap, bootstrap_difference
 
 Outcome = dict[str, Any]
@@ -117,7 +117,15 @@ def _groups(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
     for outcome in outcomes:
         case = outcome["case"]
         found.setdefault(f"{case['data']} on {case['model']}, {case['edits']} edits", []).append(outcome)
-    return [(title, sorted(group, key=_order)) for title, group in found.items()]
+    known = [*found]
+    known.sort(key=lambda title: _place(found[title][0]["case"]))
+    return [(title, sorted(found[title], key=_order)) for title in known]
+
+
+def _place(case: Mapping[str, Any]) -> tuple[int, int]:
+    """Sets and models in the order in which they run, others behind."""
+    data = DATA.index(case["data"]) if case["data"] in DATA else len(DATA)
+    return data, MODELS.index(case["model"]) if case["model"] in MODELS else len(MODELS)
 
 
 def _order(outcome: Outcome) -> tuple[str, int]:
@@ -166,7 +174,7 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 def _difference_tables(outcomes: Sequence[Outcome]) -> list[str]:
     found: dict[str, list[str]] = {}
-    for plain, other in sorted(pairs(outcomes), key=lambda pair: _order(pair[0])):
+    for plain, other in sorted(pairs(outcomes), key=lambda pair: (_place(pair[0]["case"]), _order(pair[0]))):
         case, apart = plain["case"], differences(plain, other)
         cells = [_difference(apart[name]) if name in apart else "" for name in COMPARED]
         title = f"{case['data']} on {case['model']}, {case['edits']} edits"

@@ -16,9 +16,11 @@ from rich.console import Console
 import fastedit
 from benchmarks import quality, quality_maps, quality_run
 from benchmarks.quality_cases import (
+    DATA,
     EVERY_SET,
     FIVE,
     METHODS,
+    MODELS,
     SCORES,
     UNFITTED,
     Case,
@@ -114,6 +116,14 @@ def test_what_is_reached_is_told_from_what_is_not() -> None:
     assert verdicts([long])[-1][1]
     forgetful = outcome("ldke", [0.89] * 1000, table="sequential")
     assert not verdicts([forgetful])[-1][1]
+
+
+def test_tables_stand_in_the_order_of_the_cases() -> None:
+    places = [(model, data) for data in DATA for model in MODELS]
+    made = [outcome("lora", [1.0, 1.0], model=model, data=data) for model, data in reversed(places)]
+    text = markdown(made, {})
+    found = [text.index(f"## Single edits: {data} on {model}") for model, data in places]
+    assert found == sorted(found)
 
 
 def test_brute_force_takes_the_best_set_of_every_edit() -> None:
