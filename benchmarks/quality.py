@@ -11,6 +11,7 @@ protocols are scored, means come with 95 % bootstrap intervals, and x is compare
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -188,19 +189,23 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
     rows = rows_of(outcomes)
     path = out / "rows.jsonl"
     if store:
-        path = record.RESULTS / "quality" / f"{record.device_name(record.machine())}.jsonl"
+        path = record.RESULTS / "quality" / f"{record.device_name(record.machine())}.jsonl.gz"
     console.print(f"rows: {write_rows(rows, path)}", markup=False)
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Write one line a case; a case that stands in the file already is replaced."""
+    """Write one line a case, compressed where the name ends so; a case that stands in the file already is replaced."""
+    packed = path.suffix == ".gz"
     known = {}
     if path.exists():
-        known = {row["case"]["name"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        text = gzip.decompress(path.read_bytes()).decode() if packed else path.read_text(encoding="utf-8")
+        known = {row["case"]["name"]: row for row in map(json.loads, text.splitlines())}
     known |= {row["case"]["name"]: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row) + "\n" for row in known.values()).encode()
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in known.values()), encoding="utf-8")
+    # Without the time, the same rows make the same file
+    partial.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     partial.replace(path)
     return path
 

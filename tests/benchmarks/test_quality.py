@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import subprocess
 from collections.abc import Sequence
@@ -165,11 +166,15 @@ def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
     assert len(rows) == len(outcomes)
     assert [row["minus"]["method"] for row in rows if "minus" in row] == ["lora"]
     assert rows[0]["scores"]["strict"]["reliability"] == [0.5, 0.5, 0.5, 2]
-    path = quality.write_rows(rows, tmp_path / "rows.jsonl")
     changed = [{**rows[0], "mean_of_five": 0.25}]
-    assert quality.write_rows(changed, path) == path
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["mean_of_five"] for row in kept] == [0.25, *(row["mean_of_five"] for row in rows[1:])]
+    for name, read in (
+        ("rows.jsonl", Path.read_bytes),
+        ("rows.jsonl.gz", lambda path: gzip.decompress(path.read_bytes())),
+    ):
+        path = quality.write_rows(rows, tmp_path / name)
+        assert quality.write_rows(changed, path) == path
+        kept = [json.loads(line) for line in read(path).decode().splitlines()]
+        assert [row["mean_of_five"] for row in kept] == [0.25, *(row["mean_of_five"] for row in rows[1:])]
 
 
 def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +262,7 @@ def test_what_the_encoders_see_is_drawn(tmp_path: Path) -> None:
     assert all(len(points) == len(labels) for points, labels in view.values())
     assert set(view["truthful space, answers"][1]) == {"right answer", "wrong answer"}
     drawn = draw([], tmp_path, views={"a on b": view})
-    assert drawn["spaces, a on b"].stat().st_size > 10_000
+    assert drawn["spaces, a on b"].stat().st_size > 1_000
 
 
 def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
