@@ -31,7 +31,7 @@ if __name__ == "__main__":
     import _package  # noqa: F401
 
 from benchmarks import record
-from benchmarks.quality_cases import METHODS, UNFITTED, Case, ablations, cross_task, sequential, single
+from benchmarks.quality_cases import DATA, METHODS, MODELS, UNFITTED, Case, ablations, cross_task, sequential, single
 from benchmarks.quality_maps import knowledge, layer_map
 from benchmarks.quality_run import World, peak_memory_mib, run_case
 from benchmarks.quality_tables import load_outcomes, markdown, rows_of
@@ -176,10 +176,9 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
         return
     singles = sorted({(o["case"]["model"], o["case"]["data"]) for o in outcomes if o["case"]["table"] == "single"})
     maps = [layer_map(model, data, MAPPED, out / "maps" / f"{model}-{data}.json") for model, data in singles]
-    encoders = {
-        f"{data} on {model}": out / "artifacts" / f"{model}-{data}-unike.safetensors" for model, data in singles
-    }
-    views = {name: knowledge(path) for name, path in encoders.items() if path.exists()}
+    # One picture of spaces is enough: that of the first model and set
+    encoders = out / "artifacts" / f"{MODELS[0]}-{DATA[0]}-unike.safetensors"
+    views = {f"{DATA[0]} on {MODELS[0]}": knowledge(encoders)} if encoders.exists() else {}
     drawn = draw(outcomes, pictures, maps, views)
     target = document or out / "results.md"
     text = markdown(outcomes, {name: os.path.relpath(path, target.parent) for name, path in drawn.items()})
