@@ -67,13 +67,13 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
     """
     model, edits, pool = world.of(case).model, world.edits, world.pool
     trained = _trained(case, model, pool, artifacts)
+    given = _given(case, pool, trained, seed)
     begin = time.perf_counter()
     run = fastedit.edit(
-        model, edits, case.method, batch_size=batch_size, mode=case.mode, pool=pool, seed=seed, show_progress=False,
-        score_at=case.score_at, **({} if trained is None else {"artifact": trained[0]}), **case.settings,
+        model, edits, case.method, batch_size=batch_size, mode=case.mode, score_at=case.score_at, show_progress=False,
+        **given,
     )  # fmt: skip
     wall = time.perf_counter() - begin
-    given = {"pool": pool, "seed": seed, **({} if trained is None else {"artifact": trained[0]}), **case.settings}
     cost = None if case.mode == "sequential" else processor_seconds(world, case.method, given)
     return plain(  # type: ignore[no-any-return]
         {
@@ -100,10 +100,9 @@ def peak_memory_mib(case: Case, artifacts: Path, *, batch_size: int = TIMED, see
     """Peak of this process's memory, which has done nothing else, when one batch of a case is fitted and scored."""
     world = World().of(replace(case, edits=TIMED))
     trained = _trained(case, world.model, world.pool, artifacts)
-    given = {} if trained is None else {"artifact": trained[0]}
     fastedit.edit(
-        world.model, world.edits, case.method, batch_size=batch_size, mode=case.mode, pool=world.pool, seed=seed,
-        show_progress=False, **given, **case.settings,
+        world.model, world.edits, case.method, batch_size=batch_size, mode=case.mode, show_progress=False,
+        **_given(case, world.pool, trained, seed),
     )  # fmt: skip
     return process_bytes("VmHWM") / 2**20
 
@@ -115,6 +114,13 @@ def processor_seconds(world: World, method: str, given: Mapping[str, Any]) -> fl
     begin = time.process_time()
     fastedit.edit(world.model, some, method, batch_size=16, evaluate=False, show_progress=False, **given)
     return (time.process_time() - begin) / len(some)
+
+
+def _given(
+    case: Case, pool: Sequence[EditRequest], trained: tuple[Path, float | None] | None, seed: int
+) -> dict[str, Any]:
+    """What ``fastedit.edit`` is given of a case, however its edits are timed."""
+    return {"pool": pool, "seed": seed, **({} if trained is None else {"artifact": trained[0]}), **case.settings}
 
 
 def _trained(case: Case, model: Any, pool: Sequence[EditRequest], folder: Path) -> tuple[Path, float | None] | None:

@@ -49,9 +49,7 @@ class Blip2Adapter:
 
     def look(self, images: Sequence[ImageInputs]) -> list[Tensor]:
         """Run the tower."""
-        parameter = next(self.hf.vision_model.parameters())
-        pixels = join_padded([image.tensors["pixel_values"] for image in images])
-        return list(self.hf.vision_model(pixels.to(parameter.device, parameter.dtype), return_dict=True)[0])
+        return list(self.hf.vision_model(self._pixels(images), return_dict=True)[0])
 
     def join(self, seen: Sequence[Tensor]) -> Tensor:
         """Run Q-Former and projection, as the stock model does behind its tower."""
@@ -67,10 +65,14 @@ class Blip2Adapter:
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run tower, Q-Former and projection once over these images."""
+        output = self.hf.get_image_features(self._pixels(images), return_dict=True)
+        return [ImageFeatures(tokens=part) for part in output.pooler_output]
+
+    def _pixels(self, images: Sequence[ImageInputs]) -> Tensor:
+        """Pixels of all images as the tower takes them."""
         parameter = next(self.hf.vision_model.parameters())
         pixels = join_padded([image.tensors["pixel_values"] for image in images])
-        output = self.hf.get_image_features(pixels.to(parameter.device, parameter.dtype), return_dict=True)
-        return [ImageFeatures(tokens=part) for part in output.pooler_output]
+        return pixels.to(parameter.device, parameter.dtype)
 
     def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
         """Put the image's tokens before everything else."""

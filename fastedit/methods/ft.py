@@ -58,14 +58,7 @@ class FT:
     @staticmethod
     def solver(model: EditableModel, config: FTConfig) -> SolverConfig:
         """AdamW per edit."""
-        return SolverConfig(
-            steps=config.steps,
-            lr=0.4 / model.hidden_size if config.lr is None else config.lr,
-            clip=config.clip,
-            weight_decay=config.weight_decay,
-            radius=config.radius,
-            stop_loss=config.stop_loss,
-        )
+        return _adamw(model, config)
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,15 @@ class FTVision:
     @staticmethod
     def solver(model: EditableModel, config: FTVisionConfig) -> SolverConfig:
         """AdamW per edit."""
-        return SolverConfig(
-            steps=config.steps,
-            lr=0.4 / model.hidden_size if config.lr is None else config.lr,
-            clip=config.clip,
-            weight_decay=config.weight_decay,
-            radius=config.radius,
-            stop_loss=config.stop_loss,
-        )
+        return _adamw(model, config)
+
+
+def _adamw(model: EditableModel, config: FTConfig | FTVisionConfig) -> SolverConfig:
+    return SolverConfig(
+        steps=config.steps,
+        lr=0.4 / model.hidden_size if config.lr is None else config.lr,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        radius=config.radius,
+        stop_loss=config.stop_loss,
+    )
