@@ -21,9 +21,9 @@ from fastedit.methods import resolve
 from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
 
-#: Shown besides where a run has them.
 #: Edits that processor seconds are taken over.
 TIMED = 64
+#: Shown besides where a run has them.
 FURTHER = ("portability", "blind", "blindness", "routed_in", "routed_in_wrongly")
 
 
