@@ -131,7 +131,7 @@ class StoredDeltas(Sequence[EditDelta]):
             if path.name != _file_name(number):
                 raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
             with _opened(path) as (_, entries, places):
-                self._add(path, [entry[2] for entry in entries], places)
+                self._add(path, [entry[2] for entry in entries], self._free(path, len(entries), places))
 
     def files(self) -> list[Path]:
         """The files, in order."""
@@ -142,18 +142,29 @@ class StoredDeltas(Sequence[EditDelta]):
 
         Args:
             deltas: n. places: of each in the run, in any order over the files; behind the others if absent.
+        Raises:
+            ValueError: a place for every delta, and none twice; nothing is written then.
         """
         path = self.folder / _file_name(self._files)
+        chosen = self._free(path, len(deltas), places)
         save_deltas(deltas, path, places)
-        self._add(path, [delta.request_id for delta in deltas], places)
+        self._add(path, [delta.request_id for delta in deltas], chosen)
 
-    def _add(self, path: Path, ids: Sequence[str], places: Sequence[int] | None) -> None:
+    def _free(self, path: Path, count: int, places: Sequence[int] | None) -> Sequence[int]:
+        """The places of a file's deltas, once it is known that each has one of its own."""
         first = 1 + max(self._found, default=-1)
-        chosen = range(first, first + len(ids)) if places is None else places
-        for number, (place, request_id) in enumerate(zip(chosen, ids, strict=True)):
-            if place in self._found:
+        chosen = range(first, first + count) if places is None else places
+        if len(chosen) != count:
+            raise ValueError(f"deltas: a place for every delta (got {len(chosen)} for {count} in {path.name})")
+        seen: set[int] = set()
+        for place in chosen:
+            if place in self._found or place in seen:
                 raise ValueError(f"deltas: every place is taken once (got place={place} again in {path.name})")
-            self._found[place] = (path, number, request_id)
+            seen.add(place)
+        return chosen
+
+    def _add(self, path: Path, ids: Sequence[str], places: Sequence[int]) -> None:
+        self._found.update((place, (path, number, ids[number])) for number, place in enumerate(places))
         self._files += 1
 
     @property

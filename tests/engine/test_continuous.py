@@ -191,6 +191,13 @@ def test_files_of_a_run_that_broke_off_say_whose_they_are(
     message = rf"every place is taken once \(got place={left.places[0]} again in deltas-000001"
     with pytest.raises(ValueError, match=message):
         left.append([left[0]], left.places[:1])
+    with pytest.raises(ValueError, match=r"every place is taken once \(got place=90 again"):
+        left.append([left[0], left[1]], [90, 90])
+    with pytest.raises(ValueError, match=r"a place for every delta \(got 1 for 2"):
+        left.append([left[0], left[1]], [90])
+    # What was refused left nothing behind
+    assert len(left.files()) == 1
+    assert StoredDeltas(left.folder).places == left.places
 
 
 def test_memory_that_runs_out_at_a_refill_costs_no_ended_edit(
