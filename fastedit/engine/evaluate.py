@@ -166,9 +166,7 @@ class Evaluator:
         last = reader.read()
         states = _merged([self._feed(reader, last, group) for group in groups], groups)
         labels = {number: tokens for group in groups for number, tokens in group.items()}
-        written, coming = self._agreed(states, labels, most)
-        free = [number for number in range(len(reader)) if number not in labels]
-        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+        written, coming = self._agreed(last, states, labels, most)
         return _split(states, labels), {**written, **reader.decode(coming, most, written)}
 
     def _before(
@@ -177,9 +175,7 @@ class Evaluator:
         """Ask the unedited model; its own answers are fed to the rows that have none."""
         last = reader.read()
         states = self._feed(reader, last, given)
-        written, coming = self._agreed(states, given, most)
-        free = [number for number in range(len(rows)) if number not in given]
-        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+        written, coming = self._agreed(last, states, given, most)
         keys = [self._key(row.view.query) for row in rows]
         coming = {number: token for number, token in coming.items() if keys[number] not in self._answers}
         # The same question stands in several rows: one of them is asked
@@ -194,8 +190,8 @@ class Evaluator:
             number: answer_tokens(
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
             )
-            for number in free
-            if _has_text(rows[number].before)
+            for number in range(len(rows))
+            if number not in given and _has_text(rows[number].before)
         }
         return _Fed((given, own), _merged([states, self._feed(reader, last, own)], (given, own)))
 
@@ -214,9 +210,12 @@ class Evaluator:
         return source[torch.tensor(order, device=last.device)]
 
     def _agreed(
-        self, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
+        self, last: Tensor, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
     ) -> tuple[dict[int, list[int]], dict[int, int]]:
-        """By row: the fed tokens that greedy decoding gives as well; and the token after them, where it goes on."""
+        """By row: the fed tokens that greedy decoding gives as well; and the token after them, where it goes on.
+
+        Where nothing is fed, that is the token after the prompt, whose end is in ``last`` (R, d).
+        """
         chosen, written, coming = self._argmax(states), {}, {}
         start = 0
         for row in sorted(answers):
@@ -227,6 +226,8 @@ class Evaluator:
             written[row] = list(labels[: min(same, len(labels) - 1, most[row])])
             if same < len(labels) and len(written[row]) < most[row]:
                 coming[row] = own[same]
+        free = [row for row in range(len(last)) if row not in answers]
+        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
         return written, coming
 
     def _argmax(self, states: Tensor) -> list[int]:
