@@ -102,11 +102,12 @@ def _how(outcomes: Sequence[Outcome]) -> list[str]:
     commits = sorted({str(o["provenance"]["commit"])[:12] for o in outcomes})
     return [
         "Made by `python benchmarks/quality.py`; nothing here is typed in. Means over edits with 95 % bootstrap "
-        "intervals. The strict protocol compares generated answers; `near` is the edit's question about another image, "
-        "`same` another question about the edit's image, both must stay. Trained parts and pools come from the train "
-        "split, edits from the eval split. Seconds an edit are processor seconds of one out of a batch of 16 on one "
-        "thread, without scores; training is wall time on one thread of a machine that ran other cases beside; memory "
-        "is the peak of a process that fits and scores 64 edits at a time and does nothing else.",
+        "intervals; where all edits score alike an interval has no width, and no failure among n edits still allows a "
+        "rate of 3/n. The strict protocol compares generated answers; `near` is the edit's question about another "
+        "image, `same` another question about the edit's image, both must stay. Trained parts and pools come from the "
+        "train split, edits from the eval split. Seconds an edit are processor seconds of one out of a batch of 16 on "
+        "one thread, without scores; training is wall time on one thread of a machine that ran other cases beside; "
+        "memory is the peak of a process that fits and scores 64 edits at a time and does nothing else.",
         "",
         f"Versions: {versions}. Commits: {', '.join(commits)}.",
     ]
