@@ -341,5 +341,6 @@ def _compact(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _interval(found: Mapping[str, Any]) -> list[Any]:
-    rounded = [None if found[part] is None else round(found[part], 6) for part in ("mean", "low", "high")]
+    """Mean and bounds to four digits, finer than any of the intervals, and the number of edits."""
+    rounded = [None if found[part] is None else float(f"{found[part]:.4g}") for part in ("mean", "low", "high")]
     return [*rounded, found["n"]]
