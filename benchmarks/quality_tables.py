@@ -118,9 +118,8 @@ def _groups(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
     for outcome in outcomes:
         case = outcome["case"]
         found.setdefault(f"{case['data']} on {case['model']}, {case['edits']} edits", []).append(outcome)
-    known = [*found]
-    known.sort(key=lambda title: _place(found[title][0]["case"]))
-    return [(title, sorted(found[title], key=_order)) for title in known]
+    titles = sorted(found, key=lambda title: _place(found[title][0]["case"]))
+    return [(title, sorted(found[title], key=_order)) for title in titles]
 
 
 def _place(case: Mapping[str, Any]) -> tuple[int, int]:

@@ -23,9 +23,14 @@ def save_deltas(deltas: Sequence[EditDelta], path: str | Path, places: Sequence[
 
     Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids and fingerprints, and
     the places of the deltas in their run where they are not simply one after another.
+
+    Raises:
+        ValueError: not as many places as deltas; nothing is written then.
     """
     from safetensors.torch import save_file
 
+    if places is not None and len(places) != len(deltas):
+        raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(deltas)})")
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     entries = []
@@ -151,11 +156,9 @@ class StoredDeltas(Sequence[EditDelta]):
         self._add(path, [delta.request_id for delta in deltas], chosen)
 
     def _free(self, path: Path, count: int, places: Sequence[int] | None) -> Sequence[int]:
-        """The places of a file's deltas, once it is known that each has one of its own."""
+        """The places of a file's deltas, once it is known that none is taken twice."""
         first = 1 + max(self._found, default=-1)
         chosen = range(first, first + count) if places is None else places
-        if len(chosen) != count:
-            raise ValueError(f"deltas: a place for every delta (got {len(chosen)} for {count} in {path.name})")
         seen: set[int] = set()
         for place in chosen:
             if place in self._found or place in seen:

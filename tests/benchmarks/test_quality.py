@@ -262,7 +262,7 @@ def test_what_the_encoders_see_is_drawn(tmp_path: Path) -> None:
     assert all(len(points) == len(labels) for points, labels in view.values())
     assert set(view["truthful space, answers"][1]) == {"right answer", "wrong answer"}
     drawn = draw([], tmp_path, views={"a on b": view})
-    assert drawn["spaces, a on b"].stat().st_size > 1_000
+    assert drawn["spaces, a on b"].stat().st_size > 10_000
 
 
 def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
