@@ -1,7 +1,7 @@
 """Figures from stored rows, and from nothing else; and one page with all of them.
 
 python benchmarks/plot.py rows.json --out runs/figures
-python benchmarks/plot.py benchmarks/results/*.jsonl --out runs/figures --html runs/report.html
+python benchmarks/plot.py benchmarks/results/*.jsonl.gz --out runs/figures --html runs/report.html
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="stored rows: .jsonl files or JSON lists", exists=True)],
+    files: Annotated[list[Path], typer.Argument(help="stored rows: .jsonl, .jsonl.gz or JSON lists", exists=True)],
     out: Annotated[Path, typer.Option(help="folder for PNG files")] = Path("runs/figures"),
     html: Annotated[Path | None, typer.Option(help="also one self-contained page with all of it")] = None,
 ) -> None:

@@ -188,7 +188,7 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
     rows = rows_of(outcomes)
     path = out / "rows.jsonl"
     if store:
-        path = record.RESULTS / "quality" / f"{record.device_name(record.machine())}.jsonl.gz"
+        path = record.RESULTS / "quality" / record.stored(record.machine()).name
     console.print(f"rows: {write_rows(rows, path)}", markup=False)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import re
 import subprocess
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -218,8 +220,15 @@ def with_ratio(row: Row, baseline: Row) -> Row:
     return replace(row, baseline=baseline.implementation, ratio=row.value / baseline.value)
 
 
+def stored(machine: Mapping[str, Any]) -> Path:
+    """Return the file that rows of a machine are stored in."""
+    return RESULTS / f"{device_name(machine)}.jsonl.gz"
+
+
 def append(rows: Iterable[Row], path: Path | None = None) -> Path:
-    """Append rows to ``results/<device>.jsonl`` (or another file), all of them or none. Returns the file.
+    """Append rows to ``results/<device>.jsonl.gz`` (or another file), all of them or none. Returns the file.
+
+    A name that ends in ``.gz`` is compressed, each call a gzip member of its own behind those that are there.
 
     Raises:
         RowError: a row is unsound, or has a ratio without its baseline row.
@@ -228,13 +237,14 @@ def append(rows: Iterable[Row], path: Path | None = None) -> Path:
     listed = check(rows)
     if not listed:
         raise ValueError("record: at least one row (got rows=[])")
-    path = path or RESULTS / f"{device_name(listed[0].machine)}.jsonl"
+    path = path or stored(listed[0].machine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(row), sort_keys=False) + "\n" for row in listed)
+    data = "".join(json.dumps(asdict(row), sort_keys=False) + "\n" for row in listed).encode()
+    data = gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
     # One write to a file opened for appending: a killed run leaves whole lines or nothing
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, text.encode())
+        os.write(descriptor, data)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -256,13 +266,16 @@ def write_json(rows: Iterable[Row], path: Path) -> Path:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl`` file or of a JSON list.
+    """Rows of a ``.jsonl`` file or of a JSON list, compressed if its name ends in ``.gz``.
 
     Raises:
         FileNotFoundError: no such file.
-        RowError: every unsound row, with its line (or its place in the list).
+        RowError: every unsound row, with its line (or its place in the list); a broken archive.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RowError(f"{path.name}: a whole gzip archive ({error})") from None
     found: list[tuple[int, Any]] = []
     problems: list[str] = []
     if text.lstrip().startswith("["):

@@ -100,7 +100,7 @@ def _find(rows: Sequence[Row], implementation: str, metric: str) -> Row | None:
 
 def newest() -> list[Path]:
     """Return the file of stored rows that changed last, if there is one."""
-    return sorted(record.RESULTS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
+    return sorted(record.RESULTS.glob("*.jsonl.gz"), key=lambda path: path.stat().st_mtime)[-1:]
 
 
 def main(

@@ -69,7 +69,7 @@ def run(
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows as a JSON list")] = None,
     html: Annotated[Path | None, typer.Option(help="write the rows of this run as one page with figures")] = None,
     store: Annotated[
-        bool, typer.Option("--record", help="append the rows to benchmarks/results/<device>.jsonl")
+        bool, typer.Option("--record", help="append the rows to benchmarks/results/<device>.jsonl.gz")
     ] = False,
 ) -> None:
     """Compare the engine with its baselines on one case, or on a sweep of it."""
@@ -212,7 +212,7 @@ def compare(
     if results is None:
         from fastedit.engine import provenance
 
-        results = record.RESULTS / f"{record.device_name(provenance.machine())}.jsonl"
+        results = record.stored(provenance.machine())
     if not results.exists():
         console.print(f"[red]compare: no stored rows (got results={results.name})[/red]")
         raise typer.Exit(WRONG)

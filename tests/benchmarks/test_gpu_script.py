@@ -52,7 +52,7 @@ def test_a_rehearsal_ends_in_a_table_with_every_op(tmp_path):
             assert f" {serving.server(stem, 'cpu')} " in line
     assert any(line.startswith("gpu.sh: kernels: ok") for line in table)
     # rows of such sizes are in the folder that was named, and nowhere else
-    (rows,) = tmp_path.glob("*.jsonl")
+    (rows,) = tmp_path.glob("*.jsonl.gz")
     assert all("@" in row.case for row in record.read(rows))
 
 

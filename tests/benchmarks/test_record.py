@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,18 +95,29 @@ def test_a_ratio_needs_its_baseline() -> None:
         record.check([base, engine, engine])
 
 
-def test_files_only_grow(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "cpu.jsonl"
+@pytest.mark.parametrize("name", ["cpu.jsonl", "cpu.jsonl.gz"])
+def test_files_only_grow(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "results" / name
     record.append(pair(), path)
-    first = path.read_text()
+    first = path.read_bytes()
     record.append([replace(r, time="2026-01-03T03:04:05+00:00") for r in pair()], path)
-    assert path.read_text().startswith(first)
+    assert path.read_bytes().startswith(first)
     assert record.read(path) == pair() + [replace(r, time="2026-01-03T03:04:05+00:00") for r in pair()]
     with pytest.raises(RowError):
         record.append([*pair(), row(value=-1)], path)
     with pytest.raises(ValueError, match="at least one row"):
         record.append([], path)
     assert len(record.read(path)) == 4
+
+
+def test_compressed_rows_are_lines_and_a_cut_archive_is_refused(tmp_path: Path) -> None:
+    path = record.append(pair(), tmp_path / "cpu.jsonl.gz")
+    assert [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()] == [asdict(r) for r in pair()]
+    whole = path.read_bytes()
+    for wrong in (whole[:-1], whole + whole[: len(whole) // 2], whole[:40] + b"0000" + whole[44:], b"rows"):
+        path.write_bytes(wrong)
+        with pytest.raises(RowError, match=r"cpu.jsonl.gz: a whole gzip archive"):
+            record.read(path)
 
 
 def test_json_lists_read_back(tmp_path: Path) -> None:

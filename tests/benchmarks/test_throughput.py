@@ -76,7 +76,7 @@ def test_record_appends_and_evaluation_is_counted(tmp_path: Path, monkeypatch: p
     words = ["--edits", "1", "--repeats", "1", "--no-memory", "--evaluate", "--method", "lora", "--record"]
     result = run(*TINY, *words)
     assert result.exit_code == 0, result.output
-    (path,) = tmp_path.glob("*.jsonl")
+    (path,) = tmp_path.glob("*.jsonl.gz")
     rows = {(row.implementation, row.metric): row for row in record.read(path)}
     assert rows["engine", "phase_evaluation_s"].value > 0
     assert rows["plain_loop", "phase_evaluation_s"].value > rows["engine", "phase_evaluation_s"].value
