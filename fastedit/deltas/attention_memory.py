@@ -32,14 +32,15 @@ class AttentionMemoryDelta(KeyValueDelta):
     Ours is that an edit's own knowledge joins the memory, as it joins in-context demonstrations, and decides: s(x) is
     the share of those of its entries that are among what x finds. It is fitted and starts at 0, so that a fresh delta
     changes nothing, and what finds none of them is left as it is. The paper mixes everywhere and from the first step
-    on; without own entries s is one number of the edit and layer, everywhere.
+    on; without own entries s is one number of the edit and layer, everywhere. Of all the entries of a sequence a query
+    finds those of one edit, the one that has the nearest: shares are fitted to be the only ones.
 
     Sites are "o" (this) and "down" (see ``KeyValueDelta``, whose options and parts are here too).
 
     Options of the spec besides: ``artifact``, an id; ``top_k``; ``reading``, "attn" through the block's own maps or
     "raw" on hidden states; ``search``, whether "states" are compared or their "codes" in the semantic space; ``alpha``,
     "dynamic" or a number; ``rescale``, whether know is made as long as h; ``own``, m entries of the edit; ``gain``, a
-    factor on what is fitted here.
+    factor on what is fitted here; ``each``, how many of the m are an edit's, in the order of a sequence.
     Parts besides, after ``"{layer}.o:"``: ``share``, (B, m), or (B, 1) without entries; ``states`` (B, m, d), what is
     added to those that are read.
     Fixed besides: ``keys`` (B, m, d), states that are searched; ``from`` (B, m, d), states that those that are read
@@ -128,21 +129,31 @@ class AttentionMemoryDelta(KeyValueDelta):
         if self.own:
             states = self.fixed[f"{place}from"] + self.gain * self.differentiable(f"{place}states")
             keys, on = self.fixed[f"{place}keys"], self.fixed[f"{place}on"]
-            entries = Entries(keys.to(dtype)[owner], states.to(dtype)[owner], on[owner] > 0)
+            entries = Entries(keys.to(dtype), states.to(dtype), on > 0, owner)
         return memory.towards(x.to(dtype), output.to(dtype), share.to(dtype)[owner], entries)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What the edit of each token has in the memory.
+    """What edits have in the memory, and whose tokens are whose.
 
     Args:
-        keys: (T, m, d), what is searched. states: (T, m, d), what is read. on: (T, m) bool, entries that there are.
+        keys: (B, m, d), what is searched. states: (B, m, d), what is read. on: (B, m) bool, entries that there are.
+        owner: (T,), the edit of each token.
     """
 
     keys: Tensor
     states: Tensor
     on: Tensor
+    owner: Tensor
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Values (B, ...) of edits as those of tokens: (T, ...), or (1, ...) of a single edit, whose tokens share them.
+
+        What is computed of entries is computed of an edit's, and not again for each of its tokens: in a sequence one
+        delta has the entries of all edits before.
+        """
+        return values if len(values) == 1 else values[self.owner]
 
 
 class LayerMemory:
@@ -161,6 +172,7 @@ class LayerMemory:
         alpha = options.get("alpha", "dynamic")
         self.alpha = None if alpha == "dynamic" else float(alpha)
         self.top_k, self.rescale = int(options.get("top_k", 40)), bool(options.get("rescale", True))
+        self.each = each_of(spec)
         self.raw, self.by_code = options.get("reading") == "raw", options.get("search") == "codes"
         maps = model.sites([site.layer], ["q", "k", "v", "o"])
         self.query, self.key, self.value, self.out = (model.module(found) for found in maps)
@@ -168,6 +180,9 @@ class LayerMemory:
         self.width, self.scale = int(attention.head_dim), float(attention.scaling)
         # Some rotary decoders norm queries and keys by head
         self.query_norm, self.key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        if self.raw:
+            # The mix of the paper's code, with the usual scale of the scores, which it leaves out
+            self.width, self.scale, self.query_norm = site.d_out, site.d_out**-0.5, None
         self.encoder = [tensors[f"{place}enc_sem.{n}"].to(model.device, model.dtype) for n in range(4)]
         semantic, self.states = (tensors[place + n].to(model.device, model.dtype) for n in ("semantic", "positive"))
         self.searched = self._compared(semantic)
@@ -180,54 +195,69 @@ class LayerMemory:
             share: (T, m) of the edit's entries, or (T, 1) without any. own: those entries.
         """
         asked = self._compared(x)
-        near, index = nearest_keys(asked, self.searched, min(self.top_k, len(self.searched)), "cosine")
+        # What is found has no gradient
+        near, index = nearest_keys(asked.detach(), self.searched, min(self.top_k, len(self.searched)), "cosine")
+        found = None
         if own is not None:
-            # An entry is found where it is nearer than the last of the memory that is
-            alike = functional.cosine_similarity(asked[:, None], self._compared(own.keys), dim=2)
-            own = Entries(own.keys, own.states, own.on & (alike >= near[:, -1:]))
-            share = share * own.on
-        found, mixed = self._known(x, index, own)
+            alike = self._alike(asked.detach(), own).masked_fill(~own.of_tokens(own.on), -torch.inf)
+            found = alike >= near[:, -1:]
+            if self.each < alike.shape[1]:
+                # Of several edits' entries those of the one that has the nearest
+                nearest = alike.argmax(1, keepdim=True) // self.each
+                found &= torch.arange(alike.shape[1], device=x.device) // self.each == nearest
+            share = share * found
+        know, mixed = self._known(x, index, own, found)
         if self.rescale:
-            found = found * (output.norm(dim=1, keepdim=True) / found.norm(dim=1, keepdim=True).clamp(min=1e-6))
-        difference = share.sum(1, keepdim=True) * (found - output)
+            know = know * (output.norm(dim=1, keepdim=True) / know.norm(dim=1, keepdim=True).clamp(min=1e-6))
+        difference = share.sum(1, keepdim=True) * (know - output)
         if self.alpha is not None:
             return self.alpha * difference
         # Per token, of states in one space. The paper's is one number of a sample, between a code and the attention's
         # output: with it an answer that is decoded would not be mixed like one that is read at once.
-        alpha = functional.cosine_similarity(encode(mixed, self.encoder), encode(x, self.encoder), dim=1)
+        codes = asked if self.by_code else encode(x, self.encoder)
+        alpha = functional.cosine_similarity(encode(mixed, self.encoder), codes, dim=1)
         return alpha.clamp(0.0, 1.0)[:, None] * difference
 
-    def _known(self, x: Tensor, index: Tensor, own: Entries | None) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _alike(self, asked: Tensor, own: Entries) -> Tensor:
+        """Cosines (T, m) of what is asked, (T, e), with the entries of its edit.
+
+        An entry is found where it is nearer than the last of the memory that is.
+        """
+        codes = functional.normalize(self._compared(own.keys), dim=-1)
+        return torch.einsum("te,tme->tm", functional.normalize(asked, dim=-1), own.of_tokens(codes))
+
+    def _known(self, x: Tensor, index: Tensor, own: Entries | None, found: Tensor | None) -> tuple[Tensor, Tensor]:
         """What queries x (T, d) find, (T, d), and the states that they attended to, mixed likewise, (T, d).
 
         Args:
-            index: (T, k), entries of the memory. own: of the edits, those that are found.
+            index: (T, k), entries of the memory. own: of the edits; found: (T, m) bool, which of them.
         """
-        states, absent = self.states[index], torch.zeros_like(index, dtype=torch.bool)
+        sources = [(self.keys[index], self.values[index], self.states[index])]
         if own is not None:
-            states, absent = torch.cat([states, own.states], 1), torch.cat([absent, ~own.on], 1)
-        if self.raw:
-            # The mix of the paper's code, with the usual scale of the scores, which it leaves out
-            scores = (states @ x[:, :, None])[:, :, 0] * x.shape[1] ** -0.5
-            weights = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=1)
-            mixed = (weights[:, None] @ states)[:, 0]
-            return mixed, mixed
-        keys, values = self.keys[index], self.values[index]
-        if own is not None:
-            own_keys, own_values = self._read(own.states)
-            keys, values = torch.cat([keys, own_keys], 1), torch.cat([values, own_values], 1)
-        query = bare(self.query, x).view(len(x), -1, self.width)
+            keys, values = self._read(own.states)
+            sources.append((own.of_tokens(keys), own.of_tokens(values), own.of_tokens(own.states)))
+        query = x if self.raw else bare(self.query, x)
+        # (T, groups, heads of a group, d_head): heads that share keys are so many queries
+        query = query.view(len(x), -1, self.width)
         if self.query_norm is not None:
             query = self.query_norm(query)
-        # (T, groups, heads of a group, d_head): heads that share keys are so many queries
-        query = query.view(len(x), keys.shape[2], -1, self.width)
-        scores = torch.einsum("tghw,tkgw->tghk", query, keys) * self.scale
-        weights = torch.softmax(scores.masked_fill(absent[:, None, None], -torch.inf), dim=-1)
-        heads = torch.einsum("tghk,tkgw->tghw", weights, values).flatten(1)
-        return bare(self.out, heads), (weights.mean((1, 2))[:, None] @ states)[:, 0]
+        query = query.view(len(x), self.keys.shape[1], -1, self.width)
+        scores = [torch.einsum("tghw,tkgw->tghk", query, keys) * self.scale for keys, _, _ in sources]
+        if found is not None:
+            scores[-1] = scores[-1].masked_fill(~found[:, None, None], -torch.inf)
+        weights = torch.split(torch.softmax(torch.cat(scores, -1), -1), [part.shape[-1] for part in scores], -1)
+        parts = [torch.einsum("tghk,tkgw->tghw", w, values) for w, (_, values, _) in zip(weights, sources, strict=True)]
+        know = sum(parts[1:], parts[0]).flatten(1)
+        if self.raw:
+            return know, know
+        parts = [torch.einsum("tk,tkd->td", w.mean((1, 2)), s) for w, (_, _, s) in zip(weights, sources, strict=True)]
+        return bare(self.out, know), sum(parts[1:], parts[0])
 
     def _read(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., groups, d_head) of states (..., d), without positions."""
+        if self.raw:
+            return states[..., None, :], states[..., None, :]
         flat = states.flatten(0, -2)
         key, value = (bare(part, flat).view(*states.shape[:-1], -1, self.width) for part in (self.key, self.value))
         return (key if self.key_norm is None else self.key_norm(key)), value
@@ -235,6 +265,11 @@ class LayerMemory:
     def _compared(self, states: Tensor) -> Tensor:
         """What is compared of states (..., d)."""
         return encode(states, self.encoder) if self.by_code else states
+
+
+def each_of(spec: DeltaSpec) -> int:
+    """Return how many of the entries are an edit's: all, but in a sequence."""
+    return int(spec.options.get("each", spec.options.get("own", 0)))
 
 
 def bare(module: nn.Module, x: Tensor) -> Tensor:
@@ -249,8 +284,16 @@ def encode(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return functional.gelu(x @ first + first_bias) @ second + second_bias
 
 
+def without_memory(delta: EditDelta) -> EditDelta:
+    """Return what is left of a delta without its memory: its neurons."""
+    feeding = AttentionMemoryDelta.neuron_sites(delta.spec)
+    places = tuple(place_of(site) for site in feeding)
+    tensors = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(places)}
+    return replace(delta, spec=replace(delta.spec, sites=feeding), tensors=tensors)
+
+
 def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
-    """Neurons and own entries side by side; shares without entries are added.
+    """Neurons and own entries side by side, a query finding those of one edit; shares without entries are added.
 
     Raises:
         ValueError: deltas that read different memories, or in different ways.
@@ -258,13 +301,15 @@ def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
     spec = deltas[0].spec
     ways = {tuple(str(delta.spec.options.get(name)) for name in CONSTANT) for delta in deltas}
     counts = [int(delta.spec.options.get("own", 0)) for delta in deltas]
-    if len(ways) > 1 or (0 in counts and any(counts)):
-        told = f"got {sorted(ways)}, own={counts}"
+    each = {each_of(delta.spec) for delta in deltas}
+    if len(ways) > 1 or len(each) > 1:
+        told = f"got {sorted(ways)}, entries of an edit {sorted(each)}"
         raise ValueError(f"attention_memory: deltas in sequence read one memory in one way ({told})")
     feeding = AttentionMemoryDelta.neuron_sites(spec)
     tensors = side_by_side(deltas, feeding) if feeding else {}
     n = sum(int(delta.spec.options.get("n", 0)) for delta in deltas)
     options = {**(plain_options(spec, n) if feeding else spec.options), "gain": 1.0, "own": sum(counts)}
+    options |= {"each": each.pop()} if options["own"] else {}
     gains = [float(delta.spec.options.get("gain", 1.0)) for delta in deltas]
     for site in spec.sites:
         if site.name != "o":

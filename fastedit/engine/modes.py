@@ -118,13 +118,15 @@ def run_sequential(
 
 def _next(work: Work, index: int, committed: Sequence[EditDelta]) -> EditDelta:
     """The delta of one edit, made on top of the newest committed one (closed memories of a method do not act)."""
+    own = hook(work.plan.method, "beneath")
+    acting = committed[-1:] if own is None else own(work.plan.config, committed)
     fitted: list[EditDelta] = []
 
     def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         work.keep(number, delta, outcome)
         fitted.append(delta)
 
-    make_deltas(work, deque([index]), 1, committed[-1:], take)
+    make_deltas(work, deque([index]), 1, acting, take)
     return fitted[0]
 
 

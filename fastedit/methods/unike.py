@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.deltas import DeltaSpec, EditDelta
+from fastedit.deltas.attention_memory import without_memory
 from fastedit.deltas.key_value import place_of
 from fastedit.methods.base import Accumulation, Resources, last_layers, positions_option
 from fastedit.methods.captured import wanted_inputs
@@ -166,6 +167,14 @@ class UniKE:
                     values[f"{place}foreign"] = shared.remembered.foreign(request)
             found.append(values)
         return found
+
+    @staticmethod
+    def beneath(config: UniKEConfig, committed: Sequence[EditDelta]) -> list[EditDelta]:
+        """Neurons of earlier edits, without their entries: what the next edit's questions find will be its own."""
+        newest = list(committed[-1:])
+        if config.extrinsic != "latent" or not config.own:
+            return newest
+        return [without_memory(delta) for delta in newest] if config.intrinsic else []
 
     @staticmethod
     def finish(

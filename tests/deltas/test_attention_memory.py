@@ -13,6 +13,7 @@ from torch.nn import functional
 import fastedit
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, accumulate, installed, stack
+from fastedit.deltas.attention_memory import without_memory
 from fastedit.deltas.kinds import new_stack
 from fastedit.training import Artifact
 
@@ -165,6 +166,38 @@ def test_gradients_equal_finite_differences(model: EditableModel) -> None:
         assert float(stacked.part_grads[name][place]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("own", [OWN, 0])
+def test_an_edit_alone_is_an_edit_of_many(model: EditableModel, options: dict[str, Any], own: int) -> None:
+    """The tokens of a single edit share its entries in place of having copies; changes and gradients are the same."""
+    both = filled(model, spec_of(model, own, **options))
+    x, h = queries(model, both)
+    weight = torch.randn(3, model.hidden_size, dtype=torch.float64)
+    for b, rows in ((0, slice(0, 3)), (1, slice(3, 6))):
+        alone = new_stack(both.spec, 1, dtype=torch.float64)
+        for kept, given in ((alone.parts, both.parts), (alone.fixed, both.fixed)):
+            for name, tensor in kept.items():
+                tensor.copy_(given[name][b : b + 1])
+        alone.bind(model)
+        changes, grads = [], []
+        for stacked, mine, asked, outputs, spans in (
+            (both, b, x, h, (3, 3)),
+            (alone, 0, x[rows], h[rows], (3,)),
+        ):
+            stacked.begin_step()
+            asked = asked.clone().requires_grad_()
+            change = stacked.delta(0, asked, Rows(spans), outputs)
+            change = change[rows] if len(spans) == 2 else change
+            (change * weight).sum().backward()
+            stacked.end_step()
+            changes.append(change.detach())
+            found = [grad[mine].clone() for grad in stacked.part_grads.values()]
+            grads.append([*found, asked.grad[rows] if len(spans) == 2 else asked.grad])
+            assert all(grad.any() for grad in grads[-1])
+        torch.testing.assert_close(changes[0], changes[1])
+        torch.testing.assert_close(grads[0], grads[1])
+
+
 def test_a_fresh_delta_changes_nothing_whatever_it_finds(model: EditableModel) -> None:
     for own in (OWN, 0):
         stacked = filled(model, spec_of(model, own))
@@ -215,6 +248,45 @@ def test_edits_in_sequence_keep_their_entries_and_shares(model: EditableModel) -
         own = stacked.delta(0, x[[t, t]], Rows((1, 1)), h[[t, t]])[b]
         assert own.any()
         torch.testing.assert_close(one.delta(0, x[[t]], Rows(), h[[t]])[0], own)
+
+
+def test_of_a_sequence_a_query_finds_the_nearest_edit(model: EditableModel) -> None:
+    """Where entries of several edits are near enough, those of the nearest decide, as if it were alone."""
+    stacked = filled(model, spec_of(model))
+    for b in range(2):
+        stacked.fixed["1.o:keys"][b] = stacked.fixed["1.o:keys"][0] * (1.0 + b)
+        stacked.fixed["1.o:keys"][b] += 0.3 * b * torch.randn(OWN, model.hidden_size, dtype=torch.float64)
+    x, h = queries(model, stacked)
+    x[0], x[3] = stacked.fixed["1.o:keys"][0, 0], stacked.fixed["1.o:keys"][1, 1]
+    alone = stacked.delta(0, torch.cat([x, x]), Rows((6, 6)), torch.cat([h, h])).view(2, 6, -1)
+    # Each is found by both edits when they are apart
+    assert alone[:, 0].abs().sum(1).all()
+    assert alone[:, 3].abs().sum(1).all()
+    parts = [stacked.unstack(b) for b in range(2)]
+    for order in ((0, 1), (1, 0)):
+        one = stack([accumulate([parts[b] for b in order])])
+        one.bind(model)
+        found = one.delta(0, x, Rows(), h)
+        torch.testing.assert_close(found[0], alone[0, 0])
+        torch.testing.assert_close(found[3], alone[1, 3])
+    longer = accumulate([accumulate(parts), parts[0]])
+    assert (longer.spec.options["own"], longer.spec.options["each"]) == (3 * OWN, OWN)
+
+
+def test_without_its_memory_a_delta_is_its_neurons(model: EditableModel) -> None:
+    sites = tuple(model.sites([1], ["o", "down"]))
+    options = {"n": 3, "activation": "silu", "gate": False, **spec_of(model).options}
+    stacked = new_stack(DeltaSpec("attention_memory", sites, options), 2, dtype=torch.float64)
+    for part in stacked.parts.values():
+        part.normal_()
+    left = without_memory(accumulate([stacked.unstack(b) for b in range(2)]))
+    assert left.spec.sites == sites[1:]
+    assert {name.split(":")[0] for name in left.tensors} == {"1.down"}
+    one = stack([left])
+    one.bind(model)
+    x = torch.randn(4, model.hidden_size, dtype=torch.float64)
+    apart = stacked.delta(1, torch.cat([x, x]), Rows((4, 4)), torch.cat([x, x])).view(2, 4, -1)
+    torch.testing.assert_close(one.delta(0, x, Rows(), x), apart.sum(0))
 
 
 def test_shares_without_entries_are_added(model: EditableModel) -> None:
@@ -268,7 +340,7 @@ def test_what_does_not_fit_is_named(model: EditableModel) -> None:
     with pytest.raises(ValueError, match=r"beside 'o' \(got site 1.up\)"):
         new_stack(replace(spec, sites=tuple(model.sites([1], ["up"]))), 1)
     one = new_stack(spec, 1).unstack(0)
-    for options in ({"alpha": 0.3}, {"own": 0}):
+    for options in ({"alpha": 0.3}, {"own": 0}, {"own": OWN + 1}):
         other: EditDelta = new_stack(changed(**options), 1).unstack(0)
         with pytest.raises(ValueError, match="read one memory in one way"):
             accumulate([one, other])
