@@ -114,10 +114,11 @@ def forgetting(group: Sequence[Outcome]) -> Figure:
         for outcome in group:
             points = [*outcome["checkpoints"].items(), (str(outcome["case"]["edits"]), outcome["scores"])]
             values = [(int(count), _mean({"scores": scores}, names)) for count, scores in points]
-            method = str(outcome["case"]["method"])
+            name = str(outcome["case"]["label"] or outcome["case"]["method"])
+            style = "--" if outcome["case"]["label"] else "-" if "+" in name else ":"
             axes.plot(
-                [x for x, _ in values], [y for _, y in values], "-" if "+" in method else ":", marker="o", ms=3,
-                color=tones[base_of(outcome)], label=method, lw=1.4,
+                [x for x, _ in values], [y for _, y in values], style, marker="o", ms=3,
+                color=tones[base_of(outcome)], label=name, lw=1.4,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.grid(axis="y", color="#e3e3e3", lw=0.7)
