@@ -11,7 +11,6 @@ protocols are scored, means come with 95 % bootstrap intervals, and x is compare
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
@@ -194,17 +193,13 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Write one line a case, compressed where the name ends so; a case that stands in the file already is replaced."""
-    packed = path.suffix == ".gz"
     known = {}
     if path.exists():
-        text = gzip.decompress(path.read_bytes()).decode() if packed else path.read_text(encoding="utf-8")
-        known = {row["case"]["name"]: row for row in map(json.loads, text.splitlines())}
+        known = {row["case"]["name"]: row for row in map(json.loads, record.unpacked(path).splitlines())}
     known |= {row["case"]["name"]: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(row) + "\n" for row in known.values()).encode()
     partial = path.with_suffix(".partial")
-    # Without the time, the same rows make the same file
-    partial.write_bytes(gzip.compress(data, mtime=0) if packed else data)
+    partial.write_bytes(record.packed("".join(json.dumps(row) + "\n" for row in known.values()), path))
     partial.replace(path)
     return path
 

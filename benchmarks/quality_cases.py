@@ -74,10 +74,8 @@ def single(edits: int) -> list[Case]:
 def sequential(edits: int, methods: Sequence[str]) -> list[Case]:
     """Edits that stay while others follow, scored at gaps."""
     gaps = tuple(gap for gap in GAPS if gap < edits)
-    found = [Case("sequential", MODELS[0], DATA[0], method, edits=edits, score_at=gaps) for method in methods]
-    if "unike" in methods:
-        found.append(Case("sequential", MODELS[0], DATA[0], "unike", *LASTING, edits=edits, score_at=gaps))
-    return found
+    variants = [(method, "", {}) for method in methods] + ([("unike", *LASTING)] if "unike" in methods else [])
+    return [Case("sequential", MODELS[0], DATA[0], *variant, edits=edits, score_at=gaps) for variant in variants]
 
 
 def cross_task(edits: int, methods: Sequence[str]) -> list[Case]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from benchmarks.canvas import canvas, canvases
-from benchmarks.quality_tables import Outcome, of, score
+from benchmarks.quality_tables import Outcome, named, of, score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +114,7 @@ def forgetting(group: Sequence[Outcome]) -> Figure:
         for outcome in group:
             points = [*outcome["checkpoints"].items(), (str(outcome["case"]["edits"]), outcome["scores"])]
             values = [(int(count), _mean({"scores": scores}, names)) for count, scores in points]
-            name = str(outcome["case"]["label"] or outcome["case"]["method"])
+            name = named(outcome)
             style = "--" if outcome["case"]["label"] else "-" if "+" in name else ":"
             axes.plot(
                 [x for x, _ in values], [y for _, y in values], style, marker="o", ms=3,

@@ -133,7 +133,8 @@ def _order(outcome: Outcome) -> tuple[str, int]:
     return method.rpartition("+")[2], len(method)
 
 
-def _named(outcome: Outcome) -> str:
+def named(outcome: Outcome) -> str:
+    """The case's label, or its method."""
     return str(outcome["case"]["label"] or outcome["case"]["method"])
 
 
@@ -150,7 +151,7 @@ def _score_table(group: Sequence[Outcome], heading: str = "method") -> list[str]
         cells = [_cell(score(outcome, name)) for name in SCORES]
         cells += [f"{mean_of_five(outcome):.3f}", f"{timing['seconds_per_edit']:.3f}", train]
         memory = "" if timing["peak_memory_mib"] is None else f"{timing['peak_memory_mib']:.0f}"
-        lines.append("| " + " | ".join([_named(outcome), *cells, memory]) + " |")
+        lines.append("| " + " | ".join([named(outcome), *cells, memory]) + " |")
     return lines
 
 
@@ -162,7 +163,7 @@ def _legacy_table(group: Sequence[Outcome]) -> list[str]:
     for outcome in group:
         found = [score(outcome, name, "legacy") for name in names]
         cells = ["" if each is None else f"{each['mean']:.3f}" for each in found]
-        lines.append("| " + " | ".join([_named(outcome), *cells]) + " |")
+        lines.append("| " + " | ".join([named(outcome), *cells]) + " |")
     return lines
 
 
@@ -207,7 +208,7 @@ def _sequence_table(group: Sequence[Outcome]) -> list[str]:
         points = [*outcome["checkpoints"].items(), (str(outcome["case"]["edits"]), outcome["scores"])]
         for number, (count, scores) in enumerate(points):
             cells = [_mean_text(scores["strict"].get(name)) for name in shown]
-            name = _named(outcome) if not number else ""
+            name = named(outcome) if not number else ""
             seconds = f"{outcome['timing']['seconds_per_edit']:.3f}" if number == len(points) - 1 else ""
             lines.append(f"| {name} | {count} | " + " | ".join(cells) + f" | {seconds} |")
     return lines
@@ -274,7 +275,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[tuple[str, bool, str]]:
         best = max(long, key=lambda o: min(_value(o, name) for name in ("reliability", *FIVE[3:])))
         values = [_value(best, name) for name in ("reliability", *FIVE[3:])]
         aim = f"after {best['case']['edits']} edits in sequence reliability 0.9, locality 0.95"
-        told = f"{_named(best)}: {values[0]:.3f}, {values[1]:.3f}, {values[2]:.3f}"
+        told = f"{named(best)}: {values[0]:.3f}, {values[1]:.3f}, {values[2]:.3f}"
         found.append((aim, values[0] >= 0.9 and min(values[1:]) >= 0.95, told))
     return found
 
@@ -284,7 +285,7 @@ def _best(chosen: Mapping[str, Outcome]) -> tuple[str, bool, str]:
     best = max(chosen.values(), key=lambda o: min(_value(o, name) - bound for name, bound in least.items()))
     reached = all(_value(best, name) >= bound for name, bound in least.items())
     told = ", ".join(f"{HEADINGS[name]} {_value(best, name):.3f}" for name in SCORES)
-    return "one method with Rel 0.98, Gen 0.95, Loc 0.95, near and same 0.9 at once", reached, f"{_named(best)}: {told}"
+    return "one method with Rel 0.98, Gen 0.95, Loc 0.95, near and same 0.9 at once", reached, f"{named(best)}: {told}"
 
 
 def _gained(found: Sequence[tuple[Outcome, Outcome]], names: Sequence[str]) -> list[str]:

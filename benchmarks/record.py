@@ -225,6 +225,24 @@ def stored(machine: Mapping[str, Any]) -> Path:
     return RESULTS / f"{device_name(machine)}.jsonl.gz"
 
 
+def packed(text: str, path: Path) -> bytes:
+    """What a file holds that is to hold the text: compressed if its name ends in ``.gz``, the same text alike."""
+    return gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+
+
+def unpacked(path: Path) -> str:
+    """Return the text that a file holds, see ``packed``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RowError: a broken archive.
+    """
+    try:
+        return (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RowError(f"{path.name}: a whole gzip archive ({error})") from None
+
+
 def append(rows: Iterable[Row], path: Path | None = None) -> Path:
     """Append rows to ``results/<device>.jsonl.gz`` (or another file), all of them or none. Returns the file.
 
@@ -239,8 +257,7 @@ def append(rows: Iterable[Row], path: Path | None = None) -> Path:
         raise ValueError("record: at least one row (got rows=[])")
     path = path or stored(listed[0].machine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(asdict(row), sort_keys=False) + "\n" for row in listed).encode()
-    data = gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
+    data = packed("".join(json.dumps(asdict(row), sort_keys=False) + "\n" for row in listed), path)
     # One write to a file opened for appending: a killed run leaves whole lines or nothing
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -272,10 +289,7 @@ def read(path: Path) -> list[Row]:
         FileNotFoundError: no such file.
         RowError: every unsound row, with its line (or its place in the list); a broken archive.
     """
-    try:
-        text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RowError(f"{path.name}: a whole gzip archive ({error})") from None
+    text = unpacked(path)
     found: list[tuple[int, Any]] = []
     problems: list[str] = []
     if text.lstrip().startswith("["):

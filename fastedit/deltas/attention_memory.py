@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -199,6 +199,7 @@ class LayerMemory:
         near, index = nearest_keys(asked.detach(), self.searched, min(self.top_k, len(self.searched)), "cosine")
         found = None
         if own is not None:
+            # An entry is found where it is nearer than the last of the memory that is
             alike = self._alike(asked.detach(), own).masked_fill(~own.of_tokens(own.on), -torch.inf)
             found = alike >= near[:, -1:]
             if self.each < alike.shape[1]:
@@ -220,10 +221,7 @@ class LayerMemory:
 
     @torch.no_grad()
     def _alike(self, asked: Tensor, own: Entries) -> Tensor:
-        """Cosines (T, m) of what is asked, (T, e), with the entries of its edit.
-
-        An entry is found where it is nearer than the last of the memory that is.
-        """
+        """Cosines (T, m) of what is asked, (T, e), with the entries of its edit."""
         codes = functional.normalize(self._compared(own.keys), dim=-1)
         return torch.einsum("te,tme->tm", functional.normalize(asked, dim=-1), own.of_tokens(codes))
 
@@ -233,26 +231,31 @@ class LayerMemory:
         Args:
             index: (T, k), entries of the memory. own: of the edits; found: (T, m) bool, which of them.
         """
-        sources = [(self.keys[index], self.values[index], self.states[index])]
+        sources = [self._chosen(lambda held: held[index], self.states, self.keys, self.values)]
         if own is not None:
-            keys, values = self._read(own.states)
-            sources.append((own.of_tokens(keys), own.of_tokens(values), own.of_tokens(own.states)))
+            sources.append(self._chosen(own.of_tokens, own.states, *self._read(own.states)))
+        keys, values, states = zip(*sources, strict=True)
         query = x if self.raw else bare(self.query, x)
         # (T, groups, heads of a group, d_head): heads that share keys are so many queries
         query = query.view(len(x), -1, self.width)
         if self.query_norm is not None:
             query = self.query_norm(query)
         query = query.view(len(x), self.keys.shape[1], -1, self.width)
-        scores = [torch.einsum("tghw,tkgw->tghk", query, keys) * self.scale for keys, _, _ in sources]
+        scores = [torch.einsum("tghw,tkgw->tghk", query, key) * self.scale for key in keys]
         if found is not None:
             scores[-1] = scores[-1].masked_fill(~found[:, None, None], -torch.inf)
         weights = torch.split(torch.softmax(torch.cat(scores, -1), -1), [part.shape[-1] for part in scores], -1)
-        parts = [torch.einsum("tghk,tkgw->tghw", w, values) for w, (_, values, _) in zip(weights, sources, strict=True)]
+        parts = [torch.einsum("tghk,tkgw->tghw", w, value) for w, value in zip(weights, values, strict=True)]
         know = sum(parts[1:], parts[0]).flatten(1)
         if self.raw:
             return know, know
-        parts = [torch.einsum("tk,tkd->td", w.mean((1, 2)), s) for w, (_, _, s) in zip(weights, sources, strict=True)]
+        parts = [torch.einsum("tk,tkd->td", w.mean((1, 2)), state) for w, state in zip(weights, states, strict=True)]
         return bare(self.out, know), sum(parts[1:], parts[0])
+
+    def _chosen(self, choose: Callable[[Tensor], Tensor], states: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values and states that tokens read, (T, n, ...); chosen once where they are the same."""
+        chosen = choose(states)
+        return (*(self._read(chosen) if self.raw else map(choose, read)), chosen)
 
     def _read(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., groups, d_head) of states (..., d), without positions."""

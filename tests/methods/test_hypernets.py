@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import fastedit
 from fastedit.backbone import EditableModel
 from fastedit.backbone.walk import packed_tail
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, installed, stack
+from fastedit.engine.timing import PhaseTimer
 from fastedit.methods.hypernets import Acting, Gradients, Scale, edit_gradients, restore, sketch, written
 from fastedit.methods.mend import MENDConfig, MendNetwork
 from fastedit.objectives import ROLES, Role
@@ -21,11 +22,6 @@ from fastedit.prepared import EditRows, prepare
 from fastedit.training import Artifact
 from fastedit.views import ViewSource
 from tests.engine.conftest import make_edits
-
-
-class Untimed:
-    def phase(self, _name: str) -> Any:
-        return nullcontext()
 
 
 @pytest.fixture(scope="module", params=["llava", "blip2"])
@@ -41,7 +37,7 @@ def sites(model: EditableModel, *, layers: int = 2, positions: str = "all") -> D
 def rows_of(model: EditableModel, spec: DeltaSpec, count: int, roles: Any = (Role.EDIT,)) -> list[EditRows]:
     edits = make_edits(count)
     source = ViewSource(edits, None, source="record")
-    return prepare(model, spec, [source.views(index, roles) for index in range(count)], Untimed())
+    return prepare(model, spec, [source.views(index, roles) for index in range(count)], PhaseTimer())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.deltas import Rows
 from fastedit.deltas.kinds import new_stack
+from fastedit.engine.timing import PhaseTimer
 from fastedit.methods.base import Resources
 from fastedit.methods.captured import answer_inputs
 from fastedit.methods.tpatcher import (
@@ -36,15 +37,6 @@ def model(request: pytest.FixtureRequest) -> EditableModel:
     return fastedit.load(request.param, dtype="float64")
 
 
-class NoTimer:
-    """Measures nothing."""
-
-    def phase(self, name: str) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext()
-
-
 def prepared(model: EditableModel, edits: Sequence[EditRequest], config: TPatcherConfig) -> list[EditRows]:
     views = [
         [
@@ -53,7 +45,7 @@ def prepared(model: EditableModel, edits: Sequence[EditRequest], config: TPatche
         ]
         for edit in edits
     ]
-    return prepare(model, TPatcher.spec(model, config), views, NoTimer())
+    return prepare(model, TPatcher.spec(model, config), views, PhaseTimer())
 
 
 def started(model: EditableModel, config: TPatcherConfig, edits: Sequence[EditRequest]) -> tuple[Any, Any]:

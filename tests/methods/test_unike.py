@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from fastedit.deltas import EditDelta
 from fastedit.deltas.key_value import place_of
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine import modes
+from fastedit.engine.timing import PhaseTimer
 from fastedit.methods.base import Resources
 from fastedit.methods.captured import answer_inputs
 from fastedit.methods.tpatcher import is_gated
@@ -52,18 +52,11 @@ def artifact(model: EditableModel) -> Artifact:
     )
 
 
-class NoTimer:
-    """Measures nothing."""
-
-    def phase(self, _name: str) -> Any:
-        return nullcontext()
-
-
 def prepared(model: EditableModel, edits: Sequence[EditRequest], config: UniKEConfig) -> list[EditRows]:
     """Rows of each edit, its own question between two others of the same length."""
     other = [TrainingView(Role.TEXT_REPHRASE, dataclasses.replace(edit.query, prompt="Or?")) for edit in edits]
     views = [[view, TrainingView(Role.EDIT, edit.query), view] for view, edit in zip(other, edits, strict=True)]
-    return prepare(model, UniKE.spec(model, config), views, NoTimer())
+    return prepare(model, UniKE.spec(model, config), views, PhaseTimer())
 
 
 @pytest.mark.parametrize(("settings", "kind", "names"), ROWS.values(), ids=ROWS.keys())
