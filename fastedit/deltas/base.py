@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +50,9 @@ class EditDelta:
         model_fingerprint: of the base model it was fitted on ("" when unknown).
         request_id: of the edit.
         texts: what is text in it; "template" is the question to ask instead of any, "{prompt}" standing for that one.
+        fitted_on: ids of the deltas that were active while it was fitted, in order; () where it was fitted alone, None
+            where that is not known.
+        merged: ids of the deltas that it is the sum of, in order; () for the delta of a single edit.
     """
 
     spec: DeltaSpec
@@ -54,6 +60,26 @@ class EditDelta:
     model_fingerprint: str = ""
     request_id: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)
+    fitted_on: tuple[str, ...] | None = None
+    merged: tuple[str, ...] = ()
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 over spec, texts and tensors: equal means that both change a model alike, to the bit."""
+        content = [asdict(self.spec), dict(self.texts)]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            if tensor.numel():
+                content_bytes: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+                digest.update(content_bytes)
+        return digest.hexdigest()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the edits in it: those it is the sum of, or its own."""
+        return self.merged or (self.id,)
 
     @property
     def n_parameters(self) -> int:
