@@ -12,6 +12,7 @@ from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
 from fastedit.ops import keep_freed_memory
 from fastedit.requests import EditRequest
+from fastedit.settings import typed
 from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
 
 
@@ -91,6 +92,7 @@ def trainer_settings(plan: EditPlan, given: TrainerConfig | Mapping[str, Any] | 
         ValueError: a setting that does not exist, or a value out of its range.
     """
     if isinstance(given, TrainerConfig):
+        typed("train", TrainerConfig, vars(given))
         return given
     own = hook(plan.method, "trainer")
     base: TrainerConfig = TrainerConfig() if own is None else own(plan.config)
@@ -98,7 +100,7 @@ def trainer_settings(plan: EditPlan, given: TrainerConfig | Mapping[str, Any] | 
     for name, value in (given or {}).items():
         if name not in known:
             raise ValueError(f"train: trainer is one of {', '.join(sorted(known))} (got {name}={value!r})")
-    return replace(base, **(given or {}))
+    return replace(base, **typed("train", TrainerConfig, given or {}))
 
 
 def _done(path: Path, model: EditableModel, kind: str, task: Task, settings: TrainerConfig) -> Artifact | None:

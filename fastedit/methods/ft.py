@@ -9,6 +9,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec
 from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
+from fastedit.settings import check_fit
 from fastedit.solver import SolverConfig
 
 
@@ -40,6 +41,7 @@ class FTConfig:
     stop_loss: float | None = 0.02
 
     def __post_init__(self) -> None:
+        check_fit("ft", self)
         check_positions("ft", self.positions)
 
 
@@ -86,6 +88,9 @@ class FTVisionConfig:
     weight_decay: float = 0.0
     radius: float | None = None
     stop_loss: float | None = 0.02
+
+    def __post_init__(self) -> None:
+        check_fit("ft-vision", self)
 
 
 class FTVision:

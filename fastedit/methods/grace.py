@@ -22,6 +22,7 @@ from fastedit.objectives import Role
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest, Query
 from fastedit.routers.ball import prompt_keys
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 
 #: Prompts of the pool whose median distance is the unit of radii, and how many are read at once.
@@ -58,10 +59,8 @@ class GRACEConfig:
     stop_loss: float | None = 0.02
 
     def __post_init__(self) -> None:
-        if self.values < 1:
-            raise ValueError(f"grace: values is at least 1 (got values={self.values!r})")
-        if not self.epsilon > 0:
-            raise ValueError(f"grace: epsilon is positive (got epsilon={self.epsilon!r})")
+        check_fit("grace", self)
+        check_ranges("grace", self, at_least={"values": 1}, positive=("epsilon",))
 
 
 class GRACE:

@@ -27,6 +27,7 @@ from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 from fastedit.training import TrainerConfig, require_artifact
 
@@ -72,12 +73,14 @@ class KEConfig:
 
     def __post_init__(self) -> None:
         check_positions("ke", self.positions)
-        for name in ("hidden", "condition", "inner", "valid_records"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"ke: {name} is at least 1 (got {name}={value!r})")
-        if not self.max_scale > 0:
-            raise ValueError(f"ke: max_scale is positive (got max_scale={self.max_scale!r})")
+        check_fit("ke", self)
+        check_ranges(
+            "ke",
+            self,
+            at_least=dict.fromkeys(("hidden", "condition", "inner", "valid_records", "locality_views"), 1),
+            positive=("max_scale",),
+            not_negative=("edit_weight", "text_weight", "image_weight", "locality_weight", "row_cache_mib"),
+        )
 
 
 class KENetwork(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 from fastedit.backbone import EditableModel
 from fastedit.methods.base import last_layers
 from fastedit.methods.localize import GROUPS, SCORES
+from fastedit.settings import check_fit, check_ranges
 
 CHOICES = ("auto", "voted", "random")
 POSITIONS = ("all", "after_image", "answer")
@@ -79,12 +80,15 @@ class LDKEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("top", "rank", "calibration", "stored", "valid_records"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ldke: {name} is at least 1 (got {name}={getattr(self, name)!r})")
-        for name in ("rephrase_weight", "kl_weight", "contrast", "decorrelation", "probes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"ldke: {name} is not negative (got {name}={getattr(self, name)!r})")
+        check_fit("ldke", self)
+        counts = ("candidates", "top", "rank", "calibration", "stored", "valid_records", "size", "queries", "key")
+        check_ranges(
+            "ldke",
+            self,
+            at_least=dict.fromkeys(counts, 1),
+            positive=("alpha",),
+            not_negative=("rephrase_weight", "kl_weight", "contrast", "decorrelation", "probes", "row_cache_mib"),
+        )
         if isinstance(self.layers, str) and self.layers not in CHOICES:
             raise ValueError(f"ldke: layers is one of {list(CHOICES)} or names layers (got layers={self.layers!r})")
         if self.positions not in POSITIONS:
@@ -93,8 +97,6 @@ class LDKEConfig:
             raise ValueError(f"ldke: score is one of {list(SCORES)} (got score={self.score!r})")
         if not self.groups or set(self.groups) - set(GROUPS):
             raise ValueError(f"ldke: groups are of {list(GROUPS)} (got groups={self.groups!r})")
-        if not self.alpha > 0:
-            raise ValueError(f"ldke: alpha is positive (got alpha={self.alpha!r})")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"ldke: threshold is a probability (got threshold={self.threshold!r})")
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
 from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 
 
@@ -43,11 +44,9 @@ class LoRAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora: rank is at least 1 (got rank={self.rank!r})")
+        check_fit("lora", self)
+        check_ranges("lora", self, at_least={"rank": 1}, positive=("alpha",))
         check_positions("lora", self.positions)
-        if not self.alpha > 0:
-            raise ValueError(f"lora: alpha is positive (got alpha={self.alpha!r})")
 
 
 class LoRA:

@@ -27,6 +27,7 @@ from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 from fastedit.training import TrainerConfig, require_artifact
 
@@ -76,12 +77,14 @@ class MENDConfig:
 
     def __post_init__(self) -> None:
         check_positions("mend", self.positions)
-        for name in ("rank", "blocks", "valid_records"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"mend: {name} is at least 1 (got {name}={value!r})")
-        if not self.edit_lr > 0:
-            raise ValueError(f"mend: edit_lr is positive (got edit_lr={self.edit_lr!r})")
+        check_fit("mend", self)
+        check_ranges(
+            "mend",
+            self,
+            at_least={"rank": 1, "blocks": 1, "valid_records": 1, "locality_views": 1, "directions": 0},
+            positive=("edit_lr", "edit_lr_factor"),
+            not_negative=("edit_weight", "text_weight", "image_weight", "locality_weight", "row_cache_mib"),
+        )
 
 
 class MendNetwork(nn.Module):

@@ -20,6 +20,7 @@ from fastedit.methods.tpatcher import TPatcher
 from fastedit.methods.unike import UniKE
 from fastedit.methods.wise import WISE
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
+from fastedit.settings import typed
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,14 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
         if key not in method_fields | objective_fields:
             known = sorted(method_fields | objective_fields)
             raise ValueError(f"{name}: field {key!r} is not known{_nearest(key, known)} (got {key}={value!r})")
+    for_method = {key: value for key, value in overrides.items() if key in method_fields}
+    for_objective = {key: value for key, value in overrides.items() if key in objective_fields}
     return EditPlan(
         name,
         method,
-        method.Config(**{k: v for k, v in overrides.items() if k in method_fields}),
+        method.Config(**typed(base, method.Config, for_method)),
         objective,
-        objective.config(**{k: v for k, v in overrides.items() if k in objective_fields}),
+        objective.config(**typed(prefix, objective.config, for_objective)),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastedit.objectives import ROLES, Losses, Role, TokenBatch
 from fastedit.objectives.base import CE_ROLES, all_correct
 from fastedit.ops import risk
+from fastedit.settings import check_fit, check_ranges
 
 _POSITIVE = ("alpha", "scope_recall", "scope_batch", "valid_records", "scope_size", "scope_hidden", "scope_segments")
 _NOT_NEGATIVE = ("rank", "edit_weight", "image_edit_weight", "locality_weight", "scope_weight", "memory_mib")
@@ -73,18 +74,14 @@ class SERACConfig:
         for field in ("{question}", "{answer}"):
             if self.context.count(field) != 1:
                 raise ValueError(f"serac: context holds {field} exactly once (got context={self.context!r})")
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"serac: {name} is positive (got {name}={getattr(self, name)!r})")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"serac: {name} is not negative (got {name}={getattr(self, name)!r})")
+        check_fit("serac", self)
+        check_ranges("serac", self, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, shares=("swap",))
+        if not 0 <= self.scope_dropout < 1:
+            raise ValueError(
+                f"serac: scope_dropout lies in 0 to 1, without 1 (got scope_dropout={self.scope_dropout!r})"
+            )
         if not 0 < self.threshold < 1:
             raise ValueError(f"serac: threshold lies between 0 and 1 (got threshold={self.threshold!r})")
-        if not 0 <= self.swap <= 1:
-            raise ValueError(f"serac: swap is a share, 0 to 1 (got swap={self.swap!r})")
-        if self.names is not None and not self.names:
-            raise ValueError(f"serac: at least one name (got names={self.names!r})")
 
     def cached(self, question: str, answer: str) -> str:
         """A cached edit as it stands before a question."""

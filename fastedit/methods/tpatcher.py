@@ -20,6 +20,7 @@ from fastedit.objectives import Role
 from fastedit.ops.key_value import ACTIVATIONS
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest, Query
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 
 #: Names of feed-forward activations in model configurations, as `key_value` calls them.
@@ -65,12 +66,9 @@ class TPatcherConfig:
     stop_loss: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("neurons", "most"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"tpatcher: {name} is at least 1 (got {name}={getattr(self, name)!r})")
-        for name in ("activation_weight", "memory_weight", "memory"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"tpatcher: {name} is not negative (got {name}={getattr(self, name)!r})")
+        check_fit("tpatcher", self)
+        weights = ("activation_weight", "memory_weight", "memory", "margin")
+        check_ranges("tpatcher", self, at_least={"neurons": 1, "most": 1}, not_negative=weights)
         if self.activation is not None and self.activation not in ACTIVATIONS:
             told = f"got activation={self.activation!r}"
             raise ValueError(f"tpatcher: activation is one of {list(ACTIVATIONS)} or None ({told})")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastedit.deltas.attention_memory import READINGS, SEARCHES
 from fastedit.methods.tpatcher import check_places
+from fastedit.settings import check_fit, check_ranges
 
 TRUTHS = ("prediction", "target")
 KEYS = ("tokens", "random")
@@ -86,13 +87,17 @@ class UniKEConfig:
         for name, known in {**choices, "truth": TRUTHS, "keys": KEYS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unike: {name} is one of {list(known)} (got {name}={getattr(self, name)!r})")
-        for name, least in {"n": 1, "top_k": 1, "most": 1, "width": 1, "triplets": 2, "memory": 0, "own": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"unike: {name} is at least {least} (got {name}={getattr(self, name)!r})")
+        check_fit("unike", self)
+        least = {"n": 1, "top_k": 1, "most": 1, "width": 1, "triplets": 2, "memory": 0, "own": 0, "valid_records": 1}
+        check_ranges(
+            "unike",
+            self,
+            at_least={**least, "demonstrations": 0},
+            positive=("temperature", "gain"),
+            not_negative=("activation_weight", "memory_weight", "margin", "alpha"),
+        )
         if self.alpha != "dynamic" and not isinstance(self.alpha, (int, float)):
             raise ValueError(f"unike: alpha is 'dynamic' or a number (got alpha={self.alpha!r})")
-        if not self.temperature > 0:
-            raise ValueError(f"unike: temperature is positive (got temperature={self.temperature!r})")
         if not self.intrinsic and self.extrinsic != "latent":
             raise ValueError(f"unike: without neurons extrinsic is 'latent' (got extrinsic={self.extrinsic!r})")
         check_places("unike", self.positions)

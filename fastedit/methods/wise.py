@@ -21,6 +21,7 @@ from fastedit.methods.grace import deep_layer
 from fastedit.objectives import NLLObjective, Objective, Role
 from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
+from fastedit.settings import check_fit, check_ranges
 from fastedit.solver import SolverConfig
 
 
@@ -86,10 +87,8 @@ class WISEConfig:
         if not 0 <= self.alpha <= self.beta or not self.gamma >= 0:
             got = f"alpha={self.alpha!r}, beta={self.beta!r}, gamma={self.gamma!r}"
             raise ValueError(f"wise: margins are 0 <= alpha <= beta and gamma >= 0 (got {got})")
-        for name in ("shard", "merge_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"wise: {name} is at least 1, or None (got {name}={value!r})")
+        check_fit("wise", self)
+        check_ranges("wise", self, at_least={"shard": 1, "merge_every": 1}, not_negative=("weight",))
 
 
 class WISE:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastedit.objectives.base import CE_ROLES, KL_ROLES, ROLES, Direction, Losses, Role, TokenBatch, all_correct
 from fastedit.objectives.tripartite import PENALTY_MODES, EnvironmentTable, tripartite
+from fastedit.settings import check_ranges
 
 _CE = [ROLES.index(role) for role in CE_ROLES]
 _KL = [ROLES.index(role) for role in KL_ROLES]
@@ -69,9 +70,8 @@ class InvariantConfig:
             raise ValueError(f"odedit: direction is reverse_kl or forward_kl (got direction={self.direction!r})")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"odedit: warmup is a share of the steps, 0 to 1 (got warmup={self.warmup!r})")
-        for name in ("dual_lr", "scale", "max_ratio", "smoothing"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"odedit: {name} is not negative (got {name}={getattr(self, name)!r})")
+        numbers = ("dual_lr", "scale", "max_ratio", "smoothing")
+        check_ranges("odedit", self, at_least={"hidden": 1, "sketch": 1}, not_negative=numbers)
         if len(self.weights) != 3 or min(self.weights) < 0:
             raise ValueError(f"odedit: weights are three numbers >= 0 (got weights={self.weights!r})")
 

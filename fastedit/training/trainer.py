@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.progress import progress
+from fastedit.settings import check_ranges
 from fastedit.training.artifact import Artifact, read_tensors, write_tensors
 
 FORMAT = "fastedit-checkpoint/1"
@@ -84,19 +85,15 @@ class TrainerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train: {name} is not negative (got {name}={getattr(self, name)!r})")
-        for name in ("batch_size", "valid_every", "patience", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train: {name} is at least 1 (got {name}={value!r})")
-        if not self.lr > 0:
-            raise ValueError(f"train: lr is positive (got lr={self.lr!r})")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"train: clip is positive or None (got clip={self.clip!r})")
-        if self.weight_decay < 0:
-            raise ValueError(f"train: weight_decay is not negative (got weight_decay={self.weight_decay!r})")
+        check_ranges(
+            "train",
+            self,
+            at_least=dict.fromkeys(("batch_size", "valid_every", "patience", "checkpoint_every"), 1),
+            positive=("lr", "clip", "eps"),
+            not_negative=("steps", "warmup", "weight_decay"),
+        )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train: betas lie in 0 to 1, without 1 (got betas={self.betas!r})")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"train: schedule is one of {list(SCHEDULES)} (got schedule={self.schedule!r})")
 
