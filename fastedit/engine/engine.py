@@ -15,6 +15,7 @@ from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import StoredDeltas, split_point
 from fastedit.engine import provenance
+from fastedit.engine.arguments import check_arguments
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.flops import Peak, is_counted, nfu
 from fastedit.engine.memory import peak_memory_mib
@@ -32,9 +33,6 @@ from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome
 from fastedit.training import Artifact
 from fastedit.views import ViewSource
-
-MODES = ("single", "sequential")
-CONFLICTS = ("error", "last")
 
 
 def edit(
@@ -88,14 +86,11 @@ def edit(
     Raises:
         ValueError: a setting, method or field that does not exist or cannot work here; before any work starts.
     """
-    if not edits:
-        raise ValueError("edit: at least one edit (got edits=[])")
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"edit: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
-    if mode not in MODES:
-        raise ValueError(f"edit: mode is one of {list(MODES)} (got mode={mode!r})")
-    if conflicts not in CONFLICTS:
-        raise ValueError(f"edit: conflicts is one of {list(CONFLICTS)} (got conflicts={conflicts!r})")
+    check_arguments(
+        model, edits, pool=pool, deltas_folder=deltas_folder, artifact=artifact, method=method, batch_size=batch_size,
+        mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
+        score_at=score_at, conflicts=conflicts,
+    )  # fmt: skip
     plan = resolve(method, overrides)
     check_sequence(plan, mode, score_at, len(edits))
     if mode == "sequential" and conflicts == "error":

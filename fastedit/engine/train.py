@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
+from fastedit.engine.arguments import check_records
 from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
 from fastedit.ops import keep_freed_memory
@@ -46,8 +47,7 @@ def train(
             before any work starts.
         FloatingPointError: training broke down; the last good state is kept beside ``out``.
     """
-    if not records:
-        raise ValueError("train: at least one record (got records=[])")
+    check_records("train", "records", records)
     plan = resolve(method, overrides)
     kind = trained_kind(plan)
     settings = trainer_settings(plan, trainer)
