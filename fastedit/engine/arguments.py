@@ -37,8 +37,8 @@ def check_options(**options: Any) -> None:
     Raises:
         ValueError: names the argument, the rule and the value.
     """
-    batch_size = options.get("batch_size")
-    if batch_size is not None and batch_size != "auto" and not _is_count(batch_size):
+    batch_size = options.get("batch_size", "auto")
+    if batch_size != "auto" and not _is_count(batch_size):
         raise ValueError(f"edit: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
     for name, value in options.items():
         typed_value("edit", name, _TYPES[name], value)

@@ -44,6 +44,7 @@ class BatchProblem:
         begin: first values of the deltas of edits that enter, where the method has any of its own.
         take: gets every edit that has ended, its delta and its outcome; no delta acts meanwhile.
         timer: seconds by phase.
+        on_step: gets the steps taken so far by all edits that are at work, before each of them.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class BatchProblem:
         take: Callable[[int, EditDelta, FitOutcome], None],
         timer: PhaseTimer,
         begin: Begin | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.begin = begin
+        self.begin, self.on_step = begin, on_step
         self.model, self.stacked, self.holders, self.held = model, stacked, holders, held
         self.objective, self.waiting, self.make, self.take, self.timer = objective, waiting, make, take, timer
         #: By place, the number of its edit and its rows, in order of the places.
@@ -73,6 +75,8 @@ class BatchProblem:
 
     def losses(self, steps: Tensor) -> Losses:
         """Losses of all places; one without rows has no tokens."""
+        if self.on_step is not None:
+            self.on_step(sum(int(steps[place]) for place in self.working if place not in self._ended))
         with self.timer.phase("tail_forward"):
             if self._tokens is None:
                 self._tokens = self._assembled()

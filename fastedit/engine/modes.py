@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from fastedit.deltas import EditDelta, accumulate, stack
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory import is_out_of_memory, release_memory
-from fastedit.engine.progress import ProgressLine, progress
 from fastedit.engine.work import Work, make_deltas
 from fastedit.evaluation import EditScores, Score, summarise
 from fastedit.methods.base import hook
+from fastedit.progress import ProgressLine, progress
 from fastedit.solver import FitOutcome
+
+#: Of an edit's time, what its fit takes and not its scoring, before any is known.
+FIT_SHARE = 0.7
 
 
 def run_single(work: Work, batch_size: int, evaluate: bool, show: bool | None) -> None:
@@ -22,6 +25,7 @@ def run_single(work: Work, batch_size: int, evaluate: bool, show: bool | None) -
     size = batch_size
     with progress("editing", len(work.edits), show) as line:
         scored = Scoring(work, batch_size, line) if evaluate else None
+        work.on_step = line.underway if scored is None else scored.fitting
 
         def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
             work.keep(number, delta, outcome)
@@ -57,12 +61,17 @@ class Scoring:
         self.work, self.size, self.line = work, batch_size, line
         self._evaluator = Evaluator(work.model, work.spec, work.timer)
         self._ended: list[tuple[int, EditDelta]] = []
+        self._share = FIT_SHARE
 
     def add(self, number: int, delta: EditDelta) -> None:
         """One more has ended."""
         self._ended.append((number, delta))
         if len(self._ended) >= self.size:
             self.flush()
+
+    def fitting(self, edits: float) -> None:
+        """The steps of the edits at work amount to so many edits."""
+        self.line.underway(self._share * (edits + len(self._ended)))
 
     def flush(self) -> None:
         """Score those that wait for it."""
@@ -83,6 +92,8 @@ class Scoring:
                     self.work.scored[number] = scores
                     self.line.advance()
                 del self._ended[: len(part)]
+                spent = self.work.timer.total()
+                self._share = self.work.timer.total(without=("evaluation",)) / spent if spent else FIT_SHARE
                 continue
             release_memory(self.work.model)
 
@@ -102,6 +113,7 @@ def run_sequential(
     found: dict[int, dict[str, dict[str, Score]]] = {}
     label = "scoring in sequence" if apart else "editing in sequence"
     with progress(label, len(work.edits), show) as line:
+        work.on_step = line.underway
         deltas = work.all_deltas() if apart else ()
         for index in range(len(work.edits)):
             new = deltas[index] if apart else _next(work, index, committed)

@@ -12,6 +12,7 @@ from fastedit.engine.arguments import check_records
 from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
 from fastedit.ops import keep_freed_memory
+from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.settings import typed
 from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
@@ -56,7 +57,8 @@ def train(
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
     make = hook(plan.method, "task")
     assert make is not None
-    task: Task = make(model, plan.config, objective, list(records), settings)
+    with progress(f"preparing {kind}", 0, show_progress):
+        task: Task = make(model, plan.config, objective, list(records), settings)
     path = None if out is None else Path(out)
     done = _done(path, model, kind, task, settings) if path is not None and resume else None
     if done is not None:

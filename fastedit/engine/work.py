@@ -49,6 +49,8 @@ class Work:
     artifact: Artifact | None = None
     #: Made by the method's ``setup``
     shared: Any = None
+    #: Gets, at every step, how many edits the steps of those at work amount to.
+    on_step: Callable[[float], None] | None = None
     outcomes: dict[int, FitOutcome] = field(default_factory=dict)
     scored: dict[int, EditScores] = field(default_factory=dict)
     # In memory all, or those that are not in a file yet
@@ -143,6 +145,10 @@ def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditD
             found: list[Mapping[str, Tensor]] = start(model, work.plan.config, work.shared, requests, rows)
         return found
 
+    def stepped(taken: int) -> None:
+        assert work.on_step is not None
+        work.on_step(taken / max(1, work.solver.steps))
+
     with timer.phase("setup"):
         stacked = new_stack(work.spec, places, dtype=work.delta_dtype, device=model.device)
     with ExitStack() as entered:
@@ -153,6 +159,6 @@ def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditD
             holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
         problem = BatchProblem(
             model, stacked, holders, held, objective, waiting, make, _named(work, take), timer,
-            None if start is None else begin,
+            None if start is None else begin, None if work.on_step is None else stepped,
         )  # fmt: skip
         fit(problem, stacked, work.solver)

@@ -127,13 +127,13 @@ def train_task(
     if path is not None and resume and path.is_file():
         state.load(path)
     start = time.monotonic()
-    with progress(f"training {task.name}", config.steps, show_progress) as line:
-        line.advance(state.step)
+    with progress(f"training {task.name}", config.steps, show_progress, done=state.step) as line:
         while state.step < config.steps and not state.stopped:
             record = _step(state, path)
             line.describe(", ".join(f"{name} {value:.3g}" for name, value in {**record, **state.told()}.items()))
             line.advance()
             if _due(state.step, config.valid_every, config.steps):
+                line.describe("validating")
                 state.validate()
             if path is not None and _due(state.step, config.checkpoint_every, config.steps, state.stopped):
                 state.save(path)

@@ -1,0 +1,200 @@
+"""The progress line: there at once, moved by steps, honest about the time left, plain where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+import fastedit
+from fastedit.progress import EVERY_S, ProgressLine, duration, progress
+from fastedit.training import TrainerConfig
+from tests.engine.conftest import make_edits
+
+
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("fastedit.progress.time", made)
+    return made
+
+
+def test_time_left_is_measured_from_the_start_of_the_work(clock: Clock) -> None:
+    line = ProgressLine("editing", 10, False)
+    assert line.left_s() is None
+    clock.now += 6
+    line.advance(2)
+    assert line.left_s() == pytest.approx(24)
+    clock.now += 6
+    assert line.left_s() == pytest.approx(48)
+    assert line.status() == "2/10, 0:12, about 0:48 left"
+
+
+def test_steps_of_running_items_count(clock: Clock) -> None:
+    line = ProgressLine("editing", 4, False)
+    clock.now += 5
+    line.underway(1.0)
+    assert line.fraction() == pytest.approx(0.25)
+    assert line.left_s() == pytest.approx(15)
+    line.advance()
+    assert (line.done, line.fraction()) == (1, pytest.approx(0.25))
+    line.underway(0.5)
+    assert line.fraction() == pytest.approx(0.375)
+
+
+def test_what_an_earlier_run_did_says_nothing_about_speed(clock: Clock) -> None:
+    line = ProgressLine("training", 100, False, done=90)
+    assert line.left_s() is None
+    clock.now += 10
+    line.advance(5)
+    assert line.left_s() == pytest.approx(10)
+    assert line.status().startswith("95/100")
+
+
+def test_without_a_terminal_lines_are_plain_and_rare(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("editing", 600, True) as line:
+        assert capsys.readouterr().err == "editing: 0/600, 0:00\n"
+        for _ in range(600):
+            clock.now += EVERY_S / 60
+            line.advance()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 10
+    assert told[0] == "editing: 60/600, 0:30, about 4:30 left"
+    assert all(character.isprintable() for text in told for character in text)
+
+
+def test_nothing_is_said_where_nobody_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("editing", 10) as line:
+        line.advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_inner_line_takes_the_place_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress("editing in sequence", 3) as outer:
+        assert outer._bar is not None
+        with progress("scoring after edit 1", 1) as inner:
+            assert outer._bar is None
+            assert inner._bar is not None
+        assert inner._bar is None
+        assert outer._bar is not None
+    assert outer._bar is None
+
+
+SLOW = """
+import sys, time
+from fastedit.progress import progress
+with progress("editing", 4) as line:
+    for step in range(4):
+        time.sleep(0.3)
+        line.underway((step + 1) / 4)
+    line.advance(4)
+sys.stderr.write("end\\n")
+"""
+
+
+def on_terminal(code: str, **environment: str) -> str:
+    """What a program writes to standard error where that is a terminal."""
+    leader, follower = pty.openpty()
+    written = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                part = os.read(leader, 4096)
+            except OSError:
+                return
+            if not part:
+                return
+            written.extend(part)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=follower, env={**os.environ, "COLUMNS": "60", **environment}
+    )
+    os.close(follower)
+    reader = threading.Thread(target=read)
+    reader.start()
+    process.wait(timeout=120)
+    reader.join(timeout=10)
+    os.close(leader)
+    return written.decode()
+
+
+def test_on_a_terminal_the_line_is_there_at_once_and_moves_within_an_item() -> None:
+    told = on_terminal(SLOW, TERM="xterm")
+    assert "0/4, 0:00" in told
+    assert "about" in told.split("4/4")[0]
+    assert told.rstrip().endswith("end")
+
+
+def test_ascii_and_dumb_terminals_get_no_other_characters() -> None:
+    assert on_terminal(SLOW, TERM="xterm", PYTHONIOENCODING="ascii", LC_ALL="C").isascii()
+    dumb = on_terminal(SLOW, TERM="dumb")
+    assert "\x1b" not in dumb
+    assert "editing: 0/4, 0:00" in dumb
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (34, "0:34"), (59.6, "1:00"), (725, "12:05"), (10801, "3:00:01")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[float]:
+    """Fractions of all lines, at every change."""
+    fractions: list[float] = []
+    real = getattr(ProgressLine, name)
+
+    def record(line: ProgressLine, *given: Any) -> None:
+        real(line, *given)
+        fractions.append(line.fraction())
+
+    monkeypatch.setattr(ProgressLine, name, record)
+    return fractions
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_an_edit_run_moves_with_every_step(monkeypatch: pytest.MonkeyPatch, evaluate: bool) -> None:
+    fractions = recorded(monkeypatch, "underway")
+    model = fastedit.load("random:llava-tiny")
+    fastedit.edit(model, make_edits(4), "lora", batch_size=4, steps=8, stop_loss=None, evaluate=evaluate)
+    assert len(set(fractions)) >= 8
+    assert fractions == sorted(fractions)
+    assert fractions[-1] < 1
+
+
+def test_a_sequence_moves_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = recorded(monkeypatch, "underway")
+    model = fastedit.load("random:llava-tiny")
+    fastedit.edit(model, make_edits(2), "lora", mode="sequential", steps=4, stop_loss=None, evaluate=False)
+    assert [round(8 * fraction) for fraction in fractions] == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_training_moves_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = recorded(monkeypatch, "advance")
+    model = fastedit.load("random:llava-tiny")
+    settings = TrainerConfig(steps=3, batch_size=2, valid_every=None)
+    fastedit.train(model, "mend", make_edits(6), trainer=settings, layers=1, rank=4, valid_records=2)
+    assert fractions == pytest.approx([1 / 3, 2 / 3, 1])
