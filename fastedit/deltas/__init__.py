@@ -6,7 +6,8 @@ from fastedit.deltas.install import RowsHolder, installed, split_point
 from fastedit.deltas.kinds import accumulate, stack
 from fastedit.deltas.low_rank import LowRankDelta
 from fastedit.deltas.rows import Rows, TokenSpans
-from fastedit.deltas.storage import StoredDeltas, load_deltas, save_deltas
+from fastedit.deltas.storage import load_deltas, save_deltas
+from fastedit.deltas.stored import StoredDeltas
 
 __all__ = [
     "DeltaSpec",

@@ -43,7 +43,7 @@ class KeyValueDelta(FlatStack):
         others, kept = self.other_shapes(spec)
         shapes, fixed = shapes | others, fixed | kept
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
-        self._drawn = drawn_keys(spec, shapes, self.flat)
+        self._drawn = drawn_keys(spec, shapes, self.flat) if size else {}
         # What only the fit needs is not stored with a delta: the token that a neuron is for, and inputs of others
         self.tokens: dict[str, Tensor] = {}
         self.memories: dict[str, Tensor] = {}

@@ -57,9 +57,11 @@ class LocalizedDelta(FlatStack):
         self.scale = float(spec.options.get("scale", 1.0))
         generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
         # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
-        draw = torch.rand(slots, d_in, rank, generator=generator, dtype=torch.float64) * 2 - 1
+        drawn = (slots, d_in, rank) if size else (0,)
+        draw = torch.rand(drawn, generator=generator, dtype=torch.float64) * 2 - 1
         self._drawn = (draw / math.sqrt(d_in)).to(self.flat)
-        self.parts["down"].copy_(self._drawn)
+        if size:
+            self.parts["down"].copy_(self._drawn)
         self._chosen: list[list[tuple[int, int]]] | None = None
 
     def initial(self, name: str) -> Tensor | float:

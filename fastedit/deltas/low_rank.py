@@ -40,7 +40,8 @@ class LowRankDelta(FlatStack):
         names = self.part_names()
         self._pairs = list(zip(names[0::2], names[1::2], strict=True))
         self._drawn: dict[str, Tensor] = {}
-        for name, _ in self._pairs:
+        # Without a row nothing starts: shapes cost nothing, however large they are
+        for name, _ in self._pairs if size else ():
             d_in = self.shapes[name][0]
             # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
             draw = torch.rand(d_in, rank, generator=generator, dtype=torch.float64) * 2 - 1

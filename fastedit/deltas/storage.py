@@ -2,201 +2,243 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
 from fastedit.backbone import Site
 from fastedit.deltas.base import DeltaSpec, EditDelta
 from fastedit.deltas.kinds import new_stack
+from fastedit.files import open_tensors, require_finite, write_tensors
 
-FORMAT = "fastedit-deltas/1"
+FORMAT, UNCHECKED = "fastedit-deltas/2", "fastedit-deltas/1"
+# How deltas of files without a checksum are read
+_WARNING = "deltas: {path} was written without checksums ({format}): what it holds is not checked; save it again"
 
 
 def save_deltas(deltas: Sequence[EditDelta], path: str | Path, places: Sequence[int] | None = None) -> Path:
     """Write deltas to one safetensors file, atomically (written beside, then renamed).
 
-    Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids and fingerprints, and
-    the places of the deltas in their run where they are not simply one after another.
+    Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids, fingerprints and
+    checksums, and the places of the deltas in their run where they are not simply one after another.
 
     Raises:
-        ValueError: not as many places as deltas; nothing is written then.
+        ValueError: not as many places as deltas, or a value that is not finite; nothing is written then.
+        OSError: the file cannot be written; nothing is left of it then.
     """
-    from safetensors.torch import save_file
+    path = Path(path)
+    write_deltas(deltas, path, places)
+    return path
 
+
+def write_deltas(
+    deltas: Sequence[EditDelta], path: Path, places: Sequence[int] | None = None, *, exclusive: bool = False
+) -> str:
+    """What ``save_deltas`` does; returns the header's checksum.
+
+    Raises:
+        FileExistsError: it is exclusive, and there is a file.
+    """
+    return write_tensors(*_content(deltas, places), path, "deltas", exclusive=exclusive)
+
+
+def load_deltas(path: str | Path) -> list[EditDelta]:
+    """Read deltas back, each checked against its checksum and every shape against its spec.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of this format, not the content that was written, a part that is missing or has the wrong
+            shape, or a value that is not finite; names the file.
+    """
+    return read_deltas(path)[0]
+
+
+def read_deltas(path: str | Path) -> tuple[list[EditDelta], str]:
+    """What ``load_deltas`` does; and the header's checksum."""
+    with opened(path) as file:
+        file.warn()
+        return [file.read(index) for index in range(len(file))], file.checksum
+
+
+def header_checksum(path: str | Path) -> str:
+    """SHA-256 of a file's header, which holds the checksum of every delta in it: equal means equal files.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``load_deltas``. A file without checksums has "".
+    """
+    with opened(path) as file:
+        return file.checksum
+
+
+def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file."""
     if places is not None and len(places) != len(deltas):
         raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(deltas)})")
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     entries = []
     specs: list[dict[str, Any]] = []
+    # The ids that deltas refer to. In a sequence each refers to all before it: numbers of the first and how many
+    table: dict[str, int] = {}
     for index, delta in enumerate(deltas):
+        require_finite(delta.tensors, "deltas", _named(index, delta.request_id))
         spec = {**asdict(delta.spec), "options": dict(delta.spec.options)}
         if spec not in specs:
             specs.append(spec)
-        entry = {"id": delta.request_id, "model": delta.model_fingerprint, "spec": specs.index(spec)}
+        entry = {
+            "id": delta.request_id,
+            "model": delta.model_fingerprint,
+            "spec": specs.index(spec),
+            "sha256": delta.id,
+            "fitted_on": None if delta.fitted_on is None else _spans(delta.fitted_on, table),
+            "merged": _spans(delta.merged, table),
+        }
         if delta.texts:
             entry["texts"] = dict(delta.texts)
         entries.append(entry)
         for name, tensor in delta.tensors.items():
-            tensors[f"{index:06d}/{name}"] = tensor.contiguous()
-    content: dict[str, Any] = {"format": FORMAT, "specs": specs, "deltas": entries}
+            tensors[f"{index:06d}/{name}"] = tensor
+    content: dict[str, Any] = {"format": FORMAT, "specs": specs, "deltas": entries, "ids": list(table)}
     if places is not None:
         content["places"] = list(places)
-    header = {"fastedit": json.dumps(content)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(path)
-    return path
+    return tensors, content
 
 
-def load_deltas(path: str | Path) -> list[EditDelta]:
-    """Read deltas back, with every shape checked against its spec.
+def _spans(ids: Sequence[str], table: dict[str, int]) -> list[list[int]]:
+    """Ids as runs of neighbours in the table, [first, count], which takes those that it lacks."""
+    spans: list[list[int]] = []
+    for each in ids:
+        number = table.setdefault(each, len(table))
+        if spans and number == sum(spans[-1]):
+            spans[-1][1] += 1
+        else:
+            spans.append([number, 1])
+    return spans
 
-    Raises:
-        ValueError: not a file of this format, or a part is missing or has the wrong shape.
-    """
-    with _opened(path) as (file, entries, _):
-        return [_read(file, path, index, entry) for index, entry in enumerate(entries)]
+
+def _named(index: int, request_id: str) -> str:
+    return f"delta {index} (id={request_id!r:.80})"
 
 
-_Entry = tuple[DeltaSpec, str, str, dict[str, str]]
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of one delta; ``sha256`` is "" where it says no checksum."""
+
+    spec: int
+    model: str
+    request_id: str
+    texts: Mapping[str, str]
+    sha256: str
+    fitted_on: Sequence[Sequence[int]] | None
+    merged: Sequence[Sequence[int]]
+
+    @staticmethod
+    def of(entry: Mapping[str, Any], checked: bool) -> _Entry:
+        """The entry in a header, of a file with checksums or without."""
+        texts = {str(name): str(text) for name, text in entry.get("texts", {}).items()}
+        known = (int(entry["spec"]), str(entry["model"]), str(entry["id"]), texts)
+        if not checked:
+            return _Entry(*known, "", None, ())
+        return _Entry(*known, str(entry["sha256"]), entry["fitted_on"], entry["merged"])
+
+
+class _File:
+    """An open file of deltas."""
+
+    def __init__(self, file: Any, header: Mapping[str, Any], checksum: str, path: str | Path) -> None:
+        self.path, self.checksum, self._file = path, checksum, file
+        self.format = header.get("format")
+        if self.format not in (FORMAT, UNCHECKED):
+            raise ValueError(f"deltas: format is {FORMAT!r} (got format={self.format!r:.80} in path={str(path)!r})")
+        if not checksum and self.format == FORMAT:
+            raise ValueError(f"deltas: the header has a checksum (got none in path={str(path)!r})")
+        try:
+            self._specs = [_spec(each) for each in header["specs"]]
+            self.entries = [_Entry.of(entry, self.format == FORMAT) for entry in header["deltas"]]
+            self._ids = [str(each) for each in header.get("ids", ())]
+            places = header.get("places")
+            self.places = None if places is None else [int(place) for place in places]
+            for entry in self.entries:
+                # Negative numbers would count from the end
+                range(len(self._specs))[entry.spec]
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"deltas: a complete header (got {error!r:.200} in path={str(path)!r})") from error
+        if self.places is not None and len(self.places) != len(self.entries):
+            told = f"{len(self.places)} for {len(self.entries)}"
+            raise ValueError(f"deltas: a place for every delta (got {told} in path={str(path)!r})")
+        self._keys = set(file.keys())
+        self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def warn(self) -> None:
+        """Say so where the file has no checksums."""
+        if self.format == UNCHECKED:
+            warnings.warn(_WARNING.format(path=self.path, format=self.format), UserWarning, stacklevel=4)
+
+    def read(self, index: int) -> EditDelta:
+        """One delta, checked."""
+        entry = self.entries[index]
+        tensors: dict[str, Tensor] = {}
+        for name, shape in self._stored_shapes(entry.spec).items():
+            key = f"{index:06d}/{name}"
+            if key not in self._keys:
+                raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(self.path)!r})")
+            found = tuple(self._file.get_slice(key).get_shape())
+            if found != shape:
+                told = f"part {key!r} of {str(self.path)!r}"
+                raise ValueError(f"deltas: {told} has shape {shape} (got shape={found})")
+            tensors[name] = self._file.get_tensor(key)
+        fitted_on = None if entry.fitted_on is None else self._members(entry.fitted_on)
+        delta = EditDelta(
+            self._specs[entry.spec],
+            tensors,
+            entry.model,
+            entry.request_id,
+            entry.texts,
+            fitted_on,
+            self._members(entry.merged),
+        )
+        whose = f"{_named(index, entry.request_id)} in path={str(self.path)!r}"
+        if entry.sha256 and delta.id != entry.sha256:
+            raise ValueError(f"deltas: the content is what was written (the checksum differs of {whose})")
+        require_finite(tensors, "deltas", whose)
+        return delta
+
+    def _stored_shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+        """Shape by part of the deltas of a spec."""
+        if number not in self._shapes:
+            try:
+                self._shapes[number] = new_stack(self._specs[number], 0, trainable=False).stored_shapes()
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+                told = f"{error!r:.200} of spec {number} in path={str(self.path)!r}"
+                raise ValueError(f"deltas: specs that deltas can have (got {told})") from error
+        return self._shapes[number]
+
+    def _members(self, spans: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        members: list[str] = []
+        try:
+            for first, count in spans:
+                if not 0 <= first <= first + count <= len(self._ids) or len(members) + count > len(self._ids):
+                    raise ValueError(f"ids {first} to {first + count} of {len(self._ids)}")
+                members += self._ids[first : first + count]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"deltas: a complete header (got {error!r:.200} in path={str(self.path)!r})") from error
+        return tuple(members)
+
+
+def _spec(content: Mapping[str, Any]) -> DeltaSpec:
+    sites = tuple(Site(**site) for site in content["sites"])
+    return DeltaSpec(str(content["kind"]), sites, dict(content["options"]))
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, list[_Entry], list[int] | None]]:
-    """The file; per delta its spec, the model's fingerprint and the request's id; and the places, if it names them."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        raw = (file.metadata() or {}).get("fastedit")
-        if raw is None:
-            raise ValueError(f"deltas: a safetensors file with a 'fastedit' header (got path={str(path)!r})")
-        try:
-            header = json.loads(raw)
-            if header["format"] != FORMAT:
-                raise ValueError(f"deltas: format is {FORMAT!r} (got format={header['format']!r})")
-            specs = [
-                DeltaSpec(s["kind"], tuple(Site(**site) for site in s["sites"]), dict(s["options"]))
-                for s in header["specs"]
-            ]
-            entries = [
-                (specs[e["spec"]], str(e["model"]), str(e["id"]), {k: str(v) for k, v in e.get("texts", {}).items()})
-                for e in header["deltas"]
-            ]
-            places = None if header.get("places") is None else [int(place) for place in header["places"]]
-            if places is not None and len(places) != len(entries):
-                raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(entries)})")
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise ValueError(f"deltas: a complete header (got {error!r} in path={str(path)!r})") from error
-        yield file, entries, places
-
-
-def _read(file: Any, path: str | Path, index: int, entry: _Entry) -> EditDelta:
-    spec, model, request_id, texts = entry
-    names = set(file.keys())
-    tensors = {}
-    for name, shape in new_stack(spec, 0, trainable=False).stored_shapes().items():
-        key = f"{index:06d}/{name}"
-        if key not in names:
-            raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(path)!r})")
-        tensor = file.get_tensor(key)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"deltas: part {key!r} has shape {shape} (got shape={tuple(tensor.shape)})")
-        tensors[name] = tensor
-    return EditDelta(spec, tensors, model, request_id, texts)
-
-
-class StoredDeltas(Sequence[EditDelta]):
-    """Deltas in the files of a folder, read when asked for: memory does not grow with their number.
-
-    A file holds what was appended at once and is named by its number, ``deltas-000000.safetensors`` being the first.
-    Edits end in any order: files say which place of the run a delta has, and the deltas that are there are in that
-    order, also where the run was broken off.
-
-    Args:
-        folder: made if it is absent; its files are read in the order of their names.
-    Raises:
-        ValueError: a file is not of this format, or one is missing in the middle.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # by place: the file, the number there, and whose it is
-        self._found: dict[int, tuple[Path, int, str]] = {}
-        self._sorted: list[int] = []
-        self._files = 0
-        for number, path in enumerate(self.files()):
-            if path.name != _file_name(number):
-                raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
-            with _opened(path) as (_, entries, places):
-                self._add(path, [entry[2] for entry in entries], self._free(path, len(entries), places))
-
-    def files(self) -> list[Path]:
-        """The files, in order."""
-        return sorted(self.folder.glob("deltas-??????.safetensors"))
-
-    def append(self, deltas: Sequence[EditDelta], places: Sequence[int] | None = None) -> None:
-        """Write deltas as one file that is there whole or not at all.
-
-        Args:
-            deltas: n. places: of each in the run, in any order over the files; behind the others if absent.
-        Raises:
-            ValueError: a place for every delta, and none twice; nothing is written then.
-        """
-        path = self.folder / _file_name(self._files)
-        chosen = self._free(path, len(deltas), places)
-        save_deltas(deltas, path, places)
-        self._add(path, [delta.request_id for delta in deltas], chosen)
-
-    def _free(self, path: Path, count: int, places: Sequence[int] | None) -> Sequence[int]:
-        """The places of a file's deltas, once it is known that none is taken twice."""
-        first = 1 + max(self._found, default=-1)
-        chosen = range(first, first + count) if places is None else places
-        seen: set[int] = set()
-        for place in chosen:
-            if place in self._found or place in seen:
-                raise ValueError(f"deltas: every place is taken once (got place={place} again in {path.name})")
-            seen.add(place)
-        return chosen
-
-    def _add(self, path: Path, ids: Sequence[str], places: Sequence[int]) -> None:
-        self._found.update((place, (path, number, ids[number])) for number, place in enumerate(places))
-        self._files += 1
-
-    @property
-    def request_ids(self) -> list[str]:
-        """Whose the deltas are, without reading them."""
-        return [self._found[place][2] for place in self.places]
-
-    @property
-    def places(self) -> list[int]:
-        """The places of the deltas in their run: 0, 1, 2 ... where it was finished."""
-        if len(self._sorted) != len(self._found):
-            self._sorted = sorted(self._found)
-        return self._sorted
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @overload
-    def __getitem__(self, index: int) -> EditDelta: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EditDelta]: ...
-    def __getitem__(self, index: int | slice) -> EditDelta | list[EditDelta]:
-        """Read one delta, or those of a slice."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        path, number, _ = self._found[self.places[index]]
-        with _opened(path) as (file, entries, _):
-            return _read(file, path, number, entries[number])
-
-
-def _file_name(number: int) -> str:
-    return f"deltas-{number:06d}.safetensors"
+def opened(path: str | Path) -> Iterator[_File]:
+    """A file of deltas, its header checked."""
+    with open_tensors(path, "deltas") as (file, header, checksum):
+        yield _File(file, header, checksum, path)

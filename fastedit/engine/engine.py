@@ -13,13 +13,14 @@ import torch
 from fastedit.backbone import EditableModel
 from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
-from fastedit.deltas import StoredDeltas, split_point
+from fastedit.deltas import split_point
 from fastedit.engine import provenance
 from fastedit.engine.arguments import check_arguments
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.flops import Peak, is_counted, nfu
 from fastedit.engine.memory import peak_memory_mib
 from fastedit.engine.modes import Checkpoints, run_sequential, run_single
+from fastedit.engine.output import expected_output_bytes, open_store
 from fastedit.engine.plan import largest_batch
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
@@ -53,6 +54,7 @@ def edit(
     score_at: Sequence[int] = (),
     artifact: Artifact | str | Path | None = None,
     conflicts: str = "error",
+    overwrite: bool = False,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -74,11 +76,12 @@ def edit(
         seed: of the views and of score intervals.
         show_progress: None shows a progress line with the time left on a terminal.
         deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
-            thousands of edits would fill; a new or empty folder.
+            thousands of edits would fill; a new or empty folder, which no other run writes to.
         score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
         artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
         conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
             edits, and each is scored by what it asked for.
+        overwrite: remove the deltas that an earlier run left in ``deltas_folder``, instead of refusing it.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
@@ -104,14 +107,11 @@ def edit(
     if hook(plan.method, "write") is None:
         source.check(plan.build_objective(solver.steps).roles)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    store = None if deltas_folder is None else StoredDeltas(deltas_folder)
-    if store:
-        raise ValueError(f"edit: deltas_folder is new or empty (got {deltas_folder} with {len(store)} deltas)")
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):
-        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=store is None)
+        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=deltas_folder is None)
     work = Work(
-        model, edits, plan, spec, solver, source, timer, delta_dtype, store, batch_size,
+        model, edits, plan, spec, solver, source, timer, delta_dtype, None, batch_size,
         seed=seed, pool=() if pool is None else pool, artifact=trained,
     )  # fmt: skip
 
@@ -119,21 +119,27 @@ def edit(
         keep_freed_memory()
     elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    setup = hook(plan.method, "setup")
-    if setup is not None:
-        with timer.phase("setup"):
-            work.shared = setup(model, plan.config, Resources(work.pool, trained, seed, plan.prefix))
-    checkpoints: Checkpoints = {}
-    with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
-        if mode == "single":
-            run_single(work, batch_size, evaluate, show_progress)
-        else:
-            checkpoints = run_sequential(work, batch_size, evaluate, show_progress, score_at)
-    notes = _provenance(work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool)
-    outcomes = [work.outcomes[number] for number in range(len(edits))]
-    scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
-    scores = summarise(scored, seed=seed) if evaluate else {}
-    return Run(work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes, checkpoints, trained)
+    room = expected_output_bytes(model, plan, len(edits), evaluate=False)
+    with open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store:
+        setup = hook(plan.method, "setup")
+        if setup is not None:
+            with timer.phase("setup"):
+                work.shared = setup(model, plan.config, Resources(work.pool, trained, seed, plan.prefix))
+        checkpoints: Checkpoints = {}
+        with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
+            if mode == "single":
+                run_single(work, batch_size, evaluate, show_progress)
+            else:
+                checkpoints = run_sequential(work, batch_size, evaluate, show_progress, score_at)
+        notes = _provenance(
+            work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
+        )
+        outcomes = [work.outcomes[number] for number in range(len(edits))]
+        scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
+        scores = summarise(scored, seed=seed) if evaluate else {}
+        return Run(
+            work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes, checkpoints, trained
+        )
 
 
 def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastedit.deltas import EditDelta, StoredDeltas, load_deltas, save_deltas
+from fastedit.deltas import EditDelta, StoredDeltas
+from fastedit.engine.saving import SCORES, read_run, write_run
 from fastedit.evaluation import EditScores, Score
 from fastedit.solver import FitOutcome
-from fastedit.training import Artifact, save_artifact
+from fastedit.training import Artifact, require_artifact
+
+if TYPE_CHECKING:
+    from fastedit.backbone import EditableModel
 
 
 @dataclass(frozen=True)
@@ -78,52 +80,63 @@ class Run:
         return plain(data)  # type: ignore[no-any-return]
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``scores.json`` and the deltas into a folder, made if needed. Returns the folder.
+        """Write the run into a folder, made if needed. Returns the folder.
 
         The deltas go to ``deltas.safetensors``; those that a run wrote to files stay where they are if that is the
-        folder's ``deltas/``, and are copied there if not.
+        folder's ``deltas/``, and are copied there if not. Trained parts go to ``artifact.safetensors``, all else to
+        ``scores.json``. A run that was saved there before stays until this one is there as a whole, and is gone then.
+
+        Raises:
+            ValueError: another process writes there, or the folder's ``deltas/`` holds those of a run that was not
+                saved; nothing was written.
+            OSError: it cannot be written, or the disk is full; what was there is as it was.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.deltas, StoredDeltas):
-            if self.deltas.folder.resolve() != (folder / "deltas").resolve():
-                shutil.copytree(self.deltas.folder, folder / "deltas")
-            # of an earlier run: load would take it for this one's
-            (folder / "deltas.safetensors").unlink(missing_ok=True)
-        else:
-            save_deltas(self.deltas, folder / "deltas.safetensors")
-        if self.artifact is not None:
-            save_artifact(self.artifact, folder / "artifact.safetensors")
-        partial = folder / "scores.json.partial"
-        partial.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(folder / "scores.json")
+        write_run(folder, self.record(), self.deltas, self.artifact)
         return folder
 
     @staticmethod
-    def load(folder: str | Path) -> Run:
-        """Read a saved run back.
+    def load(folder: str | Path, model: EditableModel | None = None) -> Run:
+        """Read a saved run back, with everything checked.
 
+        Args:
+            folder: that ``save`` wrote.
+            model: the one that was edited. Trained parts, without which the deltas of some methods cannot act, are put
+                at its disposal. None leaves that to ``fastedit.load_artifact``.
         Raises:
             FileNotFoundError: a file of the folder is missing.
-            ValueError: the deltas do not belong to the scores.
+            ValueError: a file is not what was written, the deltas do not belong to the scores, or the run is of another
+                model.
         """
-        folder = Path(folder)
-        data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        deltas: Sequence[EditDelta]
-        if (folder / "deltas").is_dir() and not (folder / "deltas.safetensors").exists():
-            deltas = StoredDeltas(folder / "deltas")
-            ids = deltas.request_ids
-        else:
-            deltas = load_deltas(folder / "deltas.safetensors")
-            ids = [delta.request_id for delta in deltas]
-        edits = data["edits"]
-        if [edit["id"] for edit in edits] != ids:
-            raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
-        outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
-        scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
-        checkpoints = {int(count): _scores(tables) for count, tables in data.get("checkpoints", {}).items()}
-        timing = Timing(**data["timing"])
-        return Run(deltas, outcomes, _scores(data["scores"]), scored, timing, data["provenance"], checkpoints)
+        saved = read_run(Path(folder))
+        data, deltas = saved.content, saved.deltas
+        ids = deltas.request_ids if isinstance(deltas, StoredDeltas) else [delta.request_id for delta in deltas]
+        try:
+            edits = data["edits"]
+            if [edit["id"] for edit in edits] != ids:
+                raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
+            outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
+            scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
+            checkpoints = {int(count): _scores(tables) for count, tables in data.get("checkpoints", {}).items()}
+            run = Run(
+                deltas, outcomes, _scores(data["scores"]), scored, Timing(**data["timing"]), data["provenance"],
+                checkpoints, saved.artifact,
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"run: {SCORES} is complete (got {error!r:.200} in folder={str(folder)!r})") from error
+        if model is not None:
+            run._bind(model)
+        return run
+
+    def _bind(self, model: EditableModel) -> None:
+        """Let the deltas act on a model, which is the one that was edited."""
+        of = self.provenance["model"]["fingerprint"]
+        if of != model.fingerprint:
+            told = f"got a run of model={of[:12]!r}, in use {model.fingerprint[:12]!r}"
+            raise ValueError(f"run: it is of the model in use ({told})")
+        if self.artifact is not None:
+            require_artifact(self.artifact, self.artifact.kind, model)
+            model.artifacts[self.artifact.id] = self.artifact
 
 
 def _tables(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:

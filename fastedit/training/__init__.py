@@ -1,7 +1,8 @@
 """Trained parts of methods: how they are trained, and how they are kept on disk."""
 
 from fastedit.training.artifact import Artifact, load_artifact, require_artifact, save_artifact
-from fastedit.training.trainer import Task, TrainerConfig, train_task
+from fastedit.training.config import TrainerConfig
+from fastedit.training.trainer import Task, train_task
 
 __all__ = [
     "Artifact",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastedit.files import read_tensors, require_finite, write_tensors
+
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
 
@@ -62,7 +64,13 @@ class Artifact:
 
 
 def save_artifact(artifact: Artifact, path: str | Path) -> Path:
-    """Write an artifact to one safetensors file that is there whole or not at all; folders are made."""
+    """Write an artifact to one safetensors file that is there whole or not at all; folders are made.
+
+    Raises:
+        ValueError: a value that is not finite; nothing is written then.
+        OSError: the file cannot be written; what was there is there.
+    """
+    require_finite(artifact.tensors, "artifact", f"the artifact for {artifact.kind!r}")
     header = {
         "format": FORMAT,
         "kind": artifact.kind,
@@ -71,7 +79,8 @@ def save_artifact(artifact: Artifact, path: str | Path) -> Path:
         "metrics": artifact.metrics,
         "id": artifact.id,
     }
-    return write_tensors(artifact.tensors, header, path)
+    write_tensors(artifact.tensors, header, Path(path), "artifact")
+    return Path(path)
 
 
 def load_artifact(path: str | Path, model: EditableModel | None = None, *, kind: str | None = None) -> Artifact:
@@ -84,19 +93,21 @@ def load_artifact(path: str | Path, model: EditableModel | None = None, *, kind:
         kind: the method it must be for; None takes any.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, an incomplete or changed file, another kind, or another model.
+        ValueError: another format, an incomplete or changed file, a value that is not finite, another kind, or another
+            model.
     """
-    tensors, header = read_tensors(path, FORMAT)
+    tensors, header, _ = read_tensors(path, FORMAT, "artifact")
     try:
         artifact = Artifact(header["kind"], header["model"], header["config"], tensors, header["metrics"])
         stored = header["id"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"artifact: a complete header (got {error!r} in path={str(path)!r})") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"artifact: a complete header (got {error!r:.200} in path={str(path)!r})") from error
     if artifact.id != stored:
         raise ValueError(
             f"artifact: the content is what was written (got id={artifact.id[:12]} where the header of {str(path)!r} "
-            f"has id={stored[:12]})"
+            f"has id={stored!r:.14})"
         )
+    require_finite(tensors, "artifact", f"path={str(path)!r}")
     require_artifact(artifact, kind or artifact.kind, model)
     if model is not None:
         model.artifacts[artifact.id] = artifact
@@ -127,44 +138,6 @@ def require_artifact(artifact: Artifact | None, kind: str, model: EditableModel 
             f"{artifact.model_fingerprint[:12]!r}, in use {model.fingerprint[:12]!r})"
         )
     return artifact
-
-
-def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | Path) -> Path:
-    """Write tensors and a JSON header as safetensors: beside the path first, then renamed."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, partial, metadata={"fastedit": _json(header)})
-    partial.replace(path)
-    return path
-
-
-def read_tensors(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_tensors`` wrote; nothing in a file is ever executed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a safetensors file, no header, or another format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"artifact: the file exists (got path={str(path)!r})")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            raw = (file.metadata() or {}).get("fastedit", "{}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(raw)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"artifact: a whole safetensors file (got {error} in path={str(path)!r})") from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != format:
-        raise ValueError(f"artifact: format is {format!r} (got format={found!r} in path={str(path)!r})")
-    return tensors, header
 
 
 def _json(value: Any) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastedit.files import claim_file, read_tensors, tensors_digest, write_tensors
 from fastedit.progress import progress
-from fastedit.settings import check_ranges
-from fastedit.training.artifact import Artifact, read_tensors, write_tensors
+from fastedit.training.artifact import Artifact
+from fastedit.training.config import TrainerConfig
 
 FORMAT = "fastedit-checkpoint/1"
-SCHEDULES = ("constant", "cosine")
 
 
 class Task(Protocol):
@@ -48,56 +49,6 @@ class Task(Protocol):
         """The artifact of the present parameters."""
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Settings of the loop.
-
-    Args:
-        steps: most optimiser steps.
-        batch_size: records of a step, for tasks that take records.
-        lr: of AdamW, times the task's factor by group.
-        warmup: steps over which the rate rises from 0.
-        schedule: "constant", or "cosine" down to a hundredth at the last step.
-        clip: largest Euclidean norm of the whole gradient; None is off.
-        weight_decay: decoupled.
-        betas, eps: of AdamW.
-        valid_every: steps between validations, the last step is always followed by one; None never validates and keeps
-            the last parameters.
-        patience: validations without a better score before training stops; None never stops early.
-        checkpoint_every: steps between checkpoints.
-        seed: of everything that is drawn.
-    Raises:
-        ValueError: a number outside of its range.
-    """
-
-    steps: int = 500
-    batch_size: int = 16
-    lr: float = 1e-3
-    warmup: int = 20
-    schedule: str = "constant"
-    clip: float | None = 1.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    valid_every: int | None = 100
-    patience: int | None = 3
-    checkpoint_every: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            "train",
-            self,
-            at_least=dict.fromkeys(("batch_size", "valid_every", "patience", "checkpoint_every"), 1),
-            positive=("lr", "clip", "eps"),
-            not_negative=("steps", "warmup", "weight_decay"),
-        )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train: betas lie in 0 to 1, without 1 (got betas={self.betas!r})")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"train: schedule is one of {list(SCHEDULES)} (got schedule={self.schedule!r})")
-
-
 def train_task(
     task: Task,
     config: TrainerConfig,
@@ -119,11 +70,20 @@ def train_task(
     Returns:
         ``task.result()`` with metrics: steps, seconds, validation (by step), best.
     Raises:
-        ValueError: a checkpoint of another task or other settings, or parameters that cannot be trained.
-        FloatingPointError: loss or gradient is not finite; names the step and the checkpoint, which is kept.
+        ValueError: a checkpoint of another task or other settings, one that is not what was written or that another
+            process writes, or parameters that cannot be trained.
+        FloatingPointError: loss, gradient or parameters are not finite; names the step and the checkpoint that is kept.
+        OSError: the checkpoint cannot be written; the one before is kept.
     """
     state = _State(task, config)
-    path = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is None:
+        return _train(state, None, resume, show_progress)
+    with claim_file(checkpoint, f"train {task.name}") as path:
+        return _train(state, path, resume, show_progress)
+
+
+def _train(state: _State, path: Path | None, resume: bool, show_progress: bool | None) -> Artifact:
+    task, config = state.task, state.config
     if path is not None and resume and path.is_file():
         state.load(path)
     start = time.monotonic()
@@ -184,7 +144,7 @@ def _broken(state: _State, path: Path | None, found: str) -> str:
     if path is not None:
         kept = f"the state before is kept in {path}" if path.is_file() else "no checkpoint was written yet"
     told = f"step={state.step}, {found}, lr={state.config.lr}, clip={state.config.clip}"
-    return f"train {state.task.name}: loss and gradient are finite (got {told}); {kept}; try a smaller lr"
+    return f"train {state.task.name}: loss, gradient and parameters are finite (got {told}); {kept}; try a smaller lr"
 
 
 @contextmanager
@@ -260,7 +220,10 @@ class _State:
                     tensor.copy_(self._best_tensors[name])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, of parameters that can be gone on with."""
+        for name, parameter in self.parameters.items():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise FloatingPointError(_broken(self, path, f"{name} with values that are not finite"))
         tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}
         for name, parameter in self.parameters.items():
             moments = self.optimiser.state[parameter]
@@ -270,11 +233,20 @@ class _State:
         tensors |= {f"best/{name}": tensor for name, tensor in self._best_tensors.items()}
         header = {**self._owner(), "step": self.step, "waited": self.waited, "best": self.best}
         header |= {"history": self.history, "seconds": self.seconds + time.monotonic() - self._start}
-        write_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, header, path)
+        kept = {name: tensor.cpu() for name, tensor in tensors.items()}
+        write_tensors(kept, {**header, "content": tensors_digest(kept)}, path, f"train {self.task.name}")
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
-        tensors, header = read_tensors(path, FORMAT)
+        tensors, header, checked = read_tensors(path, FORMAT, f"train {self.task.name}")
+        if not checked:
+            told = f"train {self.task.name}: the checkpoint {path} was written without a checksum: it is not checked"
+            warnings.warn(told, UserWarning, stacklevel=2)
+        if checked and header.get("content") != tensors_digest(tensors):
+            raise ValueError(
+                f"train {self.task.name}: the checkpoint is what was written (its checksum differs in {path}); delete "
+                "it, or pass resume=False"
+            )
         for name, mine in self._owner().items():
             if header.get(name) != mine:
                 raise ValueError(
@@ -293,8 +265,8 @@ class _State:
             self._best_tensors = {n[len("best/") :]: t for n, t in tensors.items() if n.startswith("best/")}
             self.step, self.waited, self.best = int(header["step"]), int(header["waited"]), header["best"]
             self.history, self.seconds = header["history"], float(header["seconds"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"train {self.task.name}: a whole checkpoint (got {error!r} in {path})") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"train {self.task.name}: a whole checkpoint (got {error!r:.200} in {path})") from error
 
     def _owner(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that goes on from it."""

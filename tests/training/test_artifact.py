@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastedit.training import Artifact, load_artifact, require_artifact, save_artifact
+from tests.files.damage import refused_or_same
 
 
 class FakeModel:
@@ -99,6 +100,46 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         load_artifact(path)
     with pytest.raises(FileNotFoundError, match="the file exists"):
         load_artifact(tmp_path / "absent")
+
+
+def test_a_flipped_bit_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    """In the metrics too, which are no part of what acts."""
+    made = artifact(metrics={"score": 0.5, "validation": [0.1 * n for n in range(50)]})
+    path = save_artifact(made, tmp_path / "a.safetensors")
+
+    def same(read: Artifact) -> bool:
+        return (read.id, read.metrics) == (made.id, made.metrics)
+
+    assert refused_or_same(path, lambda: load_artifact(path), same) >= 500
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    broken = artifact(tensors={"net/u": torch.tensor([1.0, bad])})
+    with pytest.raises(ValueError, match=r"every value is finite \(got 1 that are not in part 'net/u' of the artifact"):
+        save_artifact(broken, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    header = {
+        "format": "fastedit-artifact/1",
+        "kind": "mend",
+        "model": "f" * 64,
+        "config": broken.config,
+        "metrics": {},
+    }
+    metadata = {"fastedit": json.dumps({**header, "id": broken.id})}
+    save_file(dict(broken.tensors), tmp_path / "b.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"every value is finite \(got 1 .*b\.safetensors"):
+        load_artifact(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change", [{"config": []}, {"config": None}, {"metrics": 7}, {"id": 7}, {"id": None}, {"kind": ""}]
+)
+def test_headers_that_say_something_else_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    header = {"format": "fastedit-artifact/1", "kind": "mend", "model": "f", "config": {}, "metrics": {}, "id": "0"}
+    save_file({"a": torch.ones(1)}, tmp_path / "x", metadata={"fastedit": json.dumps({**header, **change})})
+    with pytest.raises(ValueError, match=r"artifact: .*x'"):
+        load_artifact(tmp_path / "x")
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastedit.files import claim_file, open_tensors
 from fastedit.training import Artifact, TrainerConfig, train_task
+from tests.files.damage import refused_or_same
 
 
 class Line:
@@ -255,3 +260,77 @@ def test_tasks_that_cannot_be_trained_are_refused() -> None:
         train_task(Mistyped(), CONFIG)
     with pytest.raises(ValueError, match="validation gives 'score'"):
         train_task(Silent(), CONFIG)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    whole = train_task(Line(), CONFIG, checkpoint=path)
+
+    def go_on() -> Artifact:
+        # It has ended: what is read is what comes out
+        return train_task(Line(break_at=0), CONFIG, checkpoint=path)
+
+    def same(made: Artifact) -> bool:
+        return (made.id, made.metrics["validation"]) == (whole.id, whole.metrics["validation"])
+
+    assert refused_or_same(path, go_on, same) >= 500
+    assert same(go_on())
+
+
+def test_a_checkpoint_without_a_checksum_is_read_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    whole = train_task(Line(), CONFIG, checkpoint=path)
+    with open_tensors(path, "test") as (file, header, _):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"fastedit": json.dumps(header)})
+    with pytest.warns(UserWarning, match=r"state\.safetensors was written without a checksum"):
+        assert train_task(Line(break_at=0), CONFIG, checkpoint=path).id == whole.id
+
+
+@pytest.mark.parametrize("field", ["step", "waited", "history", "seconds"])
+def test_a_checkpoint_that_lacks_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "state.safetensors"
+    train_task(Line(), CONFIG, checkpoint=path)
+    with open_tensors(path, "test") as (file, header, _):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    for value in ({}, {field: "x"} if field != "history" else {}):
+        metadata = {"fastedit": json.dumps({**{k: v for k, v in header.items() if k != field}, **value})}
+        save_file(tensors, path, metadata=metadata)
+        with (
+            pytest.warns(UserWarning, match="without"),
+            pytest.raises(ValueError, match=r"a whole checkpoint .*state\.safetensors"),
+        ):
+            train_task(Line(), CONFIG, checkpoint=path)
+
+
+def test_a_checkpoint_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    other = threading.Thread(target=lambda: errors.append(attempt()))
+    errors: list[str] = []
+
+    def attempt() -> str:
+        with pytest.raises(ValueError, match="one process writes at a time") as caught:
+            train_task(Line(), CONFIG, checkpoint=path)
+        return str(caught.value)
+
+    with claim_file(path, "test"):
+        other.start()
+        other.join()
+    assert str(path) in errors[0]
+    train_task(Line(), CONFIG, checkpoint=path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parameters_that_broke_are_not_written(tmp_path: Path) -> None:
+    class Breaks(Line):
+        def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+            error, told = super().loss(step)
+            if step == 19:
+                with torch.no_grad():
+                    self.slope[0] = torch.nan
+                # the loss of this step is that of the parameters before
+            return error, told
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(FloatingPointError, match=r"got step=20, slope with values .* kept in .*state\.safetensors"):
+        train_task(Breaks(), TrainerConfig(steps=60, valid_every=None, checkpoint_every=10, clip=None), checkpoint=path)

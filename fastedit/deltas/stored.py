@@ -1,0 +1,141 @@
+"""Deltas in the files of a folder, written while a run goes on and read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from fastedit.deltas.base import EditDelta
+from fastedit.deltas.storage import opened, write_deltas
+from fastedit.files import json_text
+
+
+class StoredDeltas(Sequence[EditDelta]):
+    """Deltas in the files of a folder, read when asked for: memory does not grow with their number.
+
+    A file holds what was appended at once and is named by its number, ``deltas-000000.safetensors`` being the first.
+    Edits end in any order: files say which place of the run a delta has, and the deltas that are there are in that
+    order, also where the run was broken off. Reading one checks it and its file's header, and nothing else.
+
+    Args:
+        folder: that exists; its files are read in the order of their names. ``StoredDeltas.create`` makes one.
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a file is not of this format, or one is missing in the middle.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            error_type = ValueError if self.folder.exists() else FileNotFoundError
+            raise error_type(f"deltas: the folder exists (got folder={str(folder)!r}); StoredDeltas.create makes one")
+        # by place: the number of the file, the number there, and whose it is
+        self._found: dict[int, tuple[int, int, str]] = {}
+        self._sorted: list[int] = []
+        self._checksums: list[str] = []
+        for number, path in enumerate(self.files()):
+            if path.name != _file_name(number):
+                raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
+            with opened(path) as file:
+                if number == 0:
+                    file.warn()
+                ids = [entry.request_id for entry in file.entries]
+                self._add(ids, self._free(path.name, len(file), file.places), file.checksum)
+
+    @classmethod
+    def create(cls, folder: str | Path) -> StoredDeltas:
+        """Make a folder for deltas; one that exists must hold none.
+
+        Raises:
+            ValueError: it holds some.
+            OSError: it cannot be made.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        stored = cls(folder)
+        if stored:
+            raise ValueError(f"deltas: the folder is new or empty (got {folder} with {len(stored)} deltas)")
+        return stored
+
+    def files(self) -> list[Path]:
+        """The files, in order."""
+        return sorted(self.folder.glob("deltas-??????.safetensors"))
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over the headers of all files; "" where a file has no checksum."""
+        if "" in self._checksums:
+            return ""
+        return hashlib.sha256(json_text(self._checksums).encode()).hexdigest()
+
+    def append(self, deltas: Sequence[EditDelta], places: Sequence[int] | None = None) -> None:
+        """Write deltas as one file that is there whole or not at all.
+
+        Args:
+            deltas: n. places: of each in the run, in any order over the files; behind the others if absent.
+        Raises:
+            ValueError: a place for every delta, and none twice; a value that is not finite; or another writer has put
+                a file there. Nothing is written then.
+            OSError: the file cannot be written, the disk is full ...; nothing is left of it then.
+        """
+        if not deltas and not places:
+            return
+        path = self.folder / _file_name(len(self._checksums))
+        chosen = self._free(path.name, len(deltas), places)
+        try:
+            checksum = write_deltas(deltas, path, places, exclusive=True)
+        except FileExistsError:
+            told = f"{path.name} of another one in folder={str(self.folder)!r}"
+            raise ValueError(f"deltas: one process writes a folder (got {told})") from None
+        self._add([delta.request_id for delta in deltas], chosen, checksum)
+
+    def _free(self, where: str, count: int, places: Sequence[int] | None) -> Sequence[int]:
+        """The places of a file's deltas, once it is known that none is taken twice."""
+        first = 1 + max(self._found, default=-1)
+        chosen = range(first, first + count) if places is None else places
+        seen: set[int] = set()
+        for place in chosen:
+            if place in self._found or place in seen:
+                raise ValueError(f"deltas: every place is taken once (got place={place} again in {where})")
+            seen.add(place)
+        return chosen
+
+    def _add(self, ids: Sequence[str], places: Sequence[int], checksum: str) -> None:
+        file = len(self._checksums)
+        self._found.update((place, (file, row, ids[row])) for row, place in enumerate(places))
+        self._checksums.append(checksum)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Whose the deltas are, without reading them."""
+        return [self._found[place][2] for place in self.places]
+
+    @property
+    def places(self) -> list[int]:
+        """The places of the deltas in their run: 0, 1, 2 ... where it was finished."""
+        if len(self._sorted) != len(self._found):
+            self._sorted = sorted(self._found)
+        return self._sorted
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @overload
+    def __getitem__(self, index: int) -> EditDelta: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EditDelta]: ...
+    def __getitem__(self, index: int | slice) -> EditDelta | list[EditDelta]:
+        """Read one delta, or those of a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number, row, _ = self._found[self.places[index]]
+        path = self.folder / _file_name(number)
+        with opened(path) as file:
+            if file.checksum != self._checksums[number]:
+                raise ValueError(f"deltas: files stay as they were (got another content in path={str(path)!r})")
+            return file.read(row)
+
+
+def _file_name(number: int) -> str:
+    return f"deltas-{number:06d}.safetensors"
