@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.context import outside_inference_mode
 from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.vision import VISION, watched
 from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
@@ -47,6 +48,7 @@ class EditRows:
     row_roles: tuple[int, ...] = ()
 
 
+@outside_inference_mode
 @torch.no_grad()
 def prepare(
     model: EditableModel,
@@ -61,8 +63,9 @@ def prepare(
     caches = model.caches
     flat = [view for vs in views for view in vs]
     point = (*split_point(spec), spec.positions)
+    active = model.active_key
     with timer.phase("prefix"):
-        states = caches.states.get_all([(point, _key(view.query)) for view in flat])
+        states = caches.states.get_all([(active, point, _key(view.query)) for view in flat])
     missing = [number for number, state in enumerate(states) if state is None]
     if missing:
         with timer.phase("encode"):
@@ -79,7 +82,7 @@ def prepare(
                 if flat[number].role >= Role.TEXT_LOCALITY:
                     # Drawn from a pool, and so likely to come again. A copy: a slice would keep the batch in memory
                     found = (found[0].map(torch.clone), found[1].clone())
-                    caches.states.put((point, _key(flat[number].query)), found)
+                    caches.states.put((active, point, _key(flat[number].query)), found)
                 states[number] = found
     known = [state for state in states if state is not None]
     out = [number for number, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY]
@@ -115,14 +118,16 @@ def _references(
         return {}
     caches = model.caches
     with timer.phase("reference"):
-        found = dict(zip(out, caches.references.get_all([_key(flat[number].query) for number in out]), strict=True))
+        active = model.active_key
+        cached = caches.references.get_all([(active, _key(flat[number].query)) for number in out])
+        found = dict(zip(out, cached, strict=True))
         missing = [number for number in out if found[number] is None]
         if missing:
             state = PackedState.cat([known[number][0] for number in missing])
             logits = model.head(packed_tail(model, state))
             for number, part in zip(missing, torch.split(logits, list(state.wanted_counts)), strict=True):
                 found[number] = part.clone()
-                caches.references.put(_key(flat[number].query), found[number])
+                caches.references.put((active, _key(flat[number].query)), found[number])
     return {number: part for number, part in found.items() if part is not None}
 
 

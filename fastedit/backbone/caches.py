@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,8 @@ Value = TypeVar("Value")
 
 class SpillCache(Generic[Value]):
     """Values by key under a budget. The least recently used move to host memory, and out of it when that is full.
+
+    Threads may use one cache at once.
 
     Where the device is the host there is nothing to move to: they are dropped and computed again.
 
@@ -38,6 +41,7 @@ class SpillCache(Generic[Value]):
         self._far: OrderedDict[Hashable, tuple[Value, Any]] = OrderedDict()
         self.held_bytes = self.far_bytes = 0
         self.hits = self.misses = 0
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._near) + len(self._far)
@@ -47,6 +51,10 @@ class SpillCache(Generic[Value]):
 
     def get(self, key: Hashable) -> Value | None:
         """The value, on the device it was put on, or None."""
+        with self._lock:
+            return self._get(key)
+
+    def _get(self, key: Hashable) -> Value | None:
         if key in self._near:
             self._near.move_to_end(key)
             self.hits += 1
@@ -69,6 +77,10 @@ class SpillCache(Generic[Value]):
         """Keep a value, which makes room by moving others away. One over the whole budget is not kept."""
         if value is None or self._size(value) > self.budget_bytes:
             return
+        with self._lock:
+            self._put(key, value, device)
+
+    def _put(self, key: Hashable, value: Value, device: torch.device | None) -> None:
         if key in self._near:
             self.held_bytes -= self._size(self._near.pop(key))
         if key in self._far:
@@ -83,9 +95,10 @@ class SpillCache(Generic[Value]):
 
     def clear(self) -> None:
         """Drop everything."""
-        self._near.clear()
-        self._far.clear()
-        self.held_bytes = self.far_bytes = 0
+        with self._lock:
+            self._near.clear()
+            self._far.clear()
+            self.held_bytes = self.far_bytes = 0
 
     def _spill(self, key: Hashable, value: Value, device: torch.device) -> None:
         size = self._size(value)

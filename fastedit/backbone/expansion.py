@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -39,25 +40,43 @@ def expanded_layers(model: EditableModel, first_layer: int) -> Iterator[int]:
     if model.quantize != "nf4":
         yield 0
         return
-    plain = library().nn.Linear4bit
-    changed: list[Any] = []
+    used: list[Any] = []
     total = 0
     try:
         for layer in list(model.adapter.text.layers)[first_layer:]:
-            module: Any
             for module in layer.modules():
-                if type(module) is not plain:
-                    continue
-                weight = _dequantized(module, model.dtype)
-                changed.append(module)
-                module.expanded_weight, module.expanded_by = weight, model.linear
-                module.__class__ = _expanded_class()
-                total += weight.numel() * weight.element_size()
+                if isinstance(module, library().nn.Linear4bit):
+                    total += _expand(module, model)
+                    used.append(module)
         yield total
     finally:
-        for module in changed:
-            module.__class__ = plain
-            del module.expanded_weight, module.expanded_by
+        for module in used:
+            _contract(module)
+
+
+#: Blocks, also of several threads, that use a map's expanded weight; the last one takes it away.
+_LOCK = threading.Lock()
+
+
+def _expand(module: Any, model: EditableModel) -> int:
+    """One more block uses the expanded weight of a map; return the bytes that were written out for it."""
+    with _LOCK:
+        if type(module) is not library().nn.Linear4bit:
+            module.expanded_users += 1
+            return 0
+        weight = _dequantized(module, model.dtype)
+        module.expanded_weight, module.expanded_by, module.expanded_users = weight, model.linear, 1
+        module.__class__ = _expanded_class()
+        return weight.numel() * weight.element_size()
+
+
+def _contract(module: Any) -> None:
+    """One block less uses the expanded weight of a map."""
+    with _LOCK:
+        module.expanded_users -= 1
+        if not module.expanded_users:
+            module.__class__ = library().nn.Linear4bit
+            del module.expanded_weight, module.expanded_by, module.expanded_users
 
 
 @torch.no_grad()
@@ -77,7 +96,11 @@ def _expanded_class() -> type[nn.Module]:
 
         def forward(self, x: Tensor) -> Tensor:
             """Return x (..., d_in) times the weight: (..., d_out), in the type of x."""
-            weight: Tensor = self.expanded_weight
+            weight: Tensor | None = self.__dict__.get("expanded_weight")
+            if weight is None:
+                # Taken away by another thread since the call began
+                result: Tensor = library().nn.Linear4bit.forward(self, x)
+                return result
             bias = None if self.bias is None else self.bias.to(weight.dtype)
             return frozen_product(x.to(weight.dtype), weight, bias, self.expanded_by).to(x.dtype)
 

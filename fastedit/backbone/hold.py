@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .context import overridden
 
 if TYPE_CHECKING:
     from .model import EditableModel
@@ -66,24 +68,17 @@ def held_inputs(model: EditableModel, layer: int, stage: str) -> Iterator[Held]:
     held = Held()
     known = model.adapter.text.site_paths
     sites = model.sites([layer], [name for name in FIRST_READERS[stage] if name in known])
-    replaced: list[tuple[nn.Module, Any]] = []
-    try:
+    with ExitStack() as entered:
         for site in sites:
-            module: Any = model.module(site)
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = _held_forward(held, site.module_path, module.forward)
+            entered.enter_context(overridden(model.module(site), _held_forward(held, site.module_path)))
         yield held
-    finally:
-        for changed, own in replaced:
-            # An instance attribute of before goes back; else the class's method shows again.
-            if own is None:
-                del changed.forward
-            else:
-                changed.forward = own
 
 
-def _held_forward(held: Held, path: str, original: Any) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        return held.get(path, original, x)
+def _held_forward(held: Held, path: str) -> Any:
+    def make(original: Any) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            return held.get(path, original, x)
 
-    return forward
+        return forward
+
+    return make

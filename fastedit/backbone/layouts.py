@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .packed import PackedState
-
-if TYPE_CHECKING:
-    from .model import EditableModel
 
 
 @dataclass(frozen=True)
@@ -95,18 +93,27 @@ def _of_state(state: PackedState) -> Running:
     return Running(layouts)
 
 
+_RUNNING: ContextVar[Running | None] = ContextVar("fastedit_running", default=None)
+
+
+def running_now() -> Running | None:
+    """Whose tokens the linear maps see now, in this context; None outside of walks over packed rows."""
+    return _RUNNING.get()
+
+
 @contextmanager
-def running(model: EditableModel, state: PackedState) -> Iterator[None]:
-    """Inside the block hooks can ask the model whose tokens they see: those of a state that is walked."""
-    with showing(model, state.remembered("running", lambda: _of_state(state))):
+def running(state: PackedState) -> Iterator[None]:
+    """Inside the block hooks can ask whose tokens they see: those of a state that is walked."""
+    with showing(state.remembered("running", lambda: _of_state(state))):
         yield
 
 
 @contextmanager
-def showing(model: EditableModel, shown: Running) -> Iterator[None]:
-    """Inside the block hooks can ask the model whose tokens they see."""
-    before, model.running = model.running, shown
+def showing(shown: Running) -> Iterator[None]:
+    """Inside the block hooks can ask whose tokens they see."""
+    before = _RUNNING.get()
+    _RUNNING.set(shown)
     try:
         yield
     finally:
-        model.running = before
+        _RUNNING.set(before)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .adapters import image_token_id, sequential_positions, token_text
+from .context import scoped_hooks
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs, join_padded
 from .text import text_stack
@@ -53,11 +54,8 @@ class LlavaAdapter:
         def keep(_module: Any, args: tuple[Tensor, ...]) -> None:
             given.append(args[0])
 
-        handle = self.hf.model.multi_modal_projector.register_forward_pre_hook(keep)
-        try:
+        with scoped_hooks({self.hf.model.multi_modal_projector: keep}, before=True):
             self.image_features(images)
-        finally:
-            handle.remove()
         return list(given[0])
 
     def join(self, seen: Sequence[Tensor]) -> Tensor:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import threading
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
+from . import padded
+from .active import Holder, active_key, fingerprint_with, installed_on, uninstalled
+from .adapters import Adapter, make_adapter
 from .caches import Caches, SpillCache, feature_cache, tensor_cache
+from .context import autocast_key, outside_inference_mode
 from .encoding import encode_queries
 from .fingerprint import model_fingerprint
 from .images import ImageReader
+from .layouts import Running, running_now
 from .prompts import PromptBuilder
 from .reader import greedy
-from .stacks import Context, causal_masks
-from .states import STAGES, Encoded, ImageFeatures, PrefixState, Site, gather_positions
+from .stacks import Context
+from .states import Encoded, ImageFeatures, PrefixState, Site
+from .vision import VISION
 
 if TYPE_CHECKING:
     from fastedit.requests import ImageSource, Query
-
-    from .layouts import Running
-    from .walk import Holder
 
 #: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
 VISION_BATCH, VISION_BATCH_CPU = 32, 4
@@ -34,6 +38,9 @@ class EditableModel:
     Made by `fastedit.backbone.load`. Forward hooks on any submodule stay active in `prefix`, `tail`, `head` and
     `generate`, which call the real submodules and keep rows in order. `generate` and edits run on packed rows: linear
     maps see (1, T, d), the tokens of all rows one after another, and `running` says whose they are.
+
+    Several threads may use one model. What is installed by one (`fastedit.applied`, a fit) acts in its own context
+    only; a thread that is started inside the block begins without it.
 
     Args:
         hf: the model. processor: its processor. adapter: its family. name: what it was loaded as.
@@ -74,21 +81,49 @@ class EditableModel:
         self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])
         self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20)
         self.image_features = feature_cache(image_cache_mib << 20)
-        #: Of the frozen model, so valid as long as it is loaded, whatever is edited.
+        #: Of the model as it acts: keys say under which deltas.
         self.caches = Caches(state_cache_mib << 20)
-        self._paths = {id(module): path for path, module in self.hf.named_modules()}
-        self._fingerprint: str | None = None
-        #: Answers of this frozen model to (prompt, image, most new tokens): asked once, whatever is edited.
-        self.reference_answers: dict[tuple[str, str, int], str] = {}
-        #: Whose tokens the linear maps see now, for hooks; None outside of walks over packed rows.
-        self.running: Running | None = None
-        #: Installed deltas that act on some prompts only, or ask another question.
-        self.holders: list[Holder] = []
-        #: What the vision tower makes of images, for edits behind it; and how many deltas stand there now.
+        #: Answers to (what acts, prompt, image, most new tokens), each asked once.
+        self.reference_answers: dict[tuple[Hashable, str, str, int], str] = {}
+        #: What the vision tower makes of images, for edits behind it.
         self.tower_outputs: SpillCache[Tensor] = tensor_cache(image_cache_mib << 20)
-        self.watching = 0
         #: Trained parts by id, of deltas that do not act without.
         self.artifacts: dict[str, Any] = {}
+        self._cache_mib = {"image_cache_mib": image_cache_mib, "state_cache_mib": state_cache_mib}
+        self._fingerprint: str | None = None
+        self._lock = threading.RLock()
+        self._layer_paths = _paths_of(self.hf, adapter.text.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditableModel:
+        """A model with weights of its own and empty caches."""
+        hf = copy.deepcopy(self.hf, memo)
+        made = EditableModel(
+            hf, self.processor, make_adapter(hf, self.processor), name=self.name, quantize=self.quantize,
+            dtype=self.dtype, template=self.template, end_token_ids=self.end_token_ids, linear=self.linear,
+            **self._cache_mib,
+        )  # fmt: skip
+        made.artifacts.update(self.artifacts)
+        return made
+
+    @property
+    def running(self) -> Running | None:
+        """Whose tokens the linear maps see now, for hooks; None outside of walks over packed rows."""
+        return running_now()
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Deltas installed in this context that act on some prompts only, or ask another question."""
+        return [holder for holder in installed_on(self) if holder.routed]
+
+    @property
+    def watching(self) -> int:
+        """How many deltas that are installed in this context stand behind the vision tower."""
+        return sum(holder.point[1] == VISION for holder in installed_on(self))
+
+    @property
+    def active_key(self) -> Hashable:
+        """What distinguishes the model as it acts in this context: whatever is kept of it is kept under this key."""
+        return active_key(self), autocast_key(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -119,11 +154,17 @@ class EditableModel:
         self.reference_answers.clear()
 
     @property
-    def fingerprint(self) -> str:
+    def base_fingerprint(self) -> str:
         """SHA-256 of configuration and weights, computed at the first use."""
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.hf)
-        return self._fingerprint
+        with self._lock:
+            if self._fingerprint is None:
+                self._fingerprint = model_fingerprint(self.hf)
+            return self._fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration and weights, and of the deltas that act in this context where any do."""
+        return fingerprint_with(self.base_fingerprint, active_key(self))
 
     def encode(self, queries: Sequence[Query], *, answers: bool) -> Encoded:
         """Return right-padded rows on the model's device.
@@ -142,30 +183,31 @@ class EditableModel:
         """Images per call of the vision side."""
         return VISION_BATCH_CPU if self.device.type == "cpu" else VISION_BATCH
 
+    @outside_inference_mode
     @torch.no_grad()
     def features(self, encoded: Encoded) -> dict[str, ImageFeatures]:
-        """Return the features of every distinct image of the rows by content hash, running the tower on new ones."""
+        """Return the features of every distinct image of the rows by content hash, running the tower on new ones.
+
+        They are those of the base model: what a delta behind the tower changes is computed anew by whoever walks on.
+        """
         wanted = {image.key: image for image in encoded.images if image is not None}
-        found: dict[str, ImageFeatures] = {}
-        missing = []
-        for key, image in wanted.items():
-            cached = self.image_features.get(key)
-            if cached is None:
-                missing.append(image)
-            else:
-                found[key] = cached
+        cast = autocast_key(self.device)
+        found = {key: self.image_features.get((key, cast)) for key in wanted}
+        missing = [wanted[key] for key, features in found.items() if features is None]
         size = self.vision_batch
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            for image, features in zip(chunk, self.adapter.image_features(chunk), strict=True):
+            with uninstalled():
+                computed = self.adapter.image_features(chunk)
+            for image, features in zip(chunk, computed, strict=True):
                 if features.tokens.shape[0] != image.tokens:
                     got = f"features={features.tokens.shape[0]}, tokens={image.tokens}"
                     raise ValueError(f"{self.name}: an image has as many features as tokens (got {got})")
                 # A copy: the tower's output may be a view of a whole batch, which would then stay in memory.
-                own = ImageFeatures(features.tokens.clone(), tuple(part.clone() for part in features.deep))
-                found[image.key] = own
-                self.image_features.put(image.key, own)
-        return found
+                copied = ImageFeatures(features.tokens.clone(), tuple(part.clone() for part in features.deep))
+                found[image.key] = copied
+                self.image_features.put((image.key, cast), copied)
+        return {key: features for key, features in found.items() if features is not None}
 
     @torch.no_grad()
     def start(self, encoded: Encoded) -> PrefixState:
@@ -188,68 +230,13 @@ class EditableModel:
         hidden = text.enter(embeddings, position_ids)
         return PrefixState(hidden, position_ids, encoded.lengths, 0, "attention", deep)
 
-    @torch.no_grad()
     def prefix(self, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
-        """Return the state entering a decoder layer, or entering its feed-forward block.
-
-        Args:
-            encoded: R rows.
-            layer: 0 <= layer < n_layers.
-            stage: "attention" (entering the layer) or "ffn" (the residual stream after its attention block).
-        Raises:
-            ValueError: no such layer or stage.
-        """
-        self._check_layer(layer)
-        if stage not in STAGES:
-            raise ValueError(f"prefix: stage must be one of {', '.join(STAGES)} (got stage={stage!r})")
-        if self.watching:
-            raise ValueError(
-                "prefix: a delta on the vision side acts in generate, answer and edits, where the model computes image "
-                "tokens anew (got padded rows)"
-            )
-        text = self.adapter.text
-        state = self.start(encoded)
-        context = self.context(state)
-        hidden = state.hidden
-        for index in range(layer):
-            hidden = self._add_deep(text.layer(index, hidden, context), state, index)
-        if stage == "ffn":
-            hidden = text.attend(layer, hidden, context)
-        deep = {index: part for index, part in state.deep.items() if index >= layer}
-        return PrefixState(hidden, state.position_ids, state.lengths, layer, stage, deep)
+        """Return padded rows walked to a decoder layer (see `padded.prefix`)."""
+        return padded.prefix(self, encoded, layer, stage)
 
     def tail(self, state: PrefixState, *, positions: Tensor | None = None) -> Tensor:
-        """Return final hidden states after the final norm, differentiable in whatever is hooked onto submodules.
-
-        Args:
-            state: from `prefix`, R rows of N positions.
-            positions: (R, M), int64; -1 is padding. The last layer then computes queries, feed-forward and final norm
-                at these positions only.
-        Returns:
-            (R, N, d), or (R, M, d) at the positions. Padding yields unspecified finite values.
-        """
-        text = self.adapter.text
-        last = self.n_layers - 1
-        if state.gathered:
-            if state.layer != last or positions is not None:
-                got = f"layer={state.layer} of 0..{last}, positions {'given' if positions is not None else 'not given'}"
-                raise ValueError(f"tail: a gathered state must be of the last layer, without positions (got {got})")
-            return text.finish(self._add_deep(text.feed_forward(last, state.hidden), state, last))
-        if state.stage == "ffn" and state.layer == last and positions is not None:
-            # Nothing mixes positions any more.
-            return self.tail(state.at(positions))
-        hidden, first = state.hidden, state.layer
-        if state.stage == "ffn":
-            hidden = self._add_deep(text.feed_forward(first, hidden), state, first)
-            first += 1
-        context = self.context(state)
-        for index in range(first, last if positions is not None else last + 1):
-            hidden = self._add_deep(text.layer(index, hidden, context), state, index)
-        if positions is not None:
-            hidden = text.feed_forward(last, text.attend_at(last, hidden, positions, context))
-            if last in state.deep:
-                hidden = hidden + gather_positions(state.deep[last], positions)
-        return text.finish(hidden)
+        """Return final hidden states of padded rows (see `padded.tail`)."""
+        return padded.tail(self, state, positions=positions)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of final hidden states (..., d)."""
@@ -257,20 +244,10 @@ class EditableModel:
         return logits
 
     def context(self, state: PrefixState) -> Context:
-        """Return masks and position tables of a state, made once and kept with it."""
-        known = state.cache.get("context")
-        if isinstance(known, Context):
-            return known
-        text = self.adapter.text
-        with torch.no_grad():
-            context = Context(
-                position_ids=state.position_ids,
-                rotary=text.rotary(state.hidden, state.position_ids),
-                masks=causal_masks(text.config, set(text.kinds), state.hidden),
-            )
-        state.cache["context"] = context
-        return context
+        """Return masks and position tables of padded rows (see `padded.context`)."""
+        return padded.context(self, state)
 
+    @outside_inference_mode
     def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
         """Return greedy answers without surrounding white space. Rows of a batch stay in order until all have ended.
 
@@ -304,12 +281,12 @@ class EditableModel:
         paths = self.adapter.text.site_paths
         found = []
         for layer in layers:
-            self._check_layer(layer)
+            self.check_layer(layer)
             for name in names:
                 if name not in paths:
                     raise ValueError(f"sites: names must be among {', '.join(paths)} (got name={name!r})")
                 module: Any = self.adapter.text.layers[layer].get_submodule(paths[name])
-                path = self._paths[id(self.adapter.text.layers[layer])] + "." + paths[name]
+                path = self._layer_paths[layer] + "." + paths[name]
                 found.append(Site(layer, name, path, int(module.in_features), int(module.out_features)))
         return found
 
@@ -318,10 +295,13 @@ class EditableModel:
         module: nn.Module = self.hf.get_submodule(site.module_path)
         return module
 
-    def _check_layer(self, layer: int) -> None:
+    def check_layer(self, layer: int) -> None:
+        """Refuse a layer that there is not."""
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"{self.name}: layer must be in 0..{self.n_layers - 1} (got layer={layer})")
 
-    @staticmethod
-    def _add_deep(hidden: Tensor, state: PrefixState, layer: int) -> Tensor:
-        return hidden + state.deep[layer] if layer in state.deep else hidden
+
+def _paths_of(root: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    """Dotted paths of some modules inside of another."""
+    known = {id(module): path for path, module in root.named_modules()}
+    return [known[id(module)] for module in modules]

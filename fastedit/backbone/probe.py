@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .context import scoped_hooks
+
 if TYPE_CHECKING:
     from .model import EditableModel
 
@@ -33,9 +35,6 @@ def feed_forward_parts(model: EditableModel, layer: int, hidden: Tensor, name: s
     def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.extend((args[0][0], output[0]))
 
-    handle = model.module(site).register_forward_hook(keep)
-    try:
+    with scoped_hooks({model.module(site): keep}):
         model.adapter.text.feed_forward(layer, hidden[None])
-    finally:
-        handle.remove()
     return seen[0], seen[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .adapters import image_token_id, sequential_positions
+from .context import overridden
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs
 from .text import text_stack
@@ -60,15 +61,8 @@ class QwenVLAdapter:
             tokens = x.numel() // merger.hidden_size
             return torch.arange(tokens, device=x.device, dtype=torch.float64)[:, None]
 
-        own = merger.__dict__.get("forward")
-        merger.forward = numbered
-        try:
+        with overridden(merger, lambda _original: numbered):
             features = self.image_features(images)
-        finally:
-            # An instance attribute of before goes back; else the class's method shows again
-            del merger.forward
-            if own is not None:
-                merger.forward = own
         groups = given[0].reshape(-1, self.merge_size**2, given[0].shape[-1])
         return [groups[part.tokens[:, 0].long()].flatten(0, 1) for part in features]
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .active import uninstalled
+from .context import autocast_key
 from .layouts import Running, TokenLayout, showing
 from .packed import PackedState
 from .states import Encoded, ImageInputs, Site
@@ -55,10 +57,11 @@ def watched(model: EditableModel, state: PackedState, encoded: Encoded) -> Packe
     Args:
         state: entering layer 0, of these rows.
     """
+    cast = autocast_key(model.device)
     known: dict[str, Tensor] = {}
     missing: list[ImageInputs] = []
     for image in {image.key: image for image in encoded.images if image is not None}.values():
-        found = model.tower_outputs.get(image.key)
+        found = model.tower_outputs.get((image.key, cast))
         if found is None:
             missing.append(image)
         else:
@@ -66,10 +69,12 @@ def watched(model: EditableModel, state: PackedState, encoded: Encoded) -> Packe
     size = model.vision_batch
     for start in range(0, len(missing), size):
         chunk = missing[start : start + size]
-        for image, output in zip(chunk, model.adapter.look(chunk), strict=True):
+        with uninstalled():
+            outputs = model.adapter.look(chunk)
+        for image, output in zip(chunk, outputs, strict=True):
             # A copy: a view of a whole batch would keep it in memory
             known[image.key] = output.clone()
-            model.tower_outputs.put(image.key, known[image.key])
+            model.tower_outputs.put((image.key, cast), known[image.key])
     seen = tuple(None if image is None else known[image.key] for image in encoded.images)
     return replace(state, stage=VISION, seen=seen)
 
@@ -85,7 +90,7 @@ def renewed(model: EditableModel, state: PackedState) -> PackedState:
         return replace(state, stage="attention", seen=())
     marks = state.image
     places = state.remembered("image places", lambda: marks.nonzero()[:, 0])
-    with showing(model, state.remembered("vision", lambda: _layouts(state))):
+    with showing(state.remembered("vision", lambda: _layouts(state))):
         tokens = model.adapter.join(seen)
     if tokens.shape[0] != len(places):
         got = f"features={tokens.shape[0]}, tokens={len(places)}"

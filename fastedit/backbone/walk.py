@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,25 +15,7 @@ from .states import Encoded
 from .vision import VISION, renewed
 
 if TYPE_CHECKING:
-    from fastedit.requests import Query
-
     from .model import EditableModel
-
-
-class Holder(Protocol):
-    """Installed deltas that act on some prompts only, or ask another question (``fastedit.deltas.RowsHolder``)."""
-
-    point: tuple[int, str]
-
-    @property
-    def asks(self) -> bool:
-        """Whether other questions are asked."""
-
-    def decide(self, state: PackedState) -> None:
-        """Choose what acts on these prompts, walked to ``point``."""
-
-    def ask(self, queries: Sequence[Query]) -> list[Query]:
-        """The questions to be asked instead."""
 
 
 class Attention:
@@ -93,7 +74,7 @@ def packed_prefix(
     text = model.adapter.text
     hidden, first = state.hidden, state.layer
     attention = Attention(model, state, past, None)
-    with running(model, state):
+    with running(state):
         if state.stage == "ffn":
             hidden = _fed(model, first, hidden, state.deep)
             first += 1
@@ -123,7 +104,7 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
         state = renewed(model, state)
     hidden, first = state.hidden, state.layer
     whole = Attention(model, state, past, None)
-    with running(model, state):
+    with running(state):
         if state.stage == "ffn":
             if first == last:
                 return _finished(model, _taken(hidden, state), state)
@@ -157,7 +138,7 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
     collected = _Collected()
     attention = Attention(model, before, collected, None)
     text, hidden, first = model.adapter.text, before.hidden, before.layer
-    with running(model, before):
+    with running(before):
         if before.stage == "ffn":
             hidden = _fed(model, first, hidden, before.deep)
             first += 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastedit.backbone import EditableModel, Site
-from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.base import DeltaSpec, EditDelta, company
 from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, place_of, plain_options, side_by_side
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import nearest_keys
@@ -292,7 +292,7 @@ def without_memory(delta: EditDelta) -> EditDelta:
     feeding = AttentionMemoryDelta.neuron_sites(delta.spec)
     places = tuple(place_of(site) for site in feeding)
     tensors = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(places)}
-    return replace(delta, spec=replace(delta.spec, sites=feeding), tensors=tensors)
+    return replace(delta, spec=replace(delta.spec, sites=feeding), tensors=tensors, merged=company([delta]))
 
 
 def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -50,9 +50,9 @@ class EditDelta:
         model_fingerprint: of the base model it was fitted on ("" when unknown).
         request_id: of the edit.
         texts: what is text in it; "template" is the question to ask instead of any, "{prompt}" standing for that one.
-        fitted_on: ids of the deltas that were active while it was fitted, in order; () where it was fitted alone, None
-            where that is not known.
-        merged: ids of the deltas that it is the sum of, in order; () for the delta of a single edit.
+        fitted_on: the company in which it was fitted (``company`` of the deltas that were active): () where it was
+            alone, None where that is not known.
+        merged: the company that it is the sum of; () for the delta of a single edit.
     """
 
     spec: DeltaSpec
@@ -77,11 +77,6 @@ class EditDelta:
         return digest.hexdigest()
 
     @property
-    def members(self) -> tuple[str, ...]:
-        """Ids of the edits in it: those it is the sum of, or its own."""
-        return self.merged or (self.id,)
-
-    @property
     def n_parameters(self) -> int:
         """Number of scalars."""
         return sum(t.numel() for t in self.tensors.values())
@@ -90,6 +85,20 @@ class EditDelta:
     def norm(self) -> float:
         """Euclidean norm over all scalars (of the parameters, not of the change in weights)."""
         return float(torch.sqrt(sum((t.double().square().sum() for t in self.tensors.values()), torch.zeros(()))))
+
+
+def company(deltas: Iterable[EditDelta]) -> tuple[str, ...]:
+    """What identifies deltas that are active together, in order: () for none, else one text "number:digest".
+
+    The digest is a chain, so that the company of a long sequence is no longer to write than that of two, and known from
+    that of the sequence before.
+    """
+    count, digest = 0, ""
+    for delta in deltas:
+        size, _, own = delta.merged[0].partition(":") if delta.merged else ("1", "", delta.id)
+        digest = own if delta.merged and not count else hashlib.sha256(f"{digest}+{own}".encode()).hexdigest()
+        count += int(size)
+    return (f"{count}:{digest}",) if count else ()
 
 
 class StackedDelta(Protocol):

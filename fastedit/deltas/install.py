@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.active import installing, is_installed
+from fastedit.backbone.context import scoped_hooks
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
@@ -37,28 +41,76 @@ def split_point(spec: DeltaSpec) -> tuple[int, str]:
     return layer, "ffn" if names <= FFN_NAMES else "attention"
 
 
+#: Numbers of holders, which tell their deltas apart where nothing else does.
+_NUMBERS = itertools.count()
+
+
 class RowsHolder:
     """The rows that the installed hooks use now; set ``rows`` before each forward of another batch.
 
     Where the deltas have a router, or ask another question, it decides for the prompts that are read and what was
-    decided holds for the tokens behind them.
+    decided holds for the tokens behind them. Threads that share a holder have rows, choice and pauses of their own.
 
     Args:
         model: frozen. stacked: deltas of B edits. rows: of the batches that will run.
         router: decides whether a row's edit acts; with ``Rows()`` and more than one edit, which.
+        key: tells the deltas from others; None where nothing is known of them, so that they equal no others.
     """
 
-    def __init__(self, model: EditableModel, stacked: StackedDelta, rows: Rows, router: Router | None = None) -> None:
-        self.model, self.stacked, self.rows, self.router = model, stacked, rows, router
+    def __init__(
+        self,
+        model: EditableModel,
+        stacked: StackedDelta,
+        rows: Rows,
+        router: Router | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.model, self.stacked, self.router = model, stacked, router
+        self.key = f"#{next(_NUMBERS)}" if key is None else key
         self.point = split_point(stacked.spec)
-        #: By row of the prompts read last: the edit that acts, or -1. None without a router.
-        self.choice: list[int] | None = None
-        self._paused = False
+        self._initial_rows = rows
+        self._of_thread = threading.local()
+        #: Whether it is asked about prompts: which edit acts, or what is asked instead.
+        self.routed = router is not None or self.asks
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of the batch that runs in this thread."""
+        rows: Rows = getattr(self._of_thread, "rows", self._initial_rows)
+        return rows
+
+    @rows.setter
+    def rows(self, rows: Rows) -> None:
+        self._of_thread.rows = rows
+
+    @property
+    def choice(self) -> list[int] | None:
+        """By row of the prompts read last in this thread: the edit that acts, or -1. None without a router."""
+        choice: list[int] | None = getattr(self._of_thread, "choice", None)
+        return choice
+
+    @choice.setter
+    def choice(self, choice: list[int] | None) -> None:
+        self._of_thread.choice = choice
 
     @property
     def is_paused(self) -> bool:
         """Whether the deltas leave the model alone now."""
-        return self._paused
+        paused: bool = getattr(self._of_thread, "paused", False)
+        return paused
+
+    @property
+    def acts(self) -> bool:
+        """Whether the deltas act in the running context."""
+        return is_installed(self) and not self.is_paused
+
+    @property
+    def seen(self) -> dict[tuple[int, str], Tensor]:
+        """Inputs of other modules that the deltas read, by layer and name, in this thread."""
+        if not hasattr(self._of_thread, "seen"):
+            self._of_thread.seen = {}
+        seen: dict[tuple[int, str], Tensor] = self._of_thread.seen
+        return seen
 
     @property
     def asks(self) -> bool:
@@ -68,11 +120,12 @@ class RowsHolder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block the deltas do not act."""
-        before, self._paused = self._paused, True
+        before = self.is_paused
+        self._of_thread.paused = True
         try:
             yield
         finally:
-            self._paused = before
+            self._of_thread.paused = before
 
     @torch.no_grad()
     def decide(self, state: PackedState) -> None:
@@ -80,8 +133,10 @@ class RowsHolder:
         if self.router is None:
             return
         own = self._own(len(state))
-        with self.paused():
-            # It may run a part of the model to see what that would do
+        with ExitStack() as entered:
+            # It may run a part of the model to see what that would do; what other routers choose from is not part of it
+            for holder in (self, *self.model.holders):
+                entered.enter_context(holder.paused())
             scores = self.router.scores(state, self.stacked.fixed, own)
         threshold = self.router.threshold(self.stacked.fixed)
         if own is not None:
@@ -95,7 +150,7 @@ class RowsHolder:
 
     def ask(self, queries: Sequence[Query]) -> list[Query]:
         """The questions to be asked instead, of as many rows as will be read next."""
-        if not self.asks or self._paused:
+        if not self.asks or self.is_paused:
             return list(queries)
         if self.router is None:
             own = self._own(len(queries))
@@ -117,7 +172,7 @@ class RowsHolder:
         if running is None or tokens not in running.layouts:
             return None
         positions = self.stacked.spec.positions
-        key = (tokens, n_edits, self.rows, positions) if self.choice is None else (tokens, id(self), tuple(self.choice))
+        key = (tokens, n_edits, positions, self.rows if self.choice is None else tuple(self.choice))
         if key not in running.memory:
             layout = running.layouts[tokens]
             acting = layout.acting(positions)
@@ -147,11 +202,14 @@ class RowsHolder:
 
 
 @contextmanager
-def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route: bool = True) -> Iterator[RowsHolder]:
+def installed(
+    model: EditableModel, stacked: StackedDelta, rows: Rows, *, route: bool = True, key: str | None = None
+) -> Iterator[RowsHolder]:
     """Inside the block every site's module returns its output plus its delta's; on leaving nothing remains.
 
     The base weights are never written: forward hooks add the change, so leaving restores the model exactly. Rows for
-    which a router decides that no edit acts are left as they are, to the bit.
+    which a router decides that no edit acts are left as they are, to the bit. Other threads, whose contexts the block
+    is not in, have the model as it is.
 
     Args:
         model: the frozen model.
@@ -159,58 +217,72 @@ def installed(model: EditableModel, stacked: StackedDelta, rows: Rows, *, route:
         rows: rows of the batches that will run; replace ``holder.rows`` to run another batch. ``Rows()`` with several
             deltas lets the router choose one for every row.
         route: False lets the deltas act whatever their router says, and ask no other question (while they are fitted).
+        key: of deltas that stay as they are inside the block: what the model computes with them may be kept under it.
     Yields:
         RowsHolder.
     """
     stacked.bind(model)
-    holder = RowsHolder(model, stacked, rows, make_router(model, stacked) if route else None)
-    handles: list[Any] = []
-    seen: dict[tuple[int, str], Tensor] = {}
-    decides = False
-    watches = int(holder.point[1] == VISION)
-
-    def keep_input(site: Site, reader: str) -> None:
-        (source,) = model.sites([site.layer], [reader])
-
-        def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
-            seen[site.layer, reader] = args[0]
-
-        handles.append(model.module(source).register_forward_pre_hook(hook))
-
-    try:
-        model.watching += watches
-        for index, site in enumerate(stacked.spec.sites):
-            reader = stacked.reader(index)
-            if reader is not None:
-                keep_input(site, reader)
-            key = None if reader is None else (site.layer, reader)
-            handles.append(model.module(site).register_forward_hook(_hook(holder, index, seen, key)))
-        decides = route and (holder.router is not None or holder.asks)
-        if decides:
-            model.holders.append(holder)
+    holder = RowsHolder(model, stacked, rows, make_router(model, stacked) if route else None, key)
+    holder.routed = route and holder.routed
+    readers: dict[nn.Module, tuple[int, str]] = {}
+    sites: dict[nn.Module, Any] = {}
+    for index, site in enumerate(stacked.spec.sites):
+        reader = stacked.reader(index)
+        source = None if reader is None else (site.layer, reader)
+        if source is not None:
+            (read,) = model.sites([site.layer], [source[1]])
+            readers[model.module(read)] = source
+        sites[model.module(site)] = _hook(holder, index, source)
+    with ExitStack() as entered:
+        if holder.routed or stacked.spec.positions != "all":
+            entered.enter_context(scoped_hooks({model.hf: _refuse_stock(holder)}, before=True))
+        entered.enter_context(
+            scoped_hooks({m: _keep_input(holder, source) for m, source in readers.items()}, before=True)
+        )
+        entered.enter_context(scoped_hooks(sites))
+        entered.enter_context(installing(holder))
         yield holder
-    finally:
-        model.watching -= watches
-        for handle in handles:
-            handle.remove()
-        if decides:
-            model.holders.remove(holder)
 
 
-def _hook(holder: RowsHolder, index: int, seen: dict[tuple[int, str], Tensor], key: tuple[int, str] | None) -> Any:
+def _refuse_stock(holder: RowsHolder) -> Callable[..., None]:
+    """The stock forward knows neither prompts nor questions, so that such deltas would do nothing there, or wrong."""
+    spec = holder.stacked.spec
+    way = "asks another question" if holder.asks else f"acts with router={spec.options.get('router')!r}, "
+    way += "" if holder.asks else f"positions={spec.positions!r}"
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if holder.acts:
+            raise ValueError(
+                f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate cannot "
+                "do; call generate or answer of the fastedit model (got a stock forward)"
+            )
+
+    return hook
+
+
+def _keep_input(holder: RowsHolder, source: tuple[int, str]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        holder.seen[source] = args[0]
+
+    return hook
+
+
+def _hook(holder: RowsHolder, index: int, key: tuple[int, str] | None) -> Any:
     stacked = holder.stacked
     partly = stacked.spec.positions != "all"
 
     def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if holder.is_paused:
+        if not holder.acts:
             return output
-        source = args[0] if key is None else seen[key]
+        source = args[0] if key is None else holder.seen[key]
         x, flat = source.reshape(-1, source.shape[-1]), output.reshape(-1, output.shape[-1])
         spans = holder.spans(x.shape[0])
         if spans is None and (partly or holder.router is not None):
-            told = f"positions={stacked.spec.positions!r}" if partly else f"router={stacked.spec.options['router']!r}"
+            options = (
+                f"positions={stacked.spec.positions!r}" if partly else f"router={stacked.spec.options['router']!r}"
+            )
             raise ValueError(
-                f"installed: a delta with {told} acts in generate, answer and edits, where the model knows which "
+                f"installed: a delta with {options} acts in generate, answer and edits, where the model knows which "
                 "tokens are whose (got padded rows)"
             )
         if spans is not None and spans.order is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.base import DeltaSpec, EditDelta, company
 
 #: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and
 #: ``joined_<kind>`` (deltas of different sizes as deltas of one spec).
@@ -98,4 +99,4 @@ def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
     if together is None:
         raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")
     made: EditDelta = together(deltas)
-    return made
+    return replace(made, fitted_on=deltas[0].fitted_on, merged=company(deltas))

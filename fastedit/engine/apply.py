@@ -3,36 +3,139 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from fastedit.backbone import EditableModel
-from fastedit.deltas import EditDelta, Rows, accumulate, installed, stack
+from fastedit.backbone.active import active_key, installed_on
+from fastedit.backbone.context import overridden
+from fastedit.deltas import EditDelta, Rows, accumulate, company, installed, stack
 
 
 @contextmanager
 def applied(
-    model: EditableModel, delta: EditDelta | Sequence[EditDelta], *, check_model: bool = True
+    model: EditableModel,
+    delta: EditDelta | Sequence[EditDelta],
+    *,
+    check_model: bool = True,
+    check_sequence: bool = True,
 ) -> Iterator[EditableModel]:
     """Inside the block the model answers as edited; on leaving it is bit-identical to what it was.
+
+    The edits act in the context that the block is entered in: other threads and tasks have the base model, or edits of
+    their own. ``fastedit.edit`` inside the block edits what acts there, and its deltas belong to that model.
 
     Args:
         model: the base model.
         delta: one edit, or several of one method that act together, in the order in which they were made.
-        check_model: refuse deltas that were fitted on another base model.
+        check_model: refuse deltas that were fitted on another base model, or on top of other deltas.
+        check_sequence: refuse deltas that act always and were not fitted on top of those before them: together they are
+            not what was scored. False adds them up all the same.
     Yields:
         The same model.
     Raises:
-        ValueError: no delta, deltas of different kinds, or of another base model.
+        TypeError: something else than deltas.
+        ValueError: no delta, deltas of different kinds, of another base model, or not fitted in this company.
     """
-    deltas = [delta] if isinstance(delta, EditDelta) else list(delta)
+    deltas = [delta] if isinstance(delta, EditDelta) else _listed(delta)
     if check_model:
         for each in deltas:
-            if each.model_fingerprint and each.model_fingerprint != model.fingerprint:
-                raise ValueError(
-                    "applied: a delta belongs to the model it was fitted on "
-                    f"(got delta model={each.model_fingerprint[:12]!r}, model={model.fingerprint[:12]!r})"
-                )
+            _check_model(model, each)
     # Those that a router chooses from stay apart
-    together = deltas if "router" in deltas[0].spec.options or len(deltas) == 1 else [accumulate(deltas)]
-    with installed(model, stack(together, device=model.device), Rows()):
+    routed = _is_routed(deltas[0])
+    if check_sequence and not routed:
+        _check_sequence(deltas)
+    together = deltas if routed or len(deltas) == 1 else [accumulate(deltas)]
+    key = "|".join(each.id for each in together)
+    with ExitStack() as entered:
+        entered.enter_context(installed(model, stack(together, device=model.device), Rows(), key=key))
+        for module in model.hf.modules():
+            if hasattr(module, "save_pretrained"):
+                entered.enter_context(overridden(module, lambda _stock: _refuse_to_save, "save_pretrained"))
         yield model
+
+
+def check_editable(model: EditableModel) -> None:
+    """Refuse to edit on top of deltas that act on some prompts only.
+
+    Raises:
+        ValueError: such deltas are active.
+    """
+    for holder in installed_on(model):
+        if holder.routed and not holder.is_paused:
+            raise ValueError(
+                "edit: on top of active deltas an edit is fitted only where those act on every prompt (got one that is "
+                "routed or asks another question); leave the block of applied, and apply all deltas together afterwards"
+            )
+
+
+def _listed(deltas: Any) -> list[EditDelta]:
+    if hasattr(deltas, "deltas"):
+        raise TypeError(f"applied: delta must be an EditDelta or a list of them (got a {type(deltas).__name__}; its "
+                        "deltas are in .deltas)")  # fmt: skip
+    try:
+        listed = list(deltas)
+    except TypeError:
+        listed = [deltas]
+    for each in listed:
+        if not isinstance(each, EditDelta):
+            raise TypeError(f"applied: delta must be an EditDelta or a list of them (got a {type(each).__name__})")
+    if not listed:
+        raise ValueError("applied: at least one delta is needed (got an empty list)")
+    return listed
+
+
+def _is_routed(delta: EditDelta) -> bool:
+    return "router" in delta.spec.options
+
+
+def _check_model(model: EditableModel, delta: EditDelta) -> None:
+    fitted = delta.model_fingerprint
+    if not fitted or fitted == model.fingerprint:
+        return
+    if fitted == model.base_fingerprint:
+        if _is_routed(delta):
+            return
+        raise ValueError(
+            f"applied: the delta of request {delta.request_id!r} was fitted on the base model and would act on top of "
+            f"{len(active_key(model))} others; apply edits of one sequence in one call, or give check_model=False"
+        )
+    raise ValueError(
+        f"applied: a delta belongs to the model it was fitted on (got delta model={fitted[:12]!r}, "
+        f"model={model.fingerprint[:12]!r}); one that was fitted inside of applied needs the same deltas around it"
+    )
+
+
+def _check_sequence(deltas: Sequence[EditDelta]) -> None:
+    before: list[EditDelta] = []
+    for number, delta in enumerate(deltas):
+        # The company of those before, as one: what it grows by is hashed once
+        expected = company(before)
+        if delta.fitted_on is not None and delta.fitted_on != expected:
+            raise ValueError(_not_in_sequence(number, delta, len(deltas)))
+        before = [_as_one([*before, delta])]
+
+
+def _as_one(deltas: Sequence[EditDelta]) -> EditDelta:
+    return EditDelta(deltas[0].spec, {}, merged=company(deltas))
+
+
+def _not_in_sequence(number: int, delta: EditDelta, count: int) -> str:
+    name = f"deltas[{number}] (request {delta.request_id!r})"
+    if not delta.fitted_on:
+        return (
+            f"applied: {name} was fitted alone, not on top of those before it, and their sum is not what was scored; "
+            f"apply one at a time, fit with mode='sequential', or give check_sequence=False to add up all {count}"
+        )
+    earlier = delta.fitted_on[0].partition(":")[0]
+    return (
+        f"applied: {name} was fitted on top of {earlier} earlier deltas, which are not those before it here; give the "
+        f"sequence from its first edit on, in order, or check_sequence=False (got {count} deltas)"
+    )
+
+
+def _refuse_to_save(*_args: Any, **_options: Any) -> None:
+    raise ValueError(
+        "save_pretrained: inside of applied the weights are still those of the base model, which would be written "
+        "without the edits; save those by Run.save or fastedit.deltas.save_deltas, or leave the block to save the base"
+    )

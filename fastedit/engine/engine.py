@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.context import with_gradients
 from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import split_point
 from fastedit.engine import provenance
+from fastedit.engine.apply import check_editable
 from fastedit.engine.arguments import check_arguments
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.flops import Peak, is_counted, nfu
@@ -36,6 +38,7 @@ from fastedit.training import Artifact
 from fastedit.views import ViewSource
 
 
+@with_gradients
 def edit(
     model: EditableModel,
     edits: Sequence[EditRequest],
@@ -94,6 +97,7 @@ def edit(
         mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
         score_at=score_at, conflicts=conflicts,
     )  # fmt: skip
+    check_editable(model)
     plan = resolve(method, overrides)
     check_sequence(plan, mode, score_at, len(edits))
     if mode == "sequential" and conflicts == "error":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,15 +177,17 @@ class Evaluator:
         states = self._feed(reader, last, given)
         written, coming = self._agreed(last, states, given, most)
         keys = [self._key(row.view.query) for row in rows]
-        coming = {number: token for number, token in coming.items() if keys[number] not in self._answers}
+        known = {key: self._answers[key] for key in keys if key in self._answers}
+        coming = {number: token for number, token in coming.items() if keys[number] not in known}
         # The same question stands in several rows: one of them is asked
         first = {keys[number]: number for number in reversed(coming)}
         decoded = reader.decode({number: coming[number] for number in sorted(first.values())}, most, written)
         for number, tokens in {**written, **decoded}.items():
             if number in decoded or number not in coming:
-                self._answers.setdefault(keys[number], self._text(tokens))
+                known.setdefault(keys[number], self._text(tokens))
         for number, row in enumerate(rows):
-            row.before = self._answers[keys[number]]
+            row.before = known[keys[number]]
+        self._answers.update(known)
         own = {
             number: answer_tokens(
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
@@ -263,13 +265,14 @@ class Evaluator:
         text: str = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
-    def _key(self, query: Query) -> tuple[str, str, int]:
-        return query.prompt, "" if query.image is None else image_key(query.image), self.max_new_tokens
+    def _key(self, query: Query) -> tuple[Hashable, str, str, int]:
+        image = "" if query.image is None else image_key(query.image)
+        return self.model.active_key, query.prompt, image, self.max_new_tokens
 
     def _forget_some(self) -> None:
         """Keep the remembered answers to a number, the newest."""
         for key in list(self._answers)[: max(0, len(self._answers) - MOST_ANSWERS)]:
-            del self._answers[key]
+            self._answers.pop(key, None)
 
 
 def _merged(states: Sequence[Tensor], groups: Sequence[dict[int, tuple[int, ...]]]) -> Tensor:

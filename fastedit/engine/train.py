@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.context import with_gradients
 from fastedit.engine.arguments import check_records
 from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
@@ -18,6 +19,7 @@ from fastedit.settings import typed
 from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
 
 
+@with_gradients
 def train(
     model: EditableModel,
     method: str,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, held_inputs
-from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, installed, split_point, stack
+from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, company, installed, split_point, stack
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine.batch import BatchProblem
 from fastedit.engine.timing import PhaseTimer
@@ -90,13 +90,14 @@ def make_deltas(work: Work, waiting: deque[int], places: int, committed: Sequenc
         _fit(work, waiting, places, committed, take)
 
 
-def _named(work: Work, take: Take) -> Take:
-    """Hand over a delta with the names of its model and edit, and what the method adds once it is fitted."""
+def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
+    """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
     finish = hook(work.plan.method, "finish")
+    fitted_on = company(committed)
 
     def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         request = work.edits[number]
-        made = replace(delta, model_fingerprint=work.model.fingerprint, request_id=request.id)
+        made = replace(delta, model_fingerprint=work.model.fingerprint, request_id=request.id, fitted_on=fitted_on)
         if finish is not None:
             (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
         take(number, made, outcome)
@@ -107,7 +108,7 @@ def _named(work: Work, take: Take) -> Take:
 def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
     write = hook(work.plan.method, "write")
     assert write is not None
-    model, named = work.model, _named(work, take)
+    model, named = work.model, _named(work, committed, take)
     while waiting:
         numbers = [waiting[place] for place in range(min(places, len(waiting)))]
         requests = [work.edits[number] for number in numbers]
@@ -158,7 +159,7 @@ def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditD
         for earlier in stacked.earlier:
             holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
         problem = BatchProblem(
-            model, stacked, holders, held, objective, waiting, make, _named(work, take), timer,
+            model, stacked, holders, held, objective, waiting, make, _named(work, committed, take), timer,
             None if start is None else begin, None if work.on_step is None else stepped,
         )  # fmt: skip
         fit(problem, stacked, work.solver)

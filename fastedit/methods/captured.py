@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone.context import scoped_hooks
 from fastedit.backbone.walk import packed_start, packed_tail
 from fastedit.requests import Query
 
@@ -21,7 +22,6 @@ QUESTIONS = 64
 def captured(model: EditableModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     """Inside the block the newest input (..., d_in) of each site's module is in the yielded table."""
     found: dict[Site, Tensor] = {}
-    handles = []
 
     def hook_for(site: Site) -> Any:
         def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
@@ -29,13 +29,8 @@ def captured(model: EditableModel, sites: Sequence[Site]) -> Iterator[dict[Site,
 
         return hook
 
-    try:
-        for site in sites:
-            handles.append(model.module(site).register_forward_pre_hook(hook_for(site)))
+    with scoped_hooks({model.module(site): hook_for(site) for site in sites}, before=True):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

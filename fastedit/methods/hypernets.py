@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone.context import scoped_hooks
 from fastedit.backbone.packed import token_rows
 from fastedit.backbone.walk import packed_tail
 from fastedit.deltas import DeltaSpec, Rows
@@ -89,18 +90,14 @@ def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[E
 
         return hook
 
-    handles = [model.module(site).register_forward_hook(keep(index)) for index, site in enumerate(sites)]
-    try:
-        with torch.enable_grad():
-            logits = model.head(packed_tail(model, state))
-            nll, _ = risk(logits, labels, edit, len(rows), kind="ce")
-            zeros = [seen[index][1] for index in range(len(sites))]
-            lengths = torch.bincount(edit, minlength=len(rows))
-            # Edits share no token, so the gradient of the sum is each edit's own
-            found = torch.autograd.grad((nll * lengths).sum(), zeros)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = {model.module(site): keep(index) for index, site in enumerate(sites)}
+    with scoped_hooks(hooks), torch.enable_grad():
+        logits = model.head(packed_tail(model, state))
+        nll, _ = risk(logits, labels, edit, len(rows), kind="ce")
+        zeros = [seen[index][1] for index in range(len(sites))]
+        lengths = torch.bincount(edit, minlength=len(rows))
+        # Edits share no token, so the gradient of the sum is each edit's own
+        found = torch.autograd.grad((nll * lengths).sum(), zeros)
     padded = [
         _without_zeros(seen[index][0], grad.reshape(-1, grad.shape[-1]), seen[index][2])
         for index, grad in enumerate(found)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState, Site
+from fastedit.backbone.context import scoped_hooks
 from fastedit.backbone.packed import token_rows
 from fastedit.backbone.walk import packed_tail
 from fastedit.objectives import Role
@@ -66,16 +67,12 @@ def trace(model: EditableModel, sites: Sequence[Site], state: PackedState, label
 
         return hook
 
-    handles = [model.module(site).register_forward_hook(keep(index)) for index, site in enumerate(sites)]
     owner = token_rows(state.wanted_counts, labels.device)
-    try:
-        with torch.enable_grad():
-            logits = model.head(packed_tail(model, state))
-            nll, _ = risk(logits, labels, owner, len(state), kind="ce")
-            grads = torch.autograd.grad(nll.sum(), [seen[index][2] for index in range(len(sites))])
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = {model.module(site): keep(index) for index, site in enumerate(sites)}
+    with scoped_hooks(hooks), torch.enable_grad():
+        logits = model.head(packed_tail(model, state))
+        nll, _ = risk(logits, labels, owner, len(state), kind="ce")
+        grads = torch.autograd.grad(nll.sum(), [seen[index][2] for index in range(len(sites))])
     group = _groups(state)
     made = []
     for index, grad in enumerate(grads):

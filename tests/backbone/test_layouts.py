@@ -70,8 +70,8 @@ def test_what_runs_inside_of_what_runs_is_shown_and_goes_again() -> None:
     model = fastedit.load("random:llava-tiny", dtype="float64")
     outer, inner = Running({}), Running({2: TokenLayout((2,))})
     assert model.running is None
-    with showing(model, outer):
-        with showing(model, inner):
+    with showing(outer):
+        with showing(inner):
             assert model.running is inner
         assert model.running is outer
     assert model.running is None

@@ -1,0 +1,168 @@
+"""What belongs to a call and not to the model: whose hooks fire, what a module's forward is, which deltas are active.
+
+Several threads, or tasks of an event loop, may use one model at once: some answer as it is, some edited, some fit. So
+nothing that a call needs is written on the model. It is in context variables, which every thread and task has for
+itself, and hooks and replaced methods, which PyTorch knows for the whole process only, ask them first. A thread that is
+started inside a block begins with an empty context; ``contextvars.copy_context().run`` takes the block's along.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+P = ParamSpec("P")
+Returned = TypeVar("Returned")
+
+
+class Scope:
+    """A block of code in one context; whatever was set up by the block asks whether it is inside of it."""
+
+    __slots__ = ()
+
+    @property
+    def entered(self) -> bool:
+        """Whether the running code is inside the block."""
+        return self in _SCOPES.get()
+
+    @contextmanager
+    def inside(self) -> Iterator[Scope]:
+        """Enter the block."""
+        _SCOPES.set(_SCOPES.get() | {self})
+        try:
+            yield self
+        finally:
+            _SCOPES.set(_SCOPES.get() - {self})
+
+
+_SCOPES: ContextVar[frozenset[Scope]] = ContextVar("fastedit_scopes", default=frozenset())
+
+
+@contextmanager
+def scoped_hooks(
+    hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False, with_kwargs: bool = False
+) -> Iterator[Scope]:
+    """Inside the block, modules have forward hooks that other threads' calls of the same modules pass by.
+
+    Args:
+        hooks: by module, as for ``register_forward_hook``. before: as for ``register_forward_pre_hook``.
+        with_kwargs: hooks take keyword arguments too.
+    Yields:
+        Scope of the block.
+    """
+    scope = Scope()
+    handles: list[Any] = []
+    try:
+        with scope.inside():
+            for module, hook in hooks.items():
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                handles.append(register(_guarded(scope, hook), with_kwargs=with_kwargs))
+            yield scope
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _guarded(scope: Scope, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*args: Any) -> Any:
+        return hook(*args) if scope.entered else None
+
+    return guarded
+
+
+_NO_METHODS: Mapping[tuple[int, str], Callable[..., Any]] = MappingProxyType({})
+_METHODS: ContextVar[Mapping[tuple[int, str], Callable[..., Any]]] = ContextVar("fastedit_methods", default=_NO_METHODS)
+
+
+class _Dispatch:
+    """Stands in the place of a method of an object; calls what the running context put there, else what was there."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.key = (id(owner), name)
+        self.before: Any = owner.__dict__.get(name)
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method of the running context."""
+        return _METHODS.get().get(self.key, self.original)(*args, **kwargs)
+
+
+_LOCK = threading.RLock()
+_DISPATCHES: WeakKeyDictionary[Any, dict[str, _Dispatch]] = WeakKeyDictionary()
+
+
+@contextmanager
+def overridden(
+    owner: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+) -> Iterator[None]:
+    """Inside the block, in this context, a method of an object is another one; elsewhere it stays what it is.
+
+    Args:
+        owner: a module, or any object that has attributes.
+        make: from the method that there was to the one in its place.
+        name: of the method.
+    """
+    with _LOCK:
+        known = _DISPATCHES.setdefault(owner, {})
+        dispatch = known.get(name)
+        if dispatch is None:
+            dispatch = known[name] = _Dispatch(owner, name)
+            setattr(owner, name, dispatch)
+        dispatch.users += 1
+    key, before = dispatch.key, _METHODS.get()
+    _METHODS.set(MappingProxyType({**before, key: make(before.get(key, dispatch.original))}))
+    try:
+        yield
+    finally:
+        _METHODS.set(MappingProxyType({k: v for k, v in _METHODS.get().items() if k != key} | _kept(before, key)))
+        with _LOCK:
+            dispatch.users -= 1
+            if not dispatch.users:
+                # An instance attribute of before goes back; else the class's method shows again
+                delattr(owner, name)
+                if dispatch.before is not None:
+                    setattr(owner, name, dispatch.before)
+                del _DISPATCHES[owner][name]
+
+
+def _kept(before: Mapping[Any, Any], key: tuple[int, str]) -> dict[Any, Any]:
+    return {key: before[key]} if key in before else {}
+
+
+def outside_inference_mode(function: Callable[P, Returned]) -> Callable[P, Returned]:
+    """Let a function make usual tensors under ``torch.inference_mode`` too: what it keeps may need gradients later."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Returned:
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return called
+
+
+def with_gradients(function: Callable[P, Returned]) -> Callable[P, Returned]:
+    """Let a function that fits compute gradients, also where its caller has switched them off."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Returned:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def autocast_key(device: torch.device) -> Hashable:
+    """The type that ``torch.autocast`` computes in on a device now, or None: what is kept of one is not for others."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type))
