@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastedit.backbone import EditableModel, load
     from fastedit.data import read_edits
     from fastedit.deltas import EditDelta
-    from fastedit.engine import Run, applied, edit
+    from fastedit.engine import Run, RunInterrupted, RunStopped, applied, edit
     from fastedit.engine.plan import MemoryPlan, plan_memory
     from fastedit.engine.train import train
     from fastedit.engine.utilisation import measure_peak
@@ -34,6 +34,8 @@ __all__ = [
     "Probe",
     "Query",
     "Run",
+    "RunInterrupted",
+    "RunStopped",
     "__version__",
     "applied",
     "edit",
@@ -55,6 +57,8 @@ _LAZY = {
     "EditableModel": "fastedit.backbone",
     "MemoryPlan": "fastedit.engine.plan",
     "Run": "fastedit.engine",
+    "RunInterrupted": "fastedit.engine",
+    "RunStopped": "fastedit.engine",
     "applied": "fastedit.engine",
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",

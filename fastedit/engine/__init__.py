@@ -2,6 +2,7 @@
 
 from fastedit.engine.apply import applied
 from fastedit.engine.engine import edit
+from fastedit.engine.interrupted import RunInterrupted, RunStopped
 from fastedit.engine.run import Run, Timing
 
-__all__ = ["Run", "Timing", "applied", "edit"]
+__all__ = ["Run", "RunInterrupted", "RunStopped", "Timing", "applied", "edit"]

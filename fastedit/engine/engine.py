@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,22 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.context import with_gradients
 from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
-from fastedit.deltas import split_point
+from fastedit.deltas import EditDelta, split_point
 from fastedit.engine import provenance
 from fastedit.engine.apply import check_editable
 from fastedit.engine.arguments import check_arguments
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.flops import Peak, is_counted, nfu
-from fastedit.engine.memory import peak_memory_mib
-from fastedit.engine.modes import Checkpoints, run_sequential, run_single
+from fastedit.engine.interrupted import carrying
+from fastedit.engine.memory import once_more, peak_memory_mib
+from fastedit.engine.modes import run_sequential, run_single
 from fastedit.engine.output import expected_output_bytes, open_store
 from fastedit.engine.plan import largest_batch
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.utilisation import necessary_flops
 from fastedit.engine.work import Work
-from fastedit.evaluation import PROTOCOLS, summarise
+from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import resolve
 from fastedit.methods.base import Resources, hook
 from fastedit.ops import keep_freed_memory
@@ -91,6 +93,8 @@ def edit(
         Run.
     Raises:
         ValueError: a setting, method or field that does not exist or cannot work here; before any work starts.
+        RunInterrupted: something ended the run after some edits were finished, such as memory that ran out for one
+            edit alone. The finished edits are in its ``run``. A signal (Ctrl-C) gives RunStopped, with the same.
     """
     check_arguments(
         model, edits, pool=pool, deltas_folder=deltas_folder, artifact=artifact, method=method, batch_size=batch_size,
@@ -123,27 +127,48 @@ def edit(
         keep_freed_memory()
     elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    describe = partial(
+        _provenance, work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
+    )
     room = expected_output_bytes(model, plan, len(edits), evaluate=False)
-    with open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store:
+    with (
+        open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
+        carrying(work, partial(_finished, work, describe, evaluate)),
+    ):
         setup = hook(plan.method, "setup")
         if setup is not None:
             with timer.phase("setup"):
-                work.shared = setup(model, plan.config, Resources(work.pool, trained, seed, plan.prefix))
-        checkpoints: Checkpoints = {}
+                resources = Resources(work.pool, trained, seed, plan.prefix)
+                work.shared = once_more(model, lambda: setup(model, plan.config, resources), "setting up the method")
         with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
             if mode == "single":
                 run_single(work, batch_size, evaluate, show_progress)
             else:
-                checkpoints = run_sequential(work, batch_size, evaluate, show_progress, score_at)
-        notes = _provenance(
-            work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
-        )
-        outcomes = [work.outcomes[number] for number in range(len(edits))]
-        scored = [work.scored[number] for number in range(len(edits))] if evaluate else []
-        scores = summarise(scored, seed=seed) if evaluate else {}
-        return Run(
-            work.all_deltas(), outcomes, scores, scored, _timing(work, outcomes, peak), notes, checkpoints, trained
-        )
+                run_sequential(work, batch_size, evaluate, show_progress, score_at)
+        return _result(work, range(len(edits)), work.all_deltas(), describe(), evaluate=evaluate, peak=peak)
+
+
+def _result(
+    work: Work,
+    numbers: Sequence[int],
+    deltas: Sequence[EditDelta],
+    notes: dict[str, Any],
+    *,
+    evaluate: bool,
+    peak: Peak | None = None,
+) -> Run:
+    """The run of these edits."""
+    outcomes = [work.outcomes[number] for number in numbers]
+    scored = [work.scored.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
+    scores = summarise(scored, seed=work.seed) if evaluate else {}
+    timing = _timing(work, outcomes, peak)
+    return Run(deltas, outcomes, scores, scored, timing, notes, work.checkpoints, work.artifact)
+
+
+def _finished(work: Work, describe: Callable[[], dict[str, Any]], evaluate: bool, numbers: Sequence[int]) -> Run:
+    """What there is of a run that ended early."""
+    notes = {**describe(), "finished": {"edits": list(numbers), "of": len(work.edits)}}
+    return _result(work, numbers, work.kept(numbers), notes, evaluate=evaluate and bool(work.scored))
 
 
 def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:

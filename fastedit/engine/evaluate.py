@@ -13,6 +13,7 @@ from fastedit.backbone.encoding import answer_tokens
 from fastedit.backbone.reader import Reader
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
+from fastedit.engine.memory import Halving
 from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import (
@@ -64,7 +65,7 @@ class Evaluator:
         timer: everything here is phase "evaluation".
         max_new_tokens: longest generated answer.
         memory: most bytes for keys and values, by which questions are taken a part at a time.
-        row_limit: most questions at a time.
+        row_limit: most questions at a time; half as many from where memory runs out.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class Evaluator:
         row_limit: int = 256,
     ) -> None:
         self.model, self.spec, self.timer = model, spec, timer
-        self.max_new_tokens, self.memory, self.row_limit = max_new_tokens, memory, row_limit
+        self.max_new_tokens, self.memory = max_new_tokens, memory
+        self._room = Halving(model, row_limit, "asking {} questions")
         self._answers = model.reference_answers
 
     def scores(
@@ -97,12 +99,14 @@ class Evaluator:
             rows = [AskedRow(edit, view) for edit, request in enumerate(requests) for view in evaluation_views(request)]
             done = 0
             while done < len(rows):
-                encoded = self.model.encode(
-                    [row.view.query for row in rows[done : done + self.row_limit]], answers=False
-                )
-                part = rows[done : done + self._fitting(encoded)]
-                self._part(part, encoded, stacked, Rows() if shared else _rows_of(part, stacked.size))
-                done += len(part)
+                chosen = rows[done : done + self._room.size]
+                with self._room.trial(len(chosen)):
+                    encoded = self.model.encode([row.view.query for row in chosen], answers=False)
+                    part = chosen[: self._fitting(encoded)]
+                    self._room.trying = len(part)
+                    self._part(part, encoded, stacked, Rows() if shared else _rows_of(part, stacked.size))
+                    done += len(part)
+                    self._room.done += len(part)
                 self._forget_some()
             return [edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
 

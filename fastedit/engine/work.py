@@ -17,7 +17,7 @@ from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, company, i
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine.batch import BatchProblem
 from fastedit.engine.timing import PhaseTimer
-from fastedit.evaluation import EditScores
+from fastedit.evaluation import EditScores, Score
 from fastedit.methods import EditPlan
 from fastedit.methods.base import hook
 from fastedit.objectives import Role
@@ -55,6 +55,8 @@ class Work:
     scored: dict[int, EditScores] = field(default_factory=dict)
     # In memory all, or those that are not in a file yet
     deltas: dict[int, EditDelta] = field(default_factory=dict)
+    #: Of a sequence, scores after so many edits.
+    checkpoints: dict[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
 
     def keep(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         """Take over an edit that has ended."""
@@ -67,14 +69,33 @@ class Work:
         if self.store is None or not self.deltas:
             return
         with self.timer.phase("store"):
-            places = sorted(self.deltas)
+            # A run that was stopped between the two lines below
+            written = set(self.store.places)
+            places = sorted(place for place in self.deltas if place not in written)
             self.store.append([self.deltas[place] for place in places], places)
             self.deltas.clear()
 
     def all_deltas(self) -> Sequence[EditDelta]:
         """Those of every edit, in order."""
         self.write()
-        return self.store if self.store is not None else [self.deltas[n] for n in range(len(self.edits))]
+        return self.store if self.store is not None else [self.deltas[n] for n in sorted(self.deltas)]
+
+    def finished(self) -> list[int]:
+        """Numbers of the edits that have ended and whose deltas are there."""
+        there = set(self.deltas) | set(() if self.store is None else self.store.places)
+        return sorted(there & set(self.outcomes))
+
+    def kept(self, numbers: Sequence[int]) -> Sequence[EditDelta]:
+        """Deltas of these edits, also where no more can be written: those in memory beside those in files."""
+        try:
+            deltas = self.all_deltas()
+        except OSError:
+            assert self.store is not None
+            stored = dict(zip(self.store.places, self.store, strict=True))
+            return [(self.deltas | stored)[number] for number in numbers]
+        if self.store is None:
+            return [self.deltas[number] for number in numbers]
+        return deltas
 
     @property
     def writes(self) -> bool:
