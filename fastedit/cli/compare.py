@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastedit.cli.figure import draw_comparison
 from fastedit.cli.tables import score_tables, speed_table
 from fastedit.engine import Run
 from fastedit.engine.run import plain
+from fastedit.files import write_json
 from fastedit.methods import resolve, setting_names
 from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
@@ -109,7 +109,7 @@ def compare_methods(
         "runs": {name: {k: v for k, v in run.record().items() if k != "edits"} for name, run in runs.items()},
     }
     path = out / "comparison.json"
-    path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    write_json(path, plain(record))
     picture = draw_comparison(record, out / "comparison.png")
     console.print(f"table: {path}\npicture: {picture}\nruns: {out}", soft_wrap=True, markup=False)
     return runs

@@ -206,7 +206,7 @@ def _provenance(
             "quantize": model.quantize,
             "linear": model.linear,
             "device": str(model.device),
-            "template": model.template,
+            **provenance.prompts(model),
         },
         "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
         "artifact": None if work.artifact is None else {"kind": work.artifact.kind, "id": work.artifact.id},

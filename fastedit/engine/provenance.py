@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from fastedit.backbone import EditableModel
+from fastedit.backbone.prompts import QUESTION_FIELD
 
 PACKAGES = ("fastedit-mllm", "torch", "transformers", "triton", "bitsandbytes", "numpy")
 
@@ -58,6 +63,30 @@ def commit() -> str:
 def utc_now() -> str:
     """The time in ISO 8601, UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def prompts(model: EditableModel) -> dict[str, Any]:
+    """What is sent to the model for a question: the texts, with "{}" where the question stands, and their template.
+
+    Returns:
+        template: the text of a prompt that has an image, as ``load(template=)`` takes it.
+        text_template: of one that has none.
+        template_source: "given", "processor" (its chat template) or "none".
+        template_sha256: of the given or the processor's template, all of it.
+    """
+    chat = getattr(model.processor, "chat_template", None)
+    if model.template is not None:
+        source, template = "given", model.template
+    else:
+        source, template = ("none", QUESTION_FIELD) if chat is None else ("processor", chat)
+    # A processor may have several by name
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return {
+        "template": model.prompts.text(QUESTION_FIELD, True),
+        "text_template": model.prompts.text(QUESTION_FIELD, False),
+        "template_source": source,
+        "template_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import with_gradients
 from fastedit.engine.arguments import check_records
+from fastedit.engine.output import claim_result, require_room
 from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
 from fastedit.ops import keep_freed_memory
@@ -17,6 +19,9 @@ from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.settings import typed
 from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
+
+# On disk at once, of what is trained: a checkpoint of values, moments and the best, the one before it, the artifact
+_COPIES = 9
 
 
 @with_gradients
@@ -46,9 +51,10 @@ def train(
     Returns:
         Artifact, for ``fastedit.edit(..., artifact=...)``.
     Raises:
-        ValueError: a method without trained parts, a setting that does not exist, or records that do not suffice;
-            before any work starts.
+        ValueError: a method without trained parts, a setting that does not exist, or records that do not suffice; or
+            ``out`` cannot be written to, another process writes it, or the disk has no room; before any work starts.
         FloatingPointError: training broke down; the last good state is kept beside ``out``.
+        OSError: the disk is full; the last state that was written is kept beside ``out``.
     """
     check_records("train", "records", records)
     plan = resolve(method, overrides)
@@ -59,20 +65,26 @@ def train(
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
     make = hook(plan.method, "task")
     assert make is not None
-    with progress(f"preparing {kind}", 0, show_progress):
-        task: Task = make(model, plan.config, objective, list(records), settings)
-    path = None if out is None else Path(out)
-    done = _done(path, model, kind, task, settings) if path is not None and resume else None
-    if done is not None:
-        return done
-    state = None if path is None else path.with_name(path.name + ".training")
-    made = train_task(task, settings, checkpoint=state, resume=resume, show_progress=show_progress)
-    metrics = {**made.metrics, "task": getattr(task, "fingerprint", ""), "trainer": asdict(settings)}
-    artifact = replace(made, kind=kind, metrics=metrics)
-    if path is not None and state is not None:
-        save_artifact(artifact, path)
-        state.unlink(missing_ok=True)
-    return artifact
+    with nullcontext() if out is None else claim_result(out, field="train") as path:
+        with progress(f"preparing {kind}", 0, show_progress):
+            task: Task = make(model, plan.config, objective, list(records), settings)
+        done = _done(path, model, kind, task, settings) if path is not None and resume else None
+        if done is not None:
+            return done
+        if path is not None:
+            require_room(path.parent, _COPIES * _parameter_bytes(task), "train")
+        state = None if path is None else path.with_name(path.name + ".training")
+        made = train_task(task, settings, checkpoint=state, resume=resume, show_progress=show_progress)
+        metrics = {**made.metrics, "task": getattr(task, "fingerprint", ""), "trainer": asdict(settings)}
+        artifact = replace(made, kind=kind, metrics=metrics)
+        if path is not None and state is not None:
+            save_artifact(artifact, path)
+            state.unlink(missing_ok=True)
+        return artifact
+
+
+def _parameter_bytes(task: Task) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in task.parameters().values())
 
 
 def trained_kind(plan: EditPlan) -> str:
