@@ -158,6 +158,20 @@ def test_headers_that_say_something_else_are_refused(tmp_path: Path, change: Cal
         load_deltas(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("low_rank", {"rank": 10**9}),
+        ("localized", {"rank": 10**9, "slots": 1}),
+        ("key_value", {"n": 10**9}),
+    ],
+)
+def test_shapes_of_no_edit_cost_nothing(kind: str, options: dict[str, Any]) -> None:
+    """Whatever a header says; a fresh delta starts from drawn values."""
+    shapes = new_stack(DeltaSpec(kind, SITES[1:], options), 0, trainable=False).stored_shapes()
+    assert any(10**9 in shape for shape in shapes.values())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_at_both_ends(tmp_path: Path, bad: float) -> None:
     made = deltas()
