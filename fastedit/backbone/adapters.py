@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .stacks import TextStack
@@ -100,8 +101,6 @@ def make_adapter(hf: Any, processor: Any) -> Adapter:
 
 def sequential_positions(image_mask: Tensor) -> Tensor:
     """Return positions 0, 1, 2, ... for rows (R, N): (R, 1, N), int64."""
-    import torch
-
     rows, length = image_mask.shape
     return torch.arange(length, device=image_mask.device).expand(rows, 1, length)
 
@@ -113,6 +112,32 @@ def image_token_id(hf: Any, processor: Any, fallback: str) -> int:
         if found is not None:
             return int(found)
     return int(processor.tokenizer.convert_tokens_to_ids(fallback))
+
+
+#: Types that a model computes in. Codes of quantized weights are integers, or 8-bit floats, and never among them.
+COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def input_place(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return device and type of the inputs of a module: those of its first parameter that is no quantized weight's.
+
+    Args:
+        modules: the one that gets the inputs, then others that are asked where it has no such parameter.
+    """
+    offloaded: tuple[torch.device, torch.dtype] | None = None
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.dtype not in COMPUTE_DTYPES:
+                continue
+            if not parameter.is_meta:
+                return parameter.device, parameter.dtype
+            # Kept elsewhere until its module runs, whose hook says where; or a model without weights
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", parameter.device)
+            offloaded = offloaded or (torch.device(device), parameter.dtype)
+    if offloaded is not None:
+        return offloaded
+    names = ", ".join(type(module).__name__ for module in modules)
+    raise ValueError(f"load: a model needs a parameter of a floating-point type that is not quantized (got {names})")
 
 
 def token_text(processor: Any, token_id: int) -> str:

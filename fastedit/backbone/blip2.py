@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import image_token_id, sequential_positions
+from .adapters import image_token_id, input_place, sequential_positions
 from .states import ImageFeatures, ImageInputs, join_padded
 from .text import text_stack
 
@@ -70,9 +70,9 @@ class Blip2Adapter:
 
     def _pixels(self, images: Sequence[ImageInputs]) -> Tensor:
         """Pixels of all images as the tower takes them."""
-        parameter = next(self.hf.vision_model.parameters())
+        device, dtype = input_place(self.hf.vision_model, self.hf)
         pixels = join_padded([image.tensors["pixel_values"] for image in images])
-        return pixels.to(parameter.device, parameter.dtype)
+        return pixels.to(device, dtype)
 
     def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
         """Put the image's tokens before everything else."""

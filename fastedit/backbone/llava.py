@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapters import image_token_id, sequential_positions, token_text
+from .adapters import image_token_id, input_place, sequential_positions, token_text
 from .context import scoped_hooks
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs, join_padded
@@ -65,9 +65,9 @@ class LlavaAdapter:
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run tower and projector once over these images."""
-        parameter = next(self.hf.model.multi_modal_projector.parameters())
+        device, dtype = input_place(self.hf.model.vision_tower, self.hf)
         pixels = join_padded([image.tensors["pixel_values"] for image in images])
-        arguments: dict[str, Any] = {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
+        arguments: dict[str, Any] = {"pixel_values": pixels.to(device, dtype)}
         if "image_sizes" in images[0].tensors:
             arguments["image_sizes"] = join_padded([image.tensors["image_sizes"] for image in images])
         output = self.hf.model.get_image_features(**arguments, return_dict=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapters import image_token_id, sequential_positions
+from .adapters import image_token_id, input_place, sequential_positions
 from .context import overridden
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs
@@ -73,9 +73,9 @@ class QwenVLAdapter:
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run the tower once over these images."""
-        parameter = next(self.hf.model.visual.parameters())
-        pixels = torch.cat([image.tensors["pixel_values"] for image in images]).to(parameter.device, parameter.dtype)
-        grid = torch.cat([image.tensors["image_grid_thw"] for image in images]).to(parameter.device)
+        device, dtype = input_place(self.hf.model.visual, self.hf)
+        pixels = torch.cat([image.tensors["pixel_values"] for image in images]).to(device, dtype)
+        grid = torch.cat([image.tensors["image_grid_thw"] for image in images]).to(device)
         output = self.hf.model.get_image_features(pixels, grid, return_dict=True)
         deep = getattr(output, "deepstack_features", None) or []
         # Either one tensor per layer and image, or one per layer for all images.

@@ -15,6 +15,7 @@ from fastedit.backbone.quantization import Quantizer
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries
 
+transformers = pytest.importorskip("transformers")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 QUANTIZED = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}
 
@@ -78,9 +79,9 @@ def test_a_quantized_checkpoint_keeps_its_own_quantization(kind: str, tmp_path: 
         load(tmp_path / "small", quantize=other)
 
 
-def dequantized(model: EditableModel) -> EditableModel:
-    """The same model with the quantized weights written out."""
-    twin = load(model.name, dtype="float32")
+def dequantized(model: EditableModel, name: str | None = None) -> EditableModel:
+    """The same model with the quantized weights written out; of a checkpoint that was made of the model `name`."""
+    twin = load(name or model.name, dtype="float32")
     for path in quantized_paths(model):
         module = model.hf.get_submodule(path)
         plain = twin.hf.get_submodule(path)
@@ -91,6 +92,44 @@ def dequantized(model: EditableModel) -> EditableModel:
             weight = module.weight.data.float() * scale.float()[:, None] / 127
         plain.weight = nn.Parameter(weight.to(plain.weight), requires_grad=False)
     return twin
+
+
+def quantized_by_default(name: str, kind: str, folder: Path) -> Path:
+    """A checkpoint as transformers' own defaults quantize it: everything but the head, the vision side included."""
+    exact = cached_model(name)
+    exact.hf.save_pretrained(folder / "exact")
+    settings = (
+        transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        if kind == "nf4"
+        else transformers.BitsAndBytesConfig(load_in_8bit=True)
+    )
+    hf = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder / "exact", dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    )
+    hf.save_pretrained(folder / "small")
+    exact.processor.save_pretrained(folder / "small")
+    return folder / "small"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", TINY)
+def test_images_are_seen_where_the_vision_side_is_quantized(name: str, kind: str, tmp_path: Path) -> None:
+    model = load(quantized_by_default(name, kind, tmp_path))
+    assert quantized_paths(model) - decoder_paths(model), "nothing of the vision side is quantized"
+    twin = dequantized(model, cached_model(name).name)
+    for query in mixed_queries()[:2]:
+        ours, plain, exact = (
+            next(iter(each.features(each.encode([query], answers=False)).values()))
+            for each in (model, twin, cached_model(name))
+        )
+        for seen, expected, full in zip(
+            (ours.tokens, *ours.deep), (plain.tokens, *plain.deep), (exact.tokens, *exact.deep), strict=True
+        ):
+            assert seen.dtype == torch.float32
+            # 4-bit maps multiply by the dequantized weights; 8-bit ones round their inputs too
+            assert (seen - expected).norm() < (1e-4 if kind == "nf4" else 0.08) * expected.norm()
+            # What quantization itself changes; pixels cast to its codes were off by the whole norm
+            assert (seen - full).norm() < (0.6 if kind == "nf4" else 0.1) * full.norm()
 
 
 def gradient_at_first_layer(model: EditableModel) -> tuple[torch.Tensor, torch.Tensor]:
