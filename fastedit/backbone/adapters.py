@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .stacks import TextStack
 from .states import ImageFeatures, ImageInputs
+from .text import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,13 @@ class Adapter(Protocol):
     image_token_id: int
     image_text: str
     token_types: bool
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse with a ValueError what a configuration asks for and the adapter does not do."""
+
+    def check_inputs(self, image: ImageInputs) -> None:
+        """Refuse a processor whose images do not fit the model. The model may be on the meta device."""
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return the tensors of one image and how many image tokens it takes."""
@@ -91,12 +99,28 @@ def check_family(name: str, model_type: str) -> None:
         raise ValueError(f"load: model_type must be one of {known} (got model_type={model_type!r} of {name!r})")
 
 
+def check_configuration(name: str, config: Any) -> None:
+    """Refuse a configuration of a known family that its adapter cannot serve.
+
+    Raises:
+        ValueError: says which entry, and why.
+    """
+    try:
+        _adapter_class(config.model_type).check(config)
+        check_text(config.get_text_config().model_type)
+    except ValueError as error:
+        raise ValueError(f"load: {name!r}: {error}") from None
+
+
 def make_adapter(hf: Any, processor: Any) -> Adapter:
     """Return the adapter of a loaded model."""
-    module_name, class_name = FAMILIES[hf.config.model_type]
-    module = importlib.import_module(f"{__package__}.{module_name}")
-    adapter: Adapter = getattr(module, class_name)(hf, processor)
+    adapter: Adapter = _adapter_class(hf.config.model_type)(hf, processor)
     return adapter
+
+
+def _adapter_class(model_type: str) -> Any:
+    module_name, class_name = FAMILIES[model_type]
+    return getattr(importlib.import_module(f"{__package__}.{module_name}"), class_name)
 
 
 def sequential_positions(image_mask: Tensor) -> Tensor:
@@ -144,3 +168,10 @@ def token_text(processor: Any, token_id: int) -> str:
     """Return the text of a token."""
     text: str = processor.tokenizer.convert_ids_to_tokens(token_id)
     return text
+
+
+def check_count(features: int, tokens: int) -> None:
+    """Refuse a processor that makes room for another number of features than the model puts out for an image."""
+    if features != tokens:
+        rule = "the processor must make as many tokens of an image as the model makes features"
+        raise ValueError(f"{rule} (got tokens={tokens}, features={features})")

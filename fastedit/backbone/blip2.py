@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import image_token_id, input_place, sequential_positions
+from .adapters import check_count, image_token_id, input_place, sequential_positions
 from .states import ImageFeatures, ImageInputs, join_padded
 from .text import text_stack
 
@@ -27,15 +27,25 @@ class Blip2Adapter:
     token_types = False
 
     def __init__(self, hf: Any, processor: Any) -> None:
-        if not hf.config.use_decoder_only_language_model:
-            kind = hf.config.text_config.model_type
-            raise ValueError(f"load: BLIP-2 needs a decoder-only text model (got model_type={kind!r})")
+        self.check(hf.config)
         self.hf = hf
         self.processor = processor
         language_model = hf.language_model
         self.text = text_stack(getattr(language_model.model, "decoder", language_model.model))
         self.head = language_model.lm_head
         self.image_token_id = image_token_id(hf, processor, "<image>")
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse text models with an encoder."""
+        if not config.use_decoder_only_language_model:
+            kind = config.text_config.model_type
+            raise ValueError(f"BLIP-2 needs a decoder-only text model (got model_type={kind!r})")
+
+    def check_inputs(self, image: ImageInputs) -> None:
+        """Run the tower on an image; each query becomes a token."""
+        self.hf.vision_model(self._pixels([image]), return_dict=True)
+        check_count(self.hf.query_tokens.shape[1], image.tokens)
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return the tensors of one image and how many image tokens it takes."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapters import image_token_id, input_place, sequential_positions, token_text
+from .adapters import check_count, image_token_id, input_place, sequential_positions, token_text
 from .context import scoped_hooks
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs, join_padded
@@ -29,12 +29,28 @@ class LlavaAdapter:
     token_types = False
 
     def __init__(self, hf: Any, processor: Any) -> None:
+        self.check(hf.config)
         self.hf = hf
         self.processor = processor
         self.text = text_stack(hf.model.language_model)
         self.head = hf.lm_head
         self.image_token_id = image_token_id(hf, processor, "<image>")
         self.image_text = token_text(processor, self.image_token_id)
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse towers whose features do not follow each other without other tokens between them."""
+        tower = getattr(config.vision_config, "model_type", None)
+        if tower == "pixtral":
+            rule = (
+                "vision_config.model_type must not be 'pixtral': its prompts hold [IMG_BREAK] between rows of features"
+            )
+            raise ValueError(f"{rule}, which is not served yet (got model_type={tower!r})")
+
+    def check_inputs(self, image: ImageInputs) -> None:
+        """Count the features of an image."""
+        (features,) = self.image_features([image])
+        check_count(features.tokens.shape[0], image.tokens)
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return the tensors of one image and how many image tokens it takes."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +12,26 @@ from torch import nn
 
 from fastedit.ops import release_workspaces
 
-from .adapters import check_family, make_adapter
+from .adapters import input_place, make_adapter
+from .checkpoint import reading
+from .completeness import check_loaded
 from .model import EditableModel
-from .processors import load_processor
+from .opening import RANDOM_PREFIX, open_model, resolve_name
 from .products import LINEAR, choose_linear, use_onednn
 from .prompts import check_template
 from .quantization import QUANTIZATIONS, Quantizer
 from .random_models import make_random
 from .random_shapes import SHAPES
+from .settings import ATTENTIONS, AUTO_DTYPE, DTYPES, check_choice, check_dtype, checked_device, default_device
 
-RANDOM_PREFIX = "random:"
-POCKET_PREFIX = "pocket-"
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-ATTENTIONS: tuple[str, ...] = (
-    "sdpa",
-    "eager",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flex_attention",
-)
+__all__ = ["DTYPES", "RANDOM_PREFIX", "check_choice", "default_device", "end_tokens", "load", "resolve_name"]
 
 
 def load(
     name_or_path: str | os.PathLike[str],
     *,
     quantize: str = "none",
-    dtype: str | None = "float32",
+    dtype: str | None = AUTO_DTYPE,
     device: str | torch.device | None = None,
     attention: str | None = None,
     template: str | None = None,
@@ -62,7 +48,8 @@ def load(
             a local folder, or a Hugging Face id. Only safetensors are read; code from a checkpoint is never run.
         quantize: "none", "nf4" or "int8" (bitsandbytes) for the decoder's linear maps; head, vision side and
             projector are left as they are. A checkpoint that is already quantized keeps its own.
-        dtype: "float32", "bfloat16", "float16", "float64", or None for what the checkpoint was stored in.
+        dtype: "float32", "bfloat16", "float16", "float64", or None for what the checkpoint was stored in. "auto" is
+            float32, save that a checkpoint that is already quantized keeps what it was stored in.
         device: None is the first GPU where there is one, else the CPU.
         attention: attention implementation of transformers; None is its default.
         template: prompt text around the question, "Question: {} Short answer:"; None is the processor's chat template
@@ -79,8 +66,7 @@ def load(
     """
     name = os.fspath(name_or_path)
     check_choice("quantize", quantize, QUANTIZATIONS)
-    if dtype is not None:
-        check_choice("dtype", dtype, tuple(DTYPES))
+    check_dtype(dtype)
     if attention is not None:
         check_choice("attention", attention, ATTENTIONS)
     check_choice("linear", linear, LINEAR)
@@ -88,24 +74,48 @@ def load(
     for field, budget in (("image_cache_mib", image_cache_mib), ("state_cache_mib", state_cache_mib)):
         if budget < 0:
             raise ValueError(f"load: {field} must not be negative (got {field}={budget})")
-    place = torch.device(device) if device is not None else default_device()
-    choose_linear(linear, DTYPES[dtype or "float32"], place)
-    if name.startswith(RANDOM_PREFIX):
-        shape_name = name.removeprefix(RANDOM_PREFIX)
-        check_choice("random shape", shape_name, tuple(SHAPES))
-        model_type = SHAPES[shape_name].model_type
-        quantizer = Quantizer(quantize, model_type, keep, DTYPES[dtype or "float32"])
-        hf, processor = make_random(
-            shape_name,
-            dtype=DTYPES[dtype or "float32"],
-            device=place,
-            attention=attention,
-            seed=seed,
-            convert=quantizer.convert if quantizer.active else None,
-        )
-    else:
-        source = resolve_name(name)
-        hf, processor, quantizer = _load_checkpoint(name, source, quantize, dtype, place, attention, keep)
+    place = checked_device(device)
+    named = DTYPES.get(dtype or AUTO_DTYPE, torch.float32)
+    choose_linear(linear, named, place)
+    # Parameters made in inference mode could never be part of a graph
+    with torch.inference_mode(False):
+        if name.startswith(RANDOM_PREFIX):
+            hf, processor, quantizer = _make_random(name, quantize, named, place, attention, keep, seed)
+        else:
+            hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, place, attention, keep)
+        return _editable(hf, processor, quantizer, name, template, place, linear, image_cache_mib, state_cache_mib)
+
+
+def _make_random(
+    name: str,
+    quantize: str,
+    dtype: torch.dtype,
+    place: torch.device,
+    attention: str | None,
+    keep: Sequence[int | str],
+    seed: int,
+) -> tuple[Any, Any, Quantizer]:
+    """Draw a model of a shape."""
+    shape_name = name.removeprefix(RANDOM_PREFIX)
+    check_choice("random shape", shape_name, tuple(SHAPES))
+    quantizer = Quantizer(quantize, SHAPES[shape_name].model_type, keep, dtype)
+    convert = quantizer.convert if quantizer.active else None
+    hf, processor = make_random(shape_name, dtype=dtype, device=place, attention=attention, seed=seed, convert=convert)
+    return hf, processor, quantizer
+
+
+def _editable(
+    hf: Any,
+    processor: Any,
+    quantizer: Quantizer,
+    name: str,
+    template: str | None,
+    place: torch.device,
+    linear: str,
+    image_cache_mib: int,
+    state_cache_mib: int,
+) -> EditableModel:
+    """Make a model editable that is in memory."""
     quantizer.cure(hf)
     multiplied_by = choose_linear(linear, _float_dtype(hf), place)
     if multiplied_by == "onednn":
@@ -128,45 +138,35 @@ def load(
 
 
 def _load_checkpoint(
-    name: str,
-    source: str,
-    quantize: str,
-    dtype: str | None,
-    place: torch.device,
-    attention: str | None,
-    keep: Sequence[int | str],
+    name: str, quantize: str, dtype: str | None, place: torch.device, attention: str | None, keep: Sequence[int | str]
 ) -> tuple[Any, Any, Quantizer]:
-    """Load model and processor of a folder or Hugging Face id."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Load model and processor of a folder, an embedded model or a Hugging Face id."""
+    from transformers import AutoModelForImageTextToText
 
-    local = Path(source).is_dir()
-    if local:
-        _check_files(Path(source))
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load: no readable configuration (got name_or_path={name!r}): {error}") from error
-    check_family(name, config.model_type)
-    stored = getattr(config, "quantization_config", None)
-    compute = DTYPES[dtype] if dtype is not None else stored_dtype(config)
-    quantizer = Quantizer(quantize, config.model_type, keep, compute, stored=stored)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype is not None else "auto"}
+    opened = open_model(name, quantize=quantize, dtype=dtype, keep=keep)
+    checkpoint, quantizer = opened.checkpoint, opened.quantizer
+    options: dict[str, Any] = {"dtype": opened.stored}
     if attention is not None:
         options["attn_implementation"] = attention
-    if quantizer.active and stored is None:
-        options["quantization_config"] = quantizer.config(config)
+    if quantizer.active and not quantizer.is_stored:
+        options["quantization_config"] = quantizer.config(opened.hf)
     if quantizer.active or place.type != "cpu":
         # Straight to the device; needs accelerate, which a plain model on the CPU does not.
         options["device_map"] = {"": place}
-    with _quiet() if local else nullcontext():
-        hf = AutoModelForImageTextToText.from_pretrained(
-            source,
-            local_files_only=local,
+    with reading(f"the weights of {name!r} must be readable"), _quiet() if checkpoint.local else nullcontext():
+        hf, info = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.source,
+            local_files_only=checkpoint.local,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
-    return hf, load_processor(source, config.model_type, local_only=local), quantizer
+    check_loaded(hf, checkpoint, info)
+    if quantizer.is_stored:
+        quantizer.check(hf)
+        quantizer.settle(hf, opened.stored)
+    return hf, opened.processor, quantizer
 
 
 @contextmanager
@@ -183,90 +183,29 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def resolve_name(name: str) -> str:
-    """Return the folder or Hugging Face id that a name stands for."""
-    if Path(name).is_dir():
-        return name
-    if name.startswith(POCKET_PREFIX):
-        from fastedit.pocket import model_path
-
-        return str(model_path(name))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return name
-    known = ("pocket-llava", "pocket-blip2", "pocket-qwen2vl", *(RANDOM_PREFIX + shape for shape in SHAPES))
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        "load: name_or_path must be an embedded model, random:<shape>, a folder that exists, or a Hugging Face id "
-        f"owner/name (got name_or_path={name!r}; the nearest known name is {nearest!r})"
-    )
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse a folder without all parts of a checkpoint, naming every part that is absent."""
-    groups = {
-        "config.json": ("config.json",),
-        "weights (*.safetensors)": ("*.safetensors",),
-        "an image processor (processor_config.json or preprocessor_config.json)": (
-            "processor_config.json",
-            "preprocessor_config.json",
-        ),
-        "a tokenizer (tokenizer.json, tokenizer.model or vocab.json)": (
-            "tokenizer.json",
-            "tokenizer.model",
-            "vocab.json",
-        ),
-    }
-    absent = [label for label, patterns in groups.items() if not any(any(folder.glob(p)) for p in patterns)]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        import json
-
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        absent += sorted(shard for shard in shards if not (folder / shard).is_file())
-    if absent:
-        raise FileNotFoundError(f"load: the folder {str(folder)!r} lacks {', '.join(absent)}")
-
-
-def check_choice(field: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a value that is not among the known ones, naming the nearest."""
-    if value in known:
-        return
-    nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)
-    hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-    raise ValueError(f"load: {field} must be one of {', '.join(known)} (got {field}={value!r}{hint})")
-
-
-def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def stored_dtype(config: Any) -> torch.dtype:
-    """The type that a checkpoint says it was stored in; float32 where it says nothing."""
-    for part in (config, getattr(config, "text_config", None)):
-        found = getattr(part, "dtype", None)
-        if isinstance(found, torch.dtype):
-            return found
-        if isinstance(found, str) and found in DTYPES:
-            return DTYPES[found]
-    return torch.float32
-
-
 def _float_dtype(hf: nn.Module) -> torch.dtype:
     """The type of the word embeddings, which is that of the residual stream."""
-    dtype: torch.dtype = hf.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    return dtype
+    return input_place(hf.get_input_embeddings(), hf)[1]  # type: ignore[operator]
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a generated answer, the tokenizer's own end token first where it is among them."""
-    found: list[int] = []
+    """Tokens that end a generated answer, the tokenizer's own end token first where it is among them.
+
+    Raises:
+        ValueError: there is none, or one that the model has no embedding for.
+    """
+    ends: Any = None
     for config in (getattr(hf, "generation_config", None), getattr(hf.config, "text_config", None), hf.config):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
-            found = [ends] if isinstance(ends, int) else list(ends)
             break
-    own = tokenizer.eos_token_id
-    if not found:
-        found = [own]
-    return sorted(dict.fromkeys(found), key=lambda token: token != own)
+    standard = tokenizer.eos_token_id
+    listed = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if listed in ([], [None]):
+        listed = [standard]
+    rows = int(hf.get_input_embeddings().weight.shape[0])
+    for token in listed:
+        if type(token) is not int or not 0 <= token < rows:
+            rule = f"eos_token_id must be tokens of the model, 0 to {rows - 1}"
+            raise ValueError(f"load: {rule}, in generation_config.json or else in config.json (got {token!r})")
+    return sorted(dict.fromkeys(listed), key=lambda token: token != standard)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .checkpoint import Checkpoint
+from .json_files import read_object
+
+#: The longest side, and the most pixels, that a processor may bring images to.
+MOST_SIDE, MOST_PIXELS = 1 << 14, 1 << 26
 
 _PLAIN_IMAGE_PROCESSORS = {
     "llava": ("clip", "CLIPImageProcessorPil"),
@@ -82,3 +89,74 @@ def _chat_template(source: str) -> str | None:
         template: str = json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"]
         return template
     return None
+
+
+def complete_processor(processor: Any, config: Any, checkpoint: Checkpoint) -> None:
+    """Give a processor what its file does not say, as files of older versions do not, from the model's configuration.
+
+    Args:
+        processor: changed in place. config: of the model. checkpoint: whose file says what was said.
+    Raises:
+        ValueError: sizes of images that no model takes, or a tokenizer without the image token.
+    """
+    said: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = checkpoint.file(name)
+        said |= read_object(path) if path is not None else {}
+    for field, value in _processor_fields(config).items():
+        # Some defaults are numbers, and wrong ones for most towers
+        if value is not None and hasattr(processor, field) and said.get(field) is None:
+            setattr(processor, field, value)
+    _check_sizes(processor.image_processor)
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        return
+    text = processor.tokenizer.convert_ids_to_tokens(int(token))
+    known = text is not None and processor.tokenizer(text, add_special_tokens=False)["input_ids"] == [token]
+    if not known:
+        rule = "the tokenizer must have the image token of config.json, and read its text as this one token"
+        raise ValueError(f"load: {checkpoint.name!r}: {rule} (got image_token_id={token}, text={text!r})")
+    if isinstance(getattr(processor, "image_token", None), str):
+        processor.image_token, processor.image_token_id = text, token
+
+
+def _processor_fields(config: Any) -> dict[str, Any]:
+    """What processors are told of a model, by the names of their fields; None where the model has no such thing."""
+    vision = config.vision_config
+    side, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    # Towers of CLIP put a token for the whole image before those of its patches
+    classes = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
+    return {
+        "patch_size": patch,
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+        "num_additional_image_tokens": classes.get(getattr(vision, "model_type", "")),
+        "num_image_tokens": (side // patch) ** 2
+        if isinstance(side, int) and isinstance(patch, int) and patch
+        else None,
+        "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
+        "num_query_tokens": getattr(config, "num_query_tokens", None),
+    }
+
+
+def _check_sizes(image_processor: Any) -> None:
+    """Refuse sizes that images would be blown up to without end."""
+    fields: dict[str, Any] = image_processor.to_dict()
+    # Families that take images of any shape have numbers of pixels in all
+    areas = fields.get("merge_size") is not None
+    sizes: list[tuple[str, Any, int]] = []
+    for field in ("size", "crop_size"):
+        entries = fields.get(field)
+        # The longest edge only ever makes an image smaller
+        named = dict(entries) if isinstance(entries, Mapping) else {"": entries}
+        sizes += [
+            (f"{field}.{key}" if key else field, value, MOST_PIXELS if areas else MOST_SIDE)
+            for key, value in named.items()
+            if key not in ("longest_edge", "max_pixels")
+        ]
+    sizes.append(("min_pixels", fields.get("min_pixels"), MOST_PIXELS))
+    sizes += [(name, fields.get(name), MOST_SIDE) for name in ("patch_size", "merge_size", "temporal_patch_size")]
+    for pair in fields.get("image_grid_pinpoints") or ():
+        sizes += [("image_grid_pinpoints", side, MOST_SIDE) for side in pair]
+    for name, value, limit in sizes:
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= limit):
+            raise ValueError(f"load: the image processor's {name} must be in 1..{limit} (got {name}={value!r})")

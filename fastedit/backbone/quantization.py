@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import UNQUANTIZED
-from .random_models import EmptyOnMeta
+from .adapters import COMPUTE_DTYPES, UNQUANTIZED
 
 QUANTIZATIONS: tuple[str, ...] = ("none", "nf4", "int8")
 
@@ -47,6 +46,8 @@ class Quantizer:
         if own is not None and kind not in ("none", own):
             raise ValueError(f"load: quantize must be 'none' or the checkpoint's own {own!r} (got quantize={kind!r})")
         self.kind = own or kind
+        #: Whether the checkpoint was quantized when it was stored.
+        self.is_stored = own is not None
         self.compute = compute
         self.skipped = list(UNQUANTIZED[model_type])
         self._kept_layers = {entry for entry in keep if isinstance(entry, int)}
@@ -69,16 +70,17 @@ class Quantizer:
             for piece, number in itertools.pairwise(pieces)
         )
 
-    def config(self, model_config: Any) -> Any:
+    def config(self, skeleton: nn.Module) -> Any:
         """Return the configuration that transformers quantizes a checkpoint by.
 
         The modules to skip are listed one by one by full path: the loader matches suffixes and patterns too, and short
         names match the wrong ones or none.
-        """
-        from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-        with EmptyOnMeta():
-            skeleton = AutoModelForImageTextToText.from_config(model_config)
+        Args:
+            skeleton: the model, with or without weights.
+        """
+        from transformers import BitsAndBytesConfig
+
         skip = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear) and self.skips(path)]
         if self.kind == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
@@ -111,6 +113,38 @@ class Quantizer:
         quantized: nn.Module = new
         return quantized
 
+    def check(self, hf: nn.Module) -> None:
+        """Refuse a model that was quantized when it was stored, and some of whose maps were not.
+
+        Raises:
+            ValueError: names one of them.
+        """
+        if not self.active:
+            return
+        layers = self._library.nn
+        for path, module in hf.named_modules():
+            weight = getattr(module, "weight", None)
+            plain = (isinstance(module, layers.Linear4bit) and getattr(weight, "quant_state", None) is None) or (
+                isinstance(module, layers.Linear8bitLt) and getattr(weight, "dtype", None) != torch.int8
+            )
+            if plain:
+                rule = "quantization_config must name among llm_int8_skip_modules what is not quantized"
+                raise ValueError(f"load: {rule} (got {path} of type {getattr(weight, 'dtype', None)})")
+
+    def settle(self, hf: nn.Module, stored: torch.dtype) -> None:
+        """Bring what a quantized checkpoint stores unquantized to the type it is to compute in."""
+        if not self.active or self.compute == stored:
+            return
+        keep_in_float32(hf, self.compute)
+        kept = {id(parameter) for parameter in _float32_parts(hf, self.compute)}
+        for parameter in hf.parameters():
+            if parameter.dtype in COMPUTE_DTYPES and id(parameter) not in kept:
+                parameter.data = parameter.data.to(self.compute)
+        for module in hf.modules():
+            if isinstance(module, self._library.nn.Linear4bit):
+                module.compute_dtype, module.compute_type_is_set = self.compute, True
+                module.weight.quant_state.dtype = self.compute
+
     def cure(self, hf: nn.Module) -> None:
         """Take out what makes gradients wrong or logs unreadable. Must run before the first forward.
 
@@ -124,6 +158,24 @@ class Quantizer:
                 module.support_avx512bf16_for_cpu = False
         # Otherwise every call of every 8-bit layer logs that its input is cast.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def keep_in_float32(hf: Any, dtype: torch.dtype) -> None:
+    """Give the parts that a checkpoint's loader leaves in float32 that type."""
+    for parameter in _float32_parts(hf, dtype):
+        parameter.data = parameter.data.float()
+
+
+def _float32_parts(hf: Any, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Parameters that a checkpoint's loader leaves in float32 where the others are of a type."""
+    words = set(hf._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        words |= set(hf._keep_in_fp32_modules or ())
+    return [
+        parameter
+        for name, parameter in hf.named_parameters()
+        if words & set(name.split(".")) and parameter.dtype in COMPUTE_DTYPES
+    ]
 
 
 def _stored_kind(stored: Any) -> str | None:

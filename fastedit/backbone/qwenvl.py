@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapters import image_token_id, input_place, sequential_positions
+from .adapters import check_count, image_token_id, input_place, sequential_positions
 from .context import overridden
 from .prompts import expand_image_token
 from .states import ImageFeatures, ImageInputs
@@ -38,6 +38,17 @@ class QwenVLAdapter:
         names = [processor.tokenizer.convert_ids_to_tokens(token) for token in tokens if token is not None]
         opening, closing = names if len(names) == 2 else ("<|vision_start|>", "<|vision_end|>")
         self.image_text = opening + processor.tokenizer.convert_ids_to_tokens(self.image_token_id) + closing
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Every configuration of these families is served."""
+
+    def check_inputs(self, image: ImageInputs) -> None:
+        """Embed an image's patches; as many of them as the grid says become a token each."""
+        visual = self.hf.model.visual
+        device, dtype = input_place(visual, self.hf)
+        patches = visual.patch_embed(image.tensors["pixel_values"].to(device, dtype))
+        check_count(patches.shape[0] // self.merge_size**2, image.tokens)
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return patches (P, values) and grid (1, 3) of one image and how many image tokens it takes."""

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import check_family, make_adapter
-from .loading import (
-    DTYPES,
-    RANDOM_PREFIX,
-    check_choice,
-    end_tokens,
-    resolve_name,
-    stored_dtype,
-)
+from .adapters import make_adapter
+from .loading import end_tokens
 from .made_up import made_up_processor
 from .model import EditableModel
-from .processors import load_processor
+from .opening import RANDOM_PREFIX, open_model
 from .quantization import QUANTIZATIONS, Quantizer
 from .random_models import EmptyOnMeta, make_config
 from .random_shapes import SHAPES
+from .settings import AUTO_DTYPE, DTYPES, check_choice, check_dtype
 
 # nf4: two entries a byte, one scale for so many
 _NF4_BLOCK = 64
@@ -36,7 +29,7 @@ def skeleton(
     name_or_path: str | os.PathLike[str],
     *,
     quantize: str = "none",
-    dtype: str | None = "float32",
+    dtype: str | None = AUTO_DTYPE,
     template: str | None = None,
     image_cache_mib: int = 1024,
 ) -> tuple[EditableModel, int]:
@@ -50,23 +43,19 @@ def skeleton(
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load` does.
     """
-    from transformers import AutoModelForImageTextToText
-
     name = os.fspath(name_or_path)
     check_choice("quantize", quantize, QUANTIZATIONS)
-    if dtype is not None:
-        check_choice("dtype", dtype, tuple(DTYPES))
-    config, processor = _parts(name)
-    check_family(name, config.model_type)
-    compute = DTYPES[dtype] if dtype is not None else stored_dtype(config)
-    stored = getattr(config, "quantization_config", None)
-    quantizer = Quantizer(quantize, config.model_type, (), compute, stored=stored)
-    with EmptyOnMeta():
-        hf = AutoModelForImageTextToText.from_config(config, dtype=compute)
-    if not name.startswith(RANDOM_PREFIX):
-        _keep_in_float32(hf, compute)
+    check_dtype(dtype)
+    nested = False
+    if name.startswith(RANDOM_PREFIX):
+        compute = DTYPES.get(dtype or AUTO_DTYPE, torch.float32)
+        hf, processor, quantizer = _random(name, quantize, compute)
+    else:
+        opened = open_model(name, quantize=quantize, dtype=dtype)
+        hf, processor, quantizer, compute = opened.hf, opened.processor, opened.quantizer, opened.dtype
+        nested = _nested(getattr(opened.config, "quantization_config", None))
     model = EditableModel(
-        hf.to("meta"),
+        hf,
         processor,
         make_adapter(hf, processor),
         name=name,
@@ -76,37 +65,19 @@ def skeleton(
         end_token_ids=end_tokens(hf, processor.tokenizer),
         image_cache_mib=image_cache_mib,
     )
-    return model, _planned_bytes(hf, quantizer, nested=_nested(stored))
+    return model, _planned_bytes(hf, quantizer, nested=nested)
 
 
-def _parts(name: str) -> tuple[Any, Any]:
-    """Configuration and processor."""
-    from transformers import AutoConfig
+def _random(name: str, quantize: str, dtype: torch.dtype) -> tuple[Any, Any, Quantizer]:
+    """The parts of a model with random weights that is not drawn."""
+    from transformers import AutoModelForImageTextToText
 
-    if name.startswith(RANDOM_PREFIX):
-        shape_name = name.removeprefix(RANDOM_PREFIX)
-        check_choice("random shape", shape_name, tuple(SHAPES))
-        processor = made_up_processor(SHAPES[shape_name])
-        return make_config(SHAPES[shape_name], processor), processor
-    source = resolve_name(name)
-    local = Path(source).is_dir()
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load: no readable configuration (got name_or_path={name!r}): {error}") from error
-    check_family(name, config.model_type)
-    return config, load_processor(source, config.model_type, local_only=local)
-
-
-def _keep_in_float32(hf: Any, dtype: torch.dtype) -> None:
-    """Give the parts that a checkpoint's loader leaves in float32 that type."""
-    words = set(hf._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
-    if dtype == torch.float16:
-        words |= set(hf._keep_in_fp32_modules or ())
-    for path, module in hf.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if words & set(f"{path}.{name}".split(".")):
-                parameter.data = parameter.data.float()
+    shape_name = name.removeprefix(RANDOM_PREFIX)
+    check_choice("random shape", shape_name, tuple(SHAPES))
+    processor = made_up_processor(SHAPES[shape_name])
+    with EmptyOnMeta():
+        hf = AutoModelForImageTextToText.from_config(make_config(SHAPES[shape_name], processor), dtype=dtype)
+    return hf.to("meta"), processor, Quantizer(quantize, SHAPES[shape_name].model_type, (), dtype)
 
 
 def weight_bytes(hf: nn.Module) -> int:

@@ -30,8 +30,16 @@ def text_stack(root: nn.Module) -> TextStack:
         ValueError: the text model is of a kind that is not known here.
     """
     config: Any = root.config
-    kind = str(config.model_type)
-    if kind not in TEXT_STACKS:
+    check_text(config.model_type)
+    return TEXT_STACKS[config.model_type](root)
+
+
+def check_text(kind: object) -> None:
+    """Refuse a text model by the name that its configuration carries.
+
+    Raises:
+        ValueError: it is not known here.
+    """
+    if not isinstance(kind, str) or kind not in TEXT_STACKS:
         known = ", ".join(sorted(TEXT_STACKS))
         raise ValueError(f"the text model must be one of {known} (got model_type={kind!r})")
-    return TEXT_STACKS[kind](root)
