@@ -82,7 +82,7 @@ def load(
         if name.startswith(RANDOM_PREFIX):
             hf, processor, quantizer = _make_random(name, quantize, named, place, attention, keep, seed)
         else:
-            hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, place, attention, keep)
+            hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, place, attention, keep, template)
         return _editable(hf, processor, quantizer, name, template, place, linear, image_cache_mib, state_cache_mib)
 
 
@@ -138,12 +138,18 @@ def _editable(
 
 
 def _load_checkpoint(
-    name: str, quantize: str, dtype: str | None, place: torch.device, attention: str | None, keep: Sequence[int | str]
+    name: str,
+    quantize: str,
+    dtype: str | None,
+    place: torch.device,
+    attention: str | None,
+    keep: Sequence[int | str],
+    template: str | None,
 ) -> tuple[Any, Any, Quantizer]:
     """Load model and processor of a folder, an embedded model or a Hugging Face id."""
     from transformers import AutoModelForImageTextToText
 
-    opened = open_model(name, quantize=quantize, dtype=dtype, keep=keep)
+    opened = open_model(name, quantize=quantize, dtype=dtype, keep=keep, chats=template is None)
     checkpoint, quantizer = opened.checkpoint, opened.quantizer
     options: dict[str, Any] = {"dtype": opened.stored}
     if attention is not None:

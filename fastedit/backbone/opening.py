@@ -18,8 +18,10 @@ from .completeness import check_weights
 from .headers import StoredTensor
 from .probe_image import check_image
 from .processors import complete_processor, load_processor
+from .prompts import chat, chat_template
 from .quantization import Quantizer, keep_in_float32
 from .random_shapes import SHAPES
+from .rendering import check_template_ends, rendered
 from .settings import AUTO_DTYPE, DTYPES
 
 RANDOM_PREFIX = "random:"
@@ -48,9 +50,14 @@ class Opened:
     stored: torch.dtype
 
 
-def open_model(name: str, *, quantize: str, dtype: str | None, keep: Sequence[int | str] = ()) -> Opened:
+def open_model(
+    name: str, *, quantize: str, dtype: str | None, keep: Sequence[int | str] = (), chats: bool = True
+) -> Opened:
     """Return what is known of a folder, an embedded model or a Hugging Face id before its weights are read.
 
+    Args:
+        name, quantize, dtype, keep: as for `load`.
+        chats: whether prompts are made by its chat template.
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong with it, with file, rule and value.
     """
@@ -78,8 +85,22 @@ def open_model(name: str, *, quantize: str, dtype: str | None, keep: Sequence[in
     with reading(f"the processor of {name!r} must be one that transformers can build"):
         processor = load_processor(checkpoint.source, config.model_type, local_only=checkpoint.local)
         complete_processor(processor, config, checkpoint)
+    if chats and not name.startswith(POCKET_PREFIX):
+        _check_chat(name, processor)
     check_image(name, hf, processor)
     return Opened(checkpoint, config, processor, quantizer, hf, quantizer.compute, stored)
+
+
+def _check_chat(name: str, processor: Any) -> None:
+    """Render a question by a stranger's chat template, apart at first."""
+    template = chat_template(processor)
+    if template is None:
+        return
+    chats = [chat("What is it?", with_image=with_image) for with_image in (True, False)]
+    check_template_ends(template, chats, processor.tokenizer.special_tokens_map)
+    with reading(f"the chat template of {name!r} must render a question, or template= must take its place"):
+        for messages in chats:
+            rendered(processor, messages, template)
 
 
 def resolve_name(name: str) -> str:

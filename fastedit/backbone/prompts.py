@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from .rendering import rendered
 
 #: Where the question and, optionally, the image go in a `template=`.
 QUESTION_FIELD = "{}"
 IMAGE_FIELD = "{image}"
+_FIELDS = re.compile(f"{re.escape(QUESTION_FIELD)}|{re.escape(IMAGE_FIELD)}")
 
 
 def check_template(template: str | None) -> None:
@@ -20,6 +25,20 @@ def check_template(template: str | None) -> None:
         raise ValueError(f"load: template must hold {QUESTION_FIELD} exactly once (got template={template!r})")
     if template is not None and template.count(IMAGE_FIELD) > 1:
         raise ValueError(f"load: template may hold {IMAGE_FIELD} at most once (got template={template!r})")
+
+
+def chat(prompt: str, *, with_image: bool) -> list[dict[str, Any]]:
+    """Return a question as the messages that chat templates are given."""
+    content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+
+
+def chat_template(processor: Any) -> str | None:
+    """The text of a processor's chat template: of several by name, the one called "default"."""
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default", next(iter(template.values()), None))
+    return template
 
 
 class PromptBuilder:
@@ -45,23 +64,36 @@ class PromptBuilder:
         self._image_text = image_text
         self._template = template
         self.end_token_id = end_token_id
-        chat = getattr(processor, "chat_template", None)
-        self._chat = processor if chat is not None and template is None else None
+        self._chat_template = chat_template(processor) if template is None else None
+        self._processor = processor
         self._before = _leading_special_tokens(tokenizer)
         self._ids: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def template_text(self) -> str:
+        """What prompts are made by: the `template`, else the processor's chat template, else the question alone."""
+        return self._template or (QUESTION_FIELD if self._chat_template is None else self._chat_template)
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 of `template_text`."""
+        return hashlib.sha256(self.template_text.encode()).hexdigest()
+
     def text(self, prompt: str, with_image: bool) -> str:
-        """Return the full prompt text, one image placeholder in it where it has an image."""
-        if self._chat is not None:
-            content: list[dict[str, str]] = [{"type": "image"}] if with_image and self._image_text else []
-            messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-            text: str = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return text
+        """Return the full prompt text, one image placeholder in it where it has an image.
+
+        Raises:
+            ValueError: the chat template fails, or takes too long.
+        """
+        if self._chat_template is not None:
+            messages = chat(prompt, with_image=with_image and bool(self._image_text))
+            return rendered(self._processor, messages, self._chat_template)
         template = self._template or QUESTION_FIELD
-        image = self._image_text if with_image else ""
-        if IMAGE_FIELD in template:
-            return template.replace(QUESTION_FIELD, prompt).replace(IMAGE_FIELD, image)
-        return image + template.replace(QUESTION_FIELD, prompt)
+        values = {QUESTION_FIELD: prompt, IMAGE_FIELD: self._image_text if with_image else ""}
+        if IMAGE_FIELD not in template:
+            template = IMAGE_FIELD + template
+        # All at once: a question may hold what looks like a field
+        return _FIELDS.sub(lambda field: values[field[0]], template)
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a prompt text, special tokens that open a text included."""

@@ -51,7 +51,7 @@ def skeleton(
         compute = DTYPES.get(dtype or AUTO_DTYPE, torch.float32)
         hf, processor, quantizer = _random(name, quantize, compute)
     else:
-        opened = open_model(name, quantize=quantize, dtype=dtype)
+        opened = open_model(name, quantize=quantize, dtype=dtype, chats=template is None)
         hf, processor, quantizer, compute = opened.hf, opened.processor, opened.quantizer, opened.dtype
         nested = _nested(getattr(opened.config, "quantization_config", None))
     model = EditableModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -48,6 +49,27 @@ def test_a_template_overrides_both() -> None:
     assert prompts.text("what?", with_image=False) == "Q: what?  A:"
     model = load("random:llava-tiny", template="Question: {} Short answer:")
     assert model.prompts.text("what?", with_image=True) == "<image>Question: what? Short answer:"
+
+
+def test_the_text_of_a_question_is_never_read_as_a_template() -> None:
+    for template in ("Q: {} {image} A:", "Q: {image}{} A:", "Q: {} A:", None):
+        prompts, _ = builder(template)
+        for question in ("what does {image} mean?", "{}", "{} and {image}{}", "{prompt}", "{0} {{}}", "{% if %}"):
+            for with_image in (True, False):
+                assert question in prompts.text(question, with_image)
+                assert prompts.text(question, with_image).count("<image>") == int(with_image)
+    assert (
+        cached_model("random:llava-tiny").prompts.text("{image} {{ 1 }}?", False) == "USER: {image} {{ 1 }}? ASSISTANT:"
+    )
+
+
+def test_a_builder_says_what_it_makes_prompts_by() -> None:
+    chat = cached_model("random:llava-tiny")
+    assert chat.prompts.template_text == chat.processor.chat_template
+    assert builder("Q: {} A:")[0].template_text == "Q: {} A:"
+    assert builder()[0].template_text == "{}"
+    for prompts in (chat.prompts, builder()[0]):
+        assert prompts.template_hash == hashlib.sha256(prompts.template_text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(("template", "rule"), [("no field", "exactly once"), ("{} {}", "exactly once")])
