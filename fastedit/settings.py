@@ -13,6 +13,15 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a finite number"
 _REFUSED = object()
 
 
+#: Fields that are sizes of tensors, whichever config has them, and more than any of them is of use for: what is larger
+#: would only be told by the memory that runs out.
+SIZES = frozenset(
+    {"rank", "neurons", "n", "values", "hidden", "condition", "inner", "blocks", "directions", "size", "key", "queries"}
+    | {"width", "top_k", "sketch", "scope_size", "scope_hidden", "scope_segments"}
+)
+MOST_SIZE = 1 << 16
+
+
 def typed(owner: str, config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for fields of a config, as the fields are annotated: a list as a tuple, a whole number for a float.
 
@@ -106,6 +115,8 @@ def check_ranges(
     Raises:
         ValueError: names the field, the rule and the value.
     """
+    for name in SIZES.intersection(vars(config)) if owner != "solver" else ():
+        _check_range(owner, config, name, f"is at most {MOST_SIZE}", high=MOST_SIZE)
     for name, least in (at_least or {}).items():
         _check_range(owner, config, name, f"is at least {least}", low=least)
     for name in positive:

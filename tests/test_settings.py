@@ -12,7 +12,7 @@ import pytest
 import fastedit
 from fastedit.methods import METHODS, resolve
 from fastedit.methods.registry import OBJECTIVES
-from fastedit.settings import check_ranges, typed
+from fastedit.settings import SIZES, check_ranges, typed
 from fastedit.training import TrainerConfig
 
 CONFIGS = [*(m.Config for m in METHODS.values()), *(o.config for o in OBJECTIVES.values()), TrainerConfig]
@@ -113,3 +113,16 @@ def test_the_python_api_checks_settings_of_training_too() -> None:
         fastedit.train(model, "mend", records, trainer={"lr": "fast"})
     with pytest.raises(ValueError, match=r"train: seed must be a whole number \(got seed=1.5\)"):
         fastedit.train(model, "mend", records, trainer=TrainerConfig(seed=1.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.__name__)
+def test_sizes_end_before_the_memory_does(config: type) -> None:
+    for name in SIZES.intersection(vars(config())):
+        with pytest.raises(ValueError, match=rf"{name} is at most 65536.* \(got {name}=1000000000\)"):
+            config(**{name: 10**9})
+
+
+def test_a_size_is_refused_before_anything_is_allocated() -> None:
+    model = fastedit.load("random:llava-tiny")
+    with pytest.raises(ValueError, match=r"^lora: rank is at most 65536 \(got rank=1000000000\)"):
+        fastedit.edit(model, [fastedit.EditRequest("what?", "red")], method="lora", rank=10**9)

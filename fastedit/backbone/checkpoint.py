@@ -166,6 +166,9 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     index = checkpoint.file(INDEX)
     if index is None:
         raise FileNotFoundError(f"load: {source!r} lacks {WEIGHTS} or {INDEX}")
+    metadata = read_object(index).get("metadata")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"load: {index}: metadata must be an object (got metadata={metadata!r:.80})")
     files = {shard: checkpoint.file(shard) for shard in _shards(index)}
     absent = [shard for shard, file in files.items() if file is None]
     if absent:
@@ -175,11 +178,9 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index lists, each once."""
-    entries = read_object(index)
-    for name in ("metadata", "weight_map"):
-        if not isinstance(entries.get(name), dict):
-            raise ValueError(f"load: {index}: {name} must be an object (got {name}={entries.get(name)!r:.80})")
-    places: dict[str, Any] = entries["weight_map"]
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"load: {index}: weight_map must be an object (got weight_map={places!r:.80})")
     for key, shard in places.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", shard):
             rule = "weight_map must name safetensors files of the same folder"

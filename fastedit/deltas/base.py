@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, Site
+from fastedit.deltas.room import check_room
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import workspace
 
@@ -188,6 +189,7 @@ class FlatStack:
     ) -> None:
         self.spec = spec
         self.shapes = dict(shapes)
+        check_room(spec, [*shapes.values(), *(fixed or {}).values()], dtype, torch.device(device))
         self.fixed = {
             name: torch.zeros(size, *shape, dtype=dtype, device=device) for name, shape in (fixed or {}).items()
         }

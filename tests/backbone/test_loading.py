@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,72 @@ def test_end_tokens_come_from_the_generation_settings(saved: Path, tmp_path: Pat
     assert load(tmp_path).end_token_ids == (2, 7)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
     assert load(tmp_path).end_token_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:77", r"device must be one that this machine has \(got device='cuda:77'; there "),
+        ("tpu", r"device must be one of cpu, cuda, mps, xpu, .* \(got device='tpu'\)"),
+        ("meta", r"device must be one of cpu, .* \(got device='meta'\)"),
+        ("cpu:3", r"device 'cpu' is a single one \(got device='cpu:3'\)"),
+        ("", r"device must be one of cpu, .* \(got device=''\)"),
+        (5, r"device must be one of cpu, .* \(got device=5\)"),
+        (torch.device("cuda", 88), r"this machine has \(got device='cuda:88'"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_before_anything_else(device: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("./absent/folder", device=device)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"got device='cuda'; there is none of this kind that torch"):
+            load("./absent/folder", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["random:llava-tiny", "folder"])
+def test_a_model_loaded_without_gradients_can_be_edited(name: str, saved: Path) -> None:
+    with torch.inference_mode():
+        model = load(saved if name == "folder" else name)
+    with torch.no_grad():
+        again = load(saved if name == "folder" else name)
+    for each in (model, again):
+        parts = [*each.hf.parameters(), *each.hf.buffers()]
+        assert not any(part.is_inference() for part in parts)
+    module = model.module(model.sites([3], ["down"])[0])
+    scale = torch.ones(module.out_features, requires_grad=True)
+    handle = module.register_forward_hook(lambda _m, _a, output: output * scale)
+    encoded = model.encode(mixed_queries(), answers=True)
+    model.head(model.tail(model.prefix(encoded, 2))).sum().backward()
+    handle.remove()
+    assert scale.grad is not None
+    assert scale.grad.abs().sum() > 0
+
+
+def test_an_empty_list_of_end_tokens_is_none(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    settings = json.loads((saved / "generation_config.json").read_text())
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": []}))
+    assert load(tmp_path / "a").end_token_ids == (2,)
+
+
+def test_what_the_configuration_decides_is_said_before_weights_are_read(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    # Not readable as weights: reaching them would be another error.
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"")
+    config = json.loads((saved / "config.json").read_text())
+
+    def refused(message: str, **entries: object) -> None:
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | entries))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a")
+
+    pixtral = {"model_type": "pixtral", "hidden_size": 32, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    refused(
+        r"must not be 'pixtral': its prompts hold \[IMG_BREAK\] .*\(got model_type='pixtral'\)", vision_config=pixtral
+    )
+    refused(r"the text model must be one of llama, .*\(got model_type='gpt2'\)", text_config={"model_type": "gpt2"})
+    refused(r"must be of bitsandbytes \(got quant_method='awq'\)", quantization_config={"quant_method": "awq"})
+    refused(
+        r"must be of type nf4 \(got bnb_4bit_quant_type='fp4'\)",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    )

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastedit.backbone import EditableModel, load
 from fastedit.backbone.quantization import Quantizer
+from fastedit.backbone.skeleton import skeleton
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries
 
@@ -94,7 +95,7 @@ def dequantized(model: EditableModel, name: str | None = None) -> EditableModel:
     return twin
 
 
-def quantized_by_default(name: str, kind: str, folder: Path) -> Path:
+def quantized_by_default(name: str, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as transformers' own defaults quantize it: everything but the head, the vision side included."""
     exact = cached_model(name)
     exact.hf.save_pretrained(folder / "exact")
@@ -104,7 +105,7 @@ def quantized_by_default(name: str, kind: str, folder: Path) -> Path:
         else transformers.BitsAndBytesConfig(load_in_8bit=True)
     )
     hf = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder / "exact", dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+        folder / "exact", dtype=dtype, quantization_config=settings, device_map={"": "cpu"}
     )
     hf.save_pretrained(folder / "small")
     exact.processor.save_pretrained(folder / "small")
@@ -130,6 +131,37 @@ def test_images_are_seen_where_the_vision_side_is_quantized(name: str, kind: str
             assert (seen - expected).norm() < (1e-4 if kind == "nf4" else 0.08) * expected.norm()
             # What quantization itself changes; pixels cast to its codes were off by the whole norm
             assert (seen - full).norm() < (0.6 if kind == "nf4" else 0.1) * full.norm()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["random:llava-tiny", "random:blip2-tiny", "random:qwen2vl-tiny"])
+def test_a_quantized_checkpoint_keeps_the_type_it_was_stored_in(
+    name: str, stored: torch.dtype, kind: str, tmp_path: Path
+) -> None:
+    folder = quantized_by_default(name, kind, tmp_path, stored)
+    exact = cached_model(name)
+    encoded = exact.encode(mixed_queries(), answers=True)
+    logits = {}
+    for dtype in ("auto", None, "float32", "bfloat16"):
+        model = load(folder) if dtype == "auto" else load(folder, dtype=dtype)
+        assert model.dtype == {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(dtype), stored)
+        assert model.generate(mixed_queries(), max_new_tokens=2)
+        logits[dtype] = model.head(model.tail(model.prefix(encoded, 1)))[encoded.attention_mask].float()
+        assert skeleton(folder, dtype=dtype)[0].dtype == model.dtype
+    assert torch.equal(logits["auto"], logits[None])
+    for dtype in ("auto", "bfloat16"):
+        apart = (logits[dtype] - logits["float32"]).norm() / logits["float32"].norm()
+        assert 0 < apart < 0.1, "other values than the same weights give in float32"
+
+
+def test_only_quantized_checkpoints_keep_their_type(tmp_path: Path) -> None:
+    half = load("random:llava-tiny", dtype="bfloat16")
+    half.hf.save_pretrained(tmp_path)
+    half.processor.save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == torch.float32
+    assert load(tmp_path, quantize="nf4").dtype == torch.float32
+    assert load(tmp_path, dtype=None).dtype == torch.bfloat16
 
 
 def gradient_at_first_layer(model: EditableModel) -> tuple[torch.Tensor, torch.Tensor]:
