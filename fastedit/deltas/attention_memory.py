@@ -13,6 +13,7 @@ from torch.nn import functional
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas.base import DeltaSpec, EditDelta, company
 from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, place_of, plain_options, side_by_side
+from fastedit.deltas.questions import standing
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import nearest_keys
 
@@ -203,9 +204,9 @@ class LayerMemory:
             alike = self._alike(asked.detach(), own).masked_fill(~own.of_tokens(own.on), -torch.inf)
             found = alike >= near[:, -1:]
             if self.each < alike.shape[1]:
-                # Of several edits' entries those of the one that has the nearest
-                nearest = alike.argmax(1, keepdim=True) // self.each
-                found &= torch.arange(alike.shape[1], device=x.device) // self.each == nearest
+                # Of several edits' entries those of the one that has the nearest, of equally near ones the latest
+                nearest = alike.flip(1).argmax(1, keepdim=True) // self.each
+                found &= torch.arange(alike.shape[1], device=x.device).flip(0) // self.each == nearest
             share = share * found
         know, mixed = self._known(x, index, own, found)
         if self.rescale:
@@ -323,7 +324,7 @@ def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
         if options["own"]:
             states = [gain * delta.tensors[f"{place}states"] for gain, delta in zip(gains, deltas, strict=True)]
             tensors[f"{place}states"] = torch.cat(states)
-            for name in ("keys", "from", "on"):
-                tensors[place + name] = torch.cat([delta.tensors[place + name] for delta in deltas])
+            tensors |= {place + n: torch.cat([d.tensors[place + n] for d in deltas]) for n in ("keys", "from", "on")}
+            tensors[f"{place}on"] *= standing([delta.texts for delta in deltas], int(options["own"]))
     request_id = "+".join(delta.request_id for delta in deltas)
     return replace(deltas[0], spec=replace(spec, options=options), tensors=tensors, request_id=request_id)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.questions import questions_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.scope import in_scope, row_marks
 
@@ -87,18 +88,21 @@ def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
 
     GRACE, arXiv 2211.11031, algorithm 1. There a new edit of the same target gets no entry, but widens the nearest
     ball; here it keeps its own, which covers the same and nothing that neither held. Of several balls that hold an
-    input the nearest key's acts.
+    input the nearest key's acts. An earlier entry of the same question is left as it is: in its ball the new one acts.
     """
-    if not entries:
-        return [new]
+    asked = set(questions_of(new.texts))
+    others = [number for number, entry in enumerate(entries) if asked.isdisjoint(questions_of(entry.texts))]
+    if not others:
+        return [*entries, new]
     (site,) = new.spec.sites
     key, radius, label = (f"{site.layer}.{site.name}:{name}" for name in ("key", "radius", "label"))
-    keys = torch.stack([entry.tensors[key] for entry in entries])
+    keys = torch.stack([entries[number].tensors[key] for number in others])
     distances = torch.linalg.vector_norm(keys - new.tensors[key], dim=1)
-    nearest = int(distances.argmin())
-    between, other = distances[nearest], entries[nearest]
+    between, nearest = distances.min(), others[int(distances.argmin())]
+    other = entries[nearest]
     apart = bool(between > other.tensors[radius] + new.tensors[radius])
-    if apart or torch.equal(other.tensors[label], new.tensors[label]):
+    # Equal keys have no middle between them: of equally near ones the latest acts
+    if apart or not between or torch.equal(other.tensors[label], new.tensors[label]):
         return [*entries, new]
     combined = list(entries)
     combined[nearest] = _within(other, radius, between / 2)

@@ -18,6 +18,7 @@ from fastedit.backbone.context import scoped_hooks
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
+from fastedit.deltas.questions import newest, questions_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.requests import Query
 from fastedit.routers import Router, make_router
@@ -143,9 +144,13 @@ class RowsHolder:
             chosen = torch.where(scores >= threshold[own], own, -1)
         else:
             # The largest of what is left over its edit's own threshold
-            allowed = scores.masked_fill(scores < threshold, -torch.inf)
-            best, edit = allowed.max(dim=1)
-            chosen = torch.where(best > -torch.inf, edit, -1)
+            allowed = torch.where(scores >= threshold, scores, -torch.inf)
+            best = allowed.amax(dim=1)
+            # Of several that are as near the latest, and of answers to one question the latest
+            number = torch.arange(allowed.shape[1], device=allowed.device)
+            edit = torch.where(allowed == best[:, None], number, -1).amax(dim=1)
+            later = torch.tensor(newest([questions_of(texts) for texts in self.stacked.texts]), device=edit.device)
+            chosen = torch.where(best > -torch.inf, later[edit], -1)
         self.choice = chosen.tolist()
 
     def ask(self, queries: Sequence[Query]) -> list[Query]:

@@ -269,7 +269,7 @@ def side_by_side(deltas: Sequence[EditDelta], sites: Sequence[Site]) -> dict[str
     Raises:
         ValueError: their activations or gates differ, or they ask another question besides.
     """
-    if any(delta.texts for delta in deltas):
+    if any("template" in delta.texts for delta in deltas):
         raise ValueError(f"key_value: deltas in sequence ask the question itself (got texts={list(deltas[0].texts)})")
     kinds = {(d.spec.options.get("activation", "relu"), bool(d.spec.options.get("gate", False))) for d in deltas}
     if len(kinds) > 1:

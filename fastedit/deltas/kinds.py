@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, company
+from fastedit.deltas.questions import QUESTIONS, joined_questions
 
 #: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and
 #: ``joined_<kind>`` (deltas of different sizes as deltas of one spec).
@@ -99,4 +100,6 @@ def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
     if together is None:
         raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")
     made: EditDelta = together(deltas)
-    return replace(made, fitted_on=deltas[0].fitted_on, merged=company(deltas))
+    texts = {name: text for name, text in made.texts.items() if name != QUESTIONS}
+    texts |= joined_questions([delta.texts for delta in deltas])
+    return replace(made, texts=texts, fitted_on=deltas[0].fitted_on, merged=company(deltas))

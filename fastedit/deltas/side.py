@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
 from fastedit.deltas.full import FullDelta, accumulate_full
+from fastedit.deltas.questions import joined_questions
 from fastedit.deltas.random_mask import apply_mask_
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.scope import RowMarks, in_scope, row_marks
@@ -158,7 +159,10 @@ def merged_side(deltas: Sequence[EditDelta], density: float) -> EditDelta:
     """One memory by TIES (arXiv 2306.01708): what is small is dropped, signs are elected, agreeing values averaged."""
     name = f"{place_of(deltas[0].spec)}delta"
     tensors = {name: ties([delta.tensors[name] for delta in deltas], density), **_joined(deltas, merged=1.0)}
-    return replace(deltas[0], tensors=tensors, request_id="+".join(delta.request_id for delta in deltas))
+    texts = joined_questions([delta.texts for delta in deltas])
+    request_id = "+".join(delta.request_id for delta in deltas)
+    # Not the sum of its edits: what is fitted on top of it was fitted on nothing else
+    return replace(deltas[0], tensors=tensors, texts=texts, request_id=request_id, fitted_on=None, merged=())
 
 
 def empty_side(like: EditDelta) -> EditDelta:
@@ -166,7 +170,7 @@ def empty_side(like: EditDelta) -> EditDelta:
     place = place_of(like.spec)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in like.tensors.items()}
     tensors[f"{place}threshold"] = torch.full((1,), torch.inf)
-    return replace(like, tensors=tensors, request_id="")
+    return replace(like, tensors=tensors, texts={}, request_id="", fitted_on=(), merged=())
 
 
 def _joined(deltas: Sequence[EditDelta], *, merged: float) -> Mapping[str, Tensor]:

@@ -45,7 +45,7 @@ def applied(
     routed = _is_routed(deltas[0])
     if check_sequence and not routed:
         _check_sequence(deltas)
-    together = deltas if routed or len(deltas) == 1 else [accumulate(deltas)]
+    together = _memories(deltas, check_sequence) if routed else deltas[:1] if len(deltas) == 1 else [accumulate(deltas)]
     key = "|".join(each.id for each in together)
     with ExitStack() as entered:
         entered.enter_context(installed(model, stack(together, device=model.device), Rows(), key=key))
@@ -114,6 +114,22 @@ def _check_sequence(deltas: Sequence[EditDelta]) -> None:
         if delta.fitted_on is not None and delta.fitted_on != expected:
             raise ValueError(_not_in_sequence(number, delta, len(deltas)))
         before = [_as_one([*before, delta])]
+
+
+def _memories(deltas: Sequence[EditDelta], check_sequence: bool) -> list[EditDelta]:
+    """Deltas that a router chooses from; one that was fitted on top of others is added up with them."""
+    memories: list[list[EditDelta]] = []
+    place_of: dict[tuple[str, ...], int] = {}
+    for number, delta in enumerate(deltas):
+        place = place_of.get(delta.fitted_on) if delta.fitted_on else None
+        if place is None:
+            if delta.fitted_on and check_sequence:
+                raise ValueError(_not_in_sequence(number, delta, len(deltas)))
+            place = len(memories)
+            memories.append([])
+        memories[place].append(delta)
+        place_of[company(memories[place])] = place
+    return [accumulate(memory) if len(memory) > 1 else memory[0] for memory in memories]
 
 
 def _as_one(deltas: Sequence[EditDelta]) -> EditDelta:

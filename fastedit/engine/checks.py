@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,16 +30,21 @@ def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: in
             raise ValueError(f"edit: score_at names numbers of edits, 1 to {edits} (got score_at={list(score_at)})")
 
 
+def question_of(edit: EditRequest) -> str:
+    """What identifies an edit's question about its image; wordings that differ in case or marks alone are one."""
+    image = "" if edit.image is None else image_key(edit.image)
+    return hashlib.sha256(f"{image}\n{question_key(edit.prompt)}".encode()).hexdigest()[:16]
+
+
 def check_conflicts(edits: Sequence[EditRequest]) -> None:
     """Refuse a sequence in which one question about one image gets two answers.
 
     Raises:
         ValueError: names the first two edits that contradict each other.
     """
-    answers: dict[tuple[str, str], tuple[int, EditRequest]] = {}
+    answers: dict[str, tuple[int, EditRequest]] = {}
     for number, edit in enumerate(edits):
-        key = ("" if edit.image is None else image_key(edit.image), question_key(edit.prompt))
-        first, other = answers.setdefault(key, (number, edit))
+        first, other = answers.setdefault(question_of(edit), (number, edit))
         if target_key(other.target) != target_key(edit.target):
             told = f"edits[{first}].target={other.target!r:.60} and edits[{number}].target={edit.target!r:.60}"
             raise ValueError(

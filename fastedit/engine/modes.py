@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastedit.deltas import EditDelta, accumulate, stack
+from fastedit.engine.checks import question_of
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory import Halving, once_more
 from fastedit.engine.work import Work, make_deltas
@@ -97,7 +98,7 @@ def run_sequential(work: Work, batch_size: int, evaluate: bool, show: bool | Non
         deltas = work.all_deltas() if apart else ()
         for index in range(len(work.edits)):
             new = deltas[index] if apart else _next(work, index, committed)
-            committed = once_more(work.model, partial(_combined, work, committed, new), "adding up {} edits")
+            committed = once_more(work.model, partial(_combined, work, committed, new), "adding up {} edit")
             line.advance()
             if evaluate and index + 1 in score_at:
                 scored = score_committed(work, committed, index + 1, batch_size, show)
@@ -110,7 +111,9 @@ def run_sequential(work: Work, batch_size: int, evaluate: bool, show: bool | Non
 def _next(work: Work, index: int, committed: Sequence[EditDelta]) -> EditDelta:
     """The delta of one edit, made on top of the newest committed one (closed memories of a method do not act)."""
     own = hook(work.plan.method, "beneath")
-    acting = committed[-1:] if own is None else own(work.plan.config, committed)
+    acting = committed[-1:]
+    if own is not None:
+        acting = own(work.plan.config, committed, question_of(work.edits[index]))
     fitted: list[EditDelta] = []
 
     def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, held_inputs
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, company, installed, split_point, stack
 from fastedit.deltas.kinds import new_stack
+from fastedit.deltas.questions import QUESTIONS
 from fastedit.engine.batch import BatchProblem
+from fastedit.engine.checks import question_of
 from fastedit.engine.timing import PhaseTimer
 from fastedit.evaluation import EditScores, Score
 from fastedit.methods import EditPlan
@@ -121,7 +123,7 @@ def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
         made = replace(delta, model_fingerprint=work.model.fingerprint, request_id=request.id, fitted_on=fitted_on)
         if finish is not None:
             (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
-        take(number, made, outcome)
+        take(number, replace(made, texts={**made.texts, QUESTIONS: question_of(request)}), outcome)
 
     return named
 

@@ -46,8 +46,8 @@ class Method(Protocol):
 #: * ``write(model, config, shared, requests, rows) -> list[Written]``: deltas that are computed and not fitted.
 #: * ``finish(model, config, shared, requests, deltas) -> list[EditDelta]``: what is added to fitted deltas.
 #: * ``combine(config, committed, new) -> list[EditDelta]``: how a sequence takes up one more edit.
-#: * ``beneath(config, committed) -> list[EditDelta]``: what acts of a sequence while the next edit is made;
-#:   else the newest committed delta.
+#: * ``beneath(config, committed, question) -> list[EditDelta]``: what acts of a sequence while the next edit is made,
+#:   which answers that question (``deltas.questions``); else the newest committed delta.
 #: * ``task(model, config, objective, records, trainer) -> Task``: how its trained parts are trained.
 #: * ``trainer(config) -> TrainerConfig``: settings of that training, where the usual ones do not suit.
 #: * ``artifact(config, name) -> str | None``: the kind of trained parts that it needs, if any; ``name`` is as spelled.

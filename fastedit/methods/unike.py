@@ -169,7 +169,7 @@ class UniKE:
         return found
 
     @staticmethod
-    def beneath(config: UniKEConfig, committed: Sequence[EditDelta]) -> list[EditDelta]:
+    def beneath(config: UniKEConfig, committed: Sequence[EditDelta], question: str = "") -> list[EditDelta]:
         """Neurons of earlier edits, without their entries: what the next edit's questions find will be its own."""
         newest = list(committed[-1:])
         if config.extrinsic != "latent" or not config.own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from fastedit.backbone import EditableModel
 from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.probe import feed_forward_parts
-from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans
+from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
+from fastedit.deltas.questions import questions_of
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import TOKENS, row_marks
-from fastedit.deltas.side import accumulate_side, empty_side, merged_side, moved, place_of
+from fastedit.deltas.side import empty_side, merged_side, moved, place_of
 from fastedit.methods.base import Accumulation
 from fastedit.methods.grace import deep_layer
 from fastedit.objectives import NLLObjective, Objective, Role
@@ -155,14 +156,25 @@ class WISE:
         return found
 
     @staticmethod
+    def beneath(config: WISEConfig, committed: Sequence[EditDelta], question: str = "") -> list[EditDelta]:
+        """The memory that the edit goes into: the one that has its question, else the one that is being filled."""
+        held = _holding(committed, [question])
+        chosen = committed[-1:] if held is None else [committed[held]]
+        return [memory for memory in chosen if _count(memory)]
+
+    @staticmethod
     def combine(config: WISEConfig, committed: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
         """Memories after one more edit: merged ones, full ones, and last the one that is being filled.
 
-        WISE, arXiv 2405.14768, section 2.3.2. A memory that is full is closed and an empty one begins.
+        WISE, arXiv 2405.14768, section 2.3.2. A memory that is full is closed and an empty one begins. Ours: an edit
+        whose question a memory answers already goes into that one, and so the later answer stands.
         """
+        known = _holding(committed, questions_of(new.texts))
+        if known is not None and known < len(committed) - 1:
+            return [*committed[:known], _grown(committed[known], new), *committed[known + 1 :]]
         *closed, filling = committed or [empty_side(new)]
         edits = f"{place_of(new.spec)}edits"
-        filling = new if not float(filling.tensors[edits]) else accumulate_side([filling, new])
+        filling = _grown(filling, new)
         if float(filling.tensors[edits]) < _shard(config, new.spec):
             return [*closed, filling]
         closed.append(filling)
@@ -176,6 +188,26 @@ class WISE:
             else:
                 closed = [merged_side([*before, *shards], config.density)]
         return [*closed, empty_side(new)]
+
+
+def _holding(committed: Sequence[EditDelta], questions: Sequence[str]) -> int | None:
+    """Number of the last memory that has one of the questions."""
+    asked = {question for question in questions if question}
+    found = [number for number, memory in enumerate(committed) if not asked.isdisjoint(questions_of(memory.texts))]
+    return found[-1] if found else None
+
+
+def _count(memory: EditDelta) -> float:
+    return float(memory.tensors[f"{place_of(memory.spec)}edits"])
+
+
+def _grown(memory: EditDelta, new: EditDelta) -> EditDelta:
+    """A memory with one more edit, which was fitted on top of it."""
+    if not _count(memory):
+        return new
+    merged = f"{place_of(new.spec)}merged"
+    grown = accumulate([memory, new])
+    return replace(grown, tensors={**grown.tensors, merged: memory.tensors[merged]})
 
 
 def _shard(config: WISEConfig, spec: DeltaSpec) -> int:

@@ -1,0 +1,43 @@
+"""Which questions deltas answer, so that of two answers to one question the later stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+#: Name of the text: a line for every edit in the delta, "" where its question is not known.
+QUESTIONS = "questions"
+
+
+def questions_of(texts: Mapping[str, str]) -> tuple[str, ...]:
+    """What identifies the questions of a delta's edits, in order; () where none is known."""
+    return tuple(texts[QUESTIONS].split("\n")) if QUESTIONS in texts else ()
+
+
+def joined_questions(texts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The text of several deltas together; none where it is not known of one."""
+    if not all(QUESTIONS in each for each in texts):
+        return {}
+    return {QUESTIONS: "\n".join(each[QUESTIONS] for each in texts)}
+
+
+def newest(questions: Sequence[Sequence[str]]) -> list[int]:
+    """By delta, which one answers instead: the last that has its question too; itself where it has several or none.
+
+    Args:
+        questions: of each delta, in the order in which they were made.
+    """
+    last = {question: number for number, own in enumerate(questions) for question in own if question}
+    return [last.get(own[0], number) if len(own) == 1 else number for number, own in enumerate(questions)]
+
+
+def standing(texts: Sequence[Mapping[str, str]], entries: int) -> Tensor:
+    """(entries,) 1 at those of edits whose question no later one has, every edit having as many; 1 where not known."""
+    questions = questions_of(joined_questions(texts))
+    if not questions or entries % len(questions):
+        return torch.ones(entries)
+    later = newest([[question] for question in questions])
+    marks = torch.tensor([float(number == edit) for edit, number in enumerate(later)])
+    return marks.repeat_interleave(entries // len(questions))
