@@ -103,6 +103,16 @@ class LlavaTiledAdapter(LlavaAdapter):
 
     family = "LLaVA-NeXT/OneVision"
 
+    def __init__(self, hf: Any, processor: Any) -> None:
+        super().__init__(hf, processor)
+        cut, joined = (
+            [list(pair) for pair in getattr(part, "image_grid_pinpoints", None) or ()]
+            for part in (processor.image_processor, hf.config)
+        )
+        if cut != joined:
+            rule = "image_grid_pinpoints must be the same for the image processor and in config.json"
+            raise ValueError(f"{rule} (got {cut!r:.80} and {joined!r:.80})")
+
     def vision_linears(self) -> dict[str, str]:
         """None: features are cut and joined between projector and decoder."""
         return {}

@@ -123,7 +123,7 @@ def plan_memory(
     method: str = "ft",
     batch_size: int | str = 16,
     quantize: str = "none",
-    dtype: str | None = "float32",
+    dtype: str | None = "auto",
     device: str | torch.device | None = None,
     edits: Sequence[EditRequest] | None = None,
     evaluate: bool = True,

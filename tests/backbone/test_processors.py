@@ -86,6 +86,7 @@ def test_what_older_files_do_not_say_comes_from_the_model(name: str, tmp_path: P
             {"image_grid_pinpoints": [[10**6, 32]]},
             r"image_grid_pinpoints must be in 1\.\.16384",
         ),
+        ("random:llava-next-tiny", {"image_grid_pinpoints": [[32, 64]]}, r"image_grid_pinpoints must be the same"),
         ("random:blip2-tiny", {"size": {"height": 64, "width": 64}}, r"must turn an image into what the model takes"),
     ],
 )
