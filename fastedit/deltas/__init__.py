@@ -1,6 +1,7 @@
 """Small changes beside a frozen model, stacked over many edits."""
 
-from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta, company
+from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
+from fastedit.deltas.company import company
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.install import RowsHolder, installed, split_point
 from fastedit.deltas.kinds import accumulate, stack

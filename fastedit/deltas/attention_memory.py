@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastedit.backbone import EditableModel, Site
-from fastedit.deltas.base import DeltaSpec, EditDelta, company
+from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.company import company
 from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, place_of, plain_options, side_by_side
 from fastedit.deltas.questions import standing
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import nearest_keys
 
-READINGS = ("attn", "raw")
-SEARCHES = ("codes", "states")
+READINGS, SEARCHES = ("attn", "raw"), ("codes", "states")
 #: Options that say how a memory is read, and which.
 CONSTANT = ("artifact", "reading", "search", "alpha", "top_k", "rescale")
 
@@ -44,8 +44,8 @@ class AttentionMemoryDelta(KeyValueDelta):
     factor on what is fitted here; ``each``, how many of the m are an edit's, in the order of a sequence.
     Parts besides, after ``"{layer}.o:"``: ``share``, (B, m), or (B, 1) without entries; ``states`` (B, m, d), what is
     added to those that are read.
-    Fixed besides: ``keys`` (B, m, d), states that are searched; ``from`` (B, m, d), states that those that are read
-    start from; ``on`` (B, m), 1 at an entry that there is.
+    Fixed besides: ``keys`` (B, m, d), that are searched; ``from`` (B, m, d), what is read before ``states`` are added;
+    ``on`` (B, m), 1 at an entry.
     """
 
     def __init__(

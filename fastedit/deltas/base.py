@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -34,6 +34,11 @@ class DeltaSpec:
     kind: str
     sites: tuple[Site, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def text(self) -> str:
+        """All of it as JSON: what an id is taken of."""
+        return json.dumps(asdict(self), sort_keys=True, default=str)
 
     @property
     def positions(self) -> str:
@@ -67,8 +72,8 @@ class EditDelta:
     @cached_property
     def id(self) -> str:
         """SHA-256 over spec, texts and tensors: equal means that both change a model alike, to the bit."""
-        content = [asdict(self.spec), dict(self.texts)]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        texts = json.dumps(dict(self.texts), sort_keys=True, default=str)
+        digest = hashlib.sha256(f"[{self.spec.text}, {texts}]".encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().cpu().contiguous()
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -86,20 +91,6 @@ class EditDelta:
     def norm(self) -> float:
         """Euclidean norm over all scalars (of the parameters, not of the change in weights)."""
         return float(torch.sqrt(sum((t.double().square().sum() for t in self.tensors.values()), torch.zeros(()))))
-
-
-def company(deltas: Iterable[EditDelta]) -> tuple[str, ...]:
-    """What identifies deltas that are active together, in order: () for none, else one text "number:digest".
-
-    The digest is a chain, so that the company of a long sequence is no longer to write than that of two, and known from
-    that of the sequence before.
-    """
-    count, digest = 0, ""
-    for delta in deltas:
-        size, _, own = delta.merged[0].partition(":") if delta.merged else ("1", "", delta.id)
-        digest = own if delta.merged and not count else hashlib.sha256(f"{digest}+{own}".encode()).hexdigest()
-        count += int(size)
-    return (f"{count}:{digest}",) if count else ()
 
 
 class StackedDelta(Protocol):

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastedit.deltas.base import DeltaSpec, EditDelta, company
+from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.company import company
 from fastedit.deltas.questions import QUESTIONS, joined_questions
 
 #: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and

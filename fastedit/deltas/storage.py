@@ -61,8 +61,8 @@ def load_deltas(path: str | Path) -> list[EditDelta]:
 def read_deltas(path: str | Path) -> tuple[list[EditDelta], str]:
     """What ``load_deltas`` does; and the header's checksum."""
     with opened(path) as file:
-        file.warn()
-        return [file.read(index) for index in range(len(file))], file.checksum
+        file.header.warn()
+        return [file.read(index) for index in range(len(file.header))], file.header.checksum
 
 
 def header_checksum(path: str | Path) -> str:
@@ -72,7 +72,7 @@ def header_checksum(path: str | Path) -> str:
         ValueError, FileNotFoundError: as ``load_deltas``. A file without checksums has "".
     """
     with opened(path) as file:
-        return file.checksum
+        return file.header.checksum
 
 
 def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,18 +81,19 @@ def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple
         raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(deltas)})")
     tensors: dict[str, Tensor] = {}
     entries = []
-    specs: list[dict[str, Any]] = []
+    specs: dict[str, int] = {}
+    whole: list[dict[str, Any]] = []
     # The ids that deltas refer to. In a sequence each refers to all before it: numbers of the first and how many
     table: dict[str, int] = {}
     for index, delta in enumerate(deltas):
         require_finite(delta.tensors, "deltas", _named(index, delta.request_id))
-        spec = {**asdict(delta.spec), "options": dict(delta.spec.options)}
-        if spec not in specs:
-            specs.append(spec)
+        number = specs.setdefault(delta.spec.text, len(specs))
+        if number == len(whole):
+            whole.append({**asdict(delta.spec), "options": dict(delta.spec.options)})
         entry = {
             "id": delta.request_id,
             "model": delta.model_fingerprint,
-            "spec": specs.index(spec),
+            "spec": number,
             "sha256": delta.id,
             "fitted_on": None if delta.fitted_on is None else _spans(delta.fitted_on, table),
             "merged": _spans(delta.merged, table),
@@ -102,7 +103,7 @@ def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple
         entries.append(entry)
         for name, tensor in delta.tensors.items():
             tensors[f"{index:06d}/{name}"] = tensor
-    content: dict[str, Any] = {"format": FORMAT, "specs": specs, "deltas": entries, "ids": list(table)}
+    content: dict[str, Any] = {"format": FORMAT, "specs": whole, "deltas": entries, "ids": list(table)}
     if places is not None:
         content["places"] = list(places)
     return tensors, content
@@ -146,31 +147,30 @@ class _Entry:
         return _Entry(*known, str(entry["sha256"]), entry["fitted_on"], entry["merged"])
 
 
-class _File:
-    """An open file of deltas."""
+class Header:
+    """What a file of deltas says of them, checked."""
 
-    def __init__(self, file: Any, header: Mapping[str, Any], checksum: str, path: str | Path) -> None:
-        self.path, self.checksum, self._file = path, checksum, file
+    def __init__(self, header: Mapping[str, Any], checksum: str, path: str | Path) -> None:
+        self.path, self.checksum = path, checksum
         self.format = header.get("format")
         if self.format not in (FORMAT, UNCHECKED):
             raise ValueError(f"deltas: format is {FORMAT!r} (got format={self.format!r:.80} in path={str(path)!r})")
         if not checksum and self.format == FORMAT:
             raise ValueError(f"deltas: the header has a checksum (got none in path={str(path)!r})")
         try:
-            self._specs = [_spec(each) for each in header["specs"]]
+            self.specs = [_spec(each) for each in header["specs"]]
             self.entries = [_Entry.of(entry, self.format == FORMAT) for entry in header["deltas"]]
             self._ids = [str(each) for each in header.get("ids", ())]
             places = header.get("places")
             self.places = None if places is None else [int(place) for place in places]
             for entry in self.entries:
                 # Negative numbers would count from the end
-                range(len(self._specs))[entry.spec]
+                range(len(self.specs))[entry.spec]
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"deltas: a complete header (got {error!r:.200} in path={str(path)!r})") from error
         if self.places is not None and len(self.places) != len(self.entries):
             told = f"{len(self.places)} for {len(self.entries)}"
             raise ValueError(f"deltas: a place for every delta (got {told} in path={str(path)!r})")
-        self._keys = set(file.keys())
         self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -181,46 +181,18 @@ class _File:
         if self.format == UNCHECKED:
             warnings.warn(_WARNING.format(path=self.path, format=self.format), UserWarning, stacklevel=4)
 
-    def read(self, index: int) -> EditDelta:
-        """One delta, checked."""
-        entry = self.entries[index]
-        tensors: dict[str, Tensor] = {}
-        for name, shape in self._stored_shapes(entry.spec).items():
-            key = f"{index:06d}/{name}"
-            if key not in self._keys:
-                raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(self.path)!r})")
-            found = tuple(self._file.get_slice(key).get_shape())
-            if found != shape:
-                told = f"part {key!r} of {str(self.path)!r}"
-                raise ValueError(f"deltas: {told} has shape {shape} (got shape={found})")
-            tensors[name] = self._file.get_tensor(key)
-        fitted_on = None if entry.fitted_on is None else self._members(entry.fitted_on)
-        delta = EditDelta(
-            self._specs[entry.spec],
-            tensors,
-            entry.model,
-            entry.request_id,
-            entry.texts,
-            fitted_on,
-            self._members(entry.merged),
-        )
-        whose = f"{_named(index, entry.request_id)} in path={str(self.path)!r}"
-        if entry.sha256 and delta.id != entry.sha256:
-            raise ValueError(f"deltas: the content is what was written (the checksum differs of {whose})")
-        require_finite(tensors, "deltas", whose)
-        return delta
-
-    def _stored_shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+    def stored_shapes(self, number: int) -> dict[str, tuple[int, ...]]:
         """Shape by part of the deltas of a spec."""
         if number not in self._shapes:
             try:
-                self._shapes[number] = new_stack(self._specs[number], 0, trainable=False).stored_shapes()
+                self._shapes[number] = new_stack(self.specs[number], 0, trainable=False).stored_shapes()
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
                 told = f"{error!r:.200} of spec {number} in path={str(self.path)!r}"
                 raise ValueError(f"deltas: specs that deltas can have (got {told})") from error
         return self._shapes[number]
 
-    def _members(self, spans: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    def members(self, spans: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        """The ids that spans stand for."""
         members: list[str] = []
         try:
             for first, count in spans:
@@ -232,13 +204,55 @@ class _File:
         return tuple(members)
 
 
+class _File:
+    """An open file of deltas."""
+
+    def __init__(self, file: Any, header: Header, path: str | Path) -> None:
+        self.header, self.path, self._file = header, path, file
+        self._keys = set(file.keys())
+
+    def read(self, index: int) -> EditDelta:
+        """One delta, checked."""
+        entry = self.header.entries[index]
+        tensors: dict[str, Tensor] = {}
+        for name, shape in self.header.stored_shapes(entry.spec).items():
+            key = f"{index:06d}/{name}"
+            if key not in self._keys:
+                raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(self.path)!r})")
+            found = tuple(self._file.get_slice(key).get_shape())
+            if found != shape:
+                told = f"part {key!r} of {str(self.path)!r}"
+                raise ValueError(f"deltas: {told} has shape {shape} (got shape={found})")
+            tensors[name] = self._file.get_tensor(key)
+        fitted_on = None if entry.fitted_on is None else self.header.members(entry.fitted_on)
+        delta = EditDelta(
+            self.header.specs[entry.spec],
+            tensors,
+            entry.model,
+            entry.request_id,
+            entry.texts,
+            fitted_on,
+            self.header.members(entry.merged),
+        )
+        whose = f"{_named(index, entry.request_id)} in path={str(self.path)!r}"
+        if entry.sha256 and delta.id != entry.sha256:
+            raise ValueError(f"deltas: the content is what was written (the checksum differs of {whose})")
+        require_finite(tensors, "deltas", whose)
+        return delta
+
+
 def _spec(content: Mapping[str, Any]) -> DeltaSpec:
     sites = tuple(Site(**site) for site in content["sites"])
     return DeltaSpec(str(content["kind"]), sites, dict(content["options"]))
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[_File]:
-    """A file of deltas, its header checked."""
+def opened(path: str | Path, known: Header | None = None) -> Iterator[_File]:
+    """A file of deltas, its header checked.
+
+    Args:
+        known: of the file read before, taken where this one is the same.
+    """
     with open_tensors(path, "deltas") as (file, header, checksum):
-        yield _File(file, header, checksum, path)
+        same = known is not None and checksum and known.checksum == checksum and known.path == path
+        yield _File(file, known if known is not None and same else Header(header, checksum, path), path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import overload
 
 from fastedit.deltas.base import EditDelta
-from fastedit.deltas.storage import opened, write_deltas
+from fastedit.deltas.storage import Header, opened, write_deltas
 from fastedit.files import json_text
 
 
@@ -35,14 +35,17 @@ class StoredDeltas(Sequence[EditDelta]):
         self._found: dict[int, tuple[int, int, str]] = {}
         self._sorted: list[int] = []
         self._checksums: list[str] = []
+        # of the file that was read last
+        self._header: Header | None = None
         for number, path in enumerate(self.files()):
             if path.name != _file_name(number):
                 raise ValueError(f"deltas: files are numbered from 0 without a gap (got {path.name} as file {number})")
             with opened(path) as file:
-                if number == 0:
-                    file.warn()
-                ids = [entry.request_id for entry in file.entries]
-                self._add(ids, self._free(path.name, len(file), file.places), file.checksum)
+                header = file.header
+            if number == 0:
+                header.warn()
+            places = self._free(path.name, len(header), header.places)
+            self._add([entry.request_id for entry in header.entries], places, header.checksum)
 
     @classmethod
     def create(cls, folder: str | Path) -> StoredDeltas:
@@ -131,8 +134,9 @@ class StoredDeltas(Sequence[EditDelta]):
             return [self[number] for number in range(len(self))[index]]
         number, row, _ = self._found[self.places[index]]
         path = self.folder / _file_name(number)
-        with opened(path) as file:
-            if file.checksum != self._checksums[number]:
+        with opened(path, self._header) as file:
+            self._header = file.header
+            if file.header.checksum != self._checksums[number]:
                 raise ValueError(f"deltas: files stay as they were (got another content in path={str(path)!r})")
             return file.read(row)
 

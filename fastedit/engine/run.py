@@ -119,7 +119,7 @@ class Run:
             scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
             checkpoints = {int(count): _scores(tables) for count, tables in data.get("checkpoints", {}).items()}
             run = Run(
-                deltas, outcomes, _scores(data["scores"]), scored, Timing(**data["timing"]), data["provenance"],
+                deltas, outcomes, _scores(data["scores"]), scored, Timing(**data["timing"]), dict(data["provenance"]),
                 checkpoints, saved.artifact,
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:
@@ -130,7 +130,7 @@ class Run:
 
     def _bind(self, model: EditableModel) -> None:
         """Let the deltas act on a model, which is the one that was edited."""
-        of = self.provenance["model"]["fingerprint"]
+        of = str((self.provenance.get("model") or {}).get("fingerprint", ""))
         if of != model.fingerprint:
             told = f"got a run of model={of[:12]!r}, in use {model.fingerprint[:12]!r}"
             raise ValueError(f"run: it is of the model in use ({told})")

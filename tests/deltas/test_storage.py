@@ -159,17 +159,25 @@ def test_headers_that_say_something_else_are_refused(tmp_path: Path, change: Cal
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("low_rank", {"rank": 10**9}),
-        ("localized", {"rank": 10**9, "slots": 1}),
-        ("key_value", {"n": 10**9}),
-    ],
+    ("kind", "options"), [("low_rank", {"rank": 9}), ("localized", {"rank": 9, "slots": 1}), ("key_value", {"n": 9})]
 )
-def test_shapes_of_no_edit_cost_nothing(kind: str, options: dict[str, Any]) -> None:
+def test_shapes_of_no_edit_cost_nothing(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a header says; a fresh delta starts from drawn values."""
-    shapes = new_stack(DeltaSpec(kind, SITES[1:], options), 0, trainable=False).stored_shapes()
-    assert any(10**9 in shape for shape in shapes.values())
+    drawn: list[int] = []
+    real = torch.rand
+
+    def rand(*given: Any, **named: Any) -> torch.Tensor:
+        values = real(*given, **named)
+        drawn.append(values.numel())
+        return values
+
+    monkeypatch.setattr(torch, "rand", rand)
+    spec = DeltaSpec(kind, SITES[1:], options)
+    shapes = new_stack(spec, 0, trainable=False).stored_shapes()
+    assert any(9 in shape for shape in shapes.values())
+    assert sum(drawn) == 0
+    new_stack(spec, 1, trainable=False)
+    assert sum(drawn) > 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,22 @@
+"""Deltas that are active together, told by a text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from fastedit.deltas.base import EditDelta
+
+
+def company(deltas: Iterable[EditDelta]) -> tuple[str, ...]:
+    """What identifies deltas that are active together, in order: () for none, else one text "number:digest".
+
+    The digest is a chain, so that the company of a long sequence is no longer to write than that of two, and known from
+    that of the sequence before.
+    """
+    count, digest = 0, ""
+    for delta in deltas:
+        size, _, own = delta.merged[0].partition(":") if delta.merged else ("1", "", delta.id)
+        digest = own if delta.merged and not count else hashlib.sha256(f"{digest}+{own}".encode()).hexdigest()
+        count += int(size)
+    return (f"{count}:{digest}",) if count else ()
