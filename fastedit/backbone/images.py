@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
+from fastedit.data.images import check_image, locate, open_image
+from fastedit.data.problems import ImageError
+
 from .states import ImageInputs
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from fastedit.requests import ImageSource
 
 Value = TypeVar("Value")
+#: Real path, bytes and time of change of a file.
+Stamp = tuple[str, int, int]
 
 
 class BoundedCache(Generic[Value]):
@@ -78,14 +83,16 @@ class ImageReader:
     def __init__(self, preprocess: Callable[[Image], tuple[dict[str, Tensor], int]], budget_bytes: int) -> None:
         self._preprocess = preprocess
         self._inputs: BoundedCache[ImageInputs] = BoundedCache(budget_bytes, _inputs_bytes)
-        # Content hash by (path, size, time of change), so that a known file is not decoded again.
-        self._known_files: dict[tuple[str, int, int], str] = {}
+        # Content hash and size by (path, bytes, time of change), so that a known file is not decoded again.
+        self._known_files: dict[Stamp, str] = {}
+        self._sizes: dict[Stamp, tuple[int, int]] = {}
+        self._tokens: dict[tuple[int, int], int] = {}
 
     def read(self, source: ImageSource) -> ImageInputs:
         """Return the preprocessed image.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or not an image.
+            FileNotFoundError, ValueError: no such file, not an image, or one that the processor does not take.
         """
         stamp = _file_stamp(source)
         if stamp is not None and stamp in self._known_files:
@@ -95,13 +102,45 @@ class ImageReader:
         image = open_image(source)
         key = content_hash(image)
         if stamp is not None:
-            self._known_files[stamp] = key
+            self._known_files[stamp], self._sizes[stamp] = key, image.size
         inputs = self._inputs.get(key)
         if inputs is None:
-            tensors, tokens = self._preprocess(image)
+            tensors, tokens = self._processed(image)
             inputs = ImageInputs(key=key, tensors=tensors, tokens=tokens)
             self._inputs.put(key, inputs)
         return inputs
+
+    def size(self, source: ImageSource) -> tuple[int, int]:
+        """Return width and height of an image that `read` can open; a file that is known is not decoded again.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not an image.
+        """
+        stamp = _file_stamp(source)
+        if stamp is None:
+            return check_image(source)
+        if stamp not in self._sizes:
+            self._sizes[stamp] = check_image(source)
+        return self._sizes[stamp]
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Return how many tokens an image of this width and height takes.
+
+        Raises:
+            ValueError: the processor does not take images of this shape.
+        """
+        from PIL import Image
+
+        if size not in self._tokens:
+            self._tokens[size] = self._processed(Image.new("RGB", size))[1]
+        return self._tokens[size]
+
+    def _processed(self, image: Image) -> tuple[dict[str, Tensor], int]:
+        try:
+            return self._preprocess(image)
+        except ValueError as error:
+            width, height = image.size
+            raise ImageError(f"image: the processor refuses it, {error} (got {width} x {height})") from error
 
     @property
     def held_bytes(self) -> int:
@@ -112,26 +151,7 @@ class ImageReader:
         """Drop all preprocessed images."""
         self._inputs.clear()
         self._known_files.clear()
-
-
-def open_image(source: ImageSource) -> Image:
-    """Return an image source as an RGB image.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: the file is not an image that Pillow reads.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"image file does not exist (got image={str(path)!r})")
-        try:
-            with Image.open(path) as opened:
-                return opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise ValueError(f"image file must be readable by Pillow (got image={str(path)!r}: {error})") from error
-    return source.convert("RGB")
+        self._sizes.clear()
 
 
 def content_hash(image: Image) -> str:
@@ -141,16 +161,16 @@ def content_hash(image: Image) -> str:
     return digest.hexdigest()
 
 
-def _file_stamp(source: ImageSource) -> tuple[str, int, int] | None:
+def _file_stamp(source: ImageSource) -> Stamp | None:
     """Identify the state of a file without reading it; None for images in memory and missing files."""
     if not isinstance(source, (str, os.PathLike)):
         return None
-    path = Path(source)
     try:
+        path = Path(os.path.realpath(locate(source)))
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
-    return (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    return (str(path), status.st_size, status.st_mtime_ns)
 
 
 def _inputs_bytes(inputs: ImageInputs) -> int:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Iterator
 
 from fastedit.data.files import JsonObject, RawRecord
-from fastedit.data.images import path_rule
+from fastedit.data.images import RecordPath, path_rule
 from fastedit.data.problems import Collector
 
 #: Longest text of a field, in characters. The longest public one has 1,024.
@@ -88,7 +88,7 @@ class Fields:
             return None
         return value.strip() if strip else value
 
-    def image(self, key: str, *, required: bool = False) -> str | None:
+    def image(self, key: str, *, required: bool = False) -> RecordPath | None:
         """Return an image path whose text stays below the image root."""
         value = self._get(key, required=required)
         if value is None:
@@ -100,7 +100,7 @@ class Fields:
         if rule:
             self.problem(rule, key, value)
             return None
-        return value
+        return RecordPath(value)
 
     def members(self, key: str) -> Iterator[Fields]:
         """Yield the objects of a list field, which may be absent or null."""

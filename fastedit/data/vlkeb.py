@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from fastedit.data import mmedit
 from fastedit.data.fields import Fields
+from fastedit.data.images import RecordPath
 from fastedit.data.schema import read_request as _read
 from fastedit.requests import EditRequest, Query
 
@@ -28,7 +29,7 @@ def read_request(fields: Fields, name: str) -> EditRequest | None:
     """Return the request of one VLKEB record, or None after reporting what is wrong with it."""
     image = fields.value.get("image")
     # A bad image path is reported by the common reader; the queries are then never used.
-    about = image if isinstance(image, str) and image.strip() else None
+    about = RecordPath(image) if isinstance(image, str) and image.strip() else None
     return _read(fields, SCHEMA, name, tuple(_portability(fields, about)))
 
 

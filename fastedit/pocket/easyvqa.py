@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
+from fastedit.data import open_image
 from fastedit.pocket.facts import sentence
 
 if TYPE_CHECKING:
@@ -24,10 +25,7 @@ class EasyScene:
 
     def image(self) -> Image.Image:
         """Return the image, RGB 64 x 64."""
-        from PIL import Image
-
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return open_image(self.path)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastedit.backbone import load
 from fastedit.backbone.images import BoundedCache, ImageReader, content_hash, open_image
+from fastedit.data.problems import ImageError
 from fastedit.requests import Query
 
 from .conftest import largest_gap, picture
@@ -89,6 +90,33 @@ def test_equal_pixels_have_equal_keys_whatever_the_source(tmp_path: Path) -> Non
     reader.clear()
     reader.read(image)
     assert len(runs) == 3
+
+
+def test_sizes_and_tokens_are_known_without_keeping_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def preprocess(image: Image.Image) -> tuple[dict[str, torch.Tensor], int]:
+        seen.append(image.size)
+        if image.width > 90:
+            raise ValueError("too wide")
+        return {"pixel_values": torch.zeros(1, 3, 2, 2)}, image.width
+
+    reader = ImageReader(preprocess, 1 << 20)
+    picture(3, 40, 70).save(tmp_path / "one.png")
+    assert reader.size(tmp_path / "one.png") == reader.size(picture(3, 40, 70)) == (70, 40)
+    assert reader.held_bytes == 0
+    assert [reader.tokens((70, 40)), reader.tokens((70, 40)), seen] == [70, 70, [(70, 40)]]
+    with pytest.raises(ImageError, match=r"the processor refuses it, too wide \(got 95 x 40\)"):
+        reader.tokens((95, 40))
+    with pytest.raises(ImageError, match="too wide"):
+        reader.read(picture(3, 40, 95))
+    # A file that is known is not decoded again, one that has changed is
+    monkeypatch.setattr("fastedit.backbone.images.check_image", lambda source: pytest.fail("was decoded"))
+    assert reader.size(str(tmp_path / "one.png")) == (70, 40)
+    monkeypatch.undo()
+    picture(4, 30, 60).save(tmp_path / "one.png")
+    os.utime(tmp_path / "one.png", ns=(1, 1))
+    assert reader.size(tmp_path / "one.png") == (60, 30)
 
 
 def test_every_mode_becomes_rgb(tmp_path: Path) -> None:

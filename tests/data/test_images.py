@@ -1,5 +1,7 @@
+import copy
 import io
 import os
+import pickle
 import random
 import struct
 import zlib
@@ -7,12 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fastedit.data import images as module
-from fastedit.data.images import image_digest, image_key, open_image, path_rule, resolve_image, store_image
+from fastedit.data.images import (
+    RecordPath,
+    check_image,
+    image_digest,
+    image_key,
+    open_image,
+    path_rule,
+    resolve_image,
+    store_image,
+)
 from fastedit.data.problems import ImageError, MissingImageError
 
 REFUSED = {
@@ -224,3 +235,165 @@ def test_stored_paths_are_relative_to_the_root(images: Callable[..., Path], tmp_
         store_image("../x.png", root)
     with pytest.raises(ImageError, match="needs a folder"):
         store_image(Image.new("RGB", (1, 1)), None)
+
+
+def test_a_path_of_a_record_stays_below_the_working_folder(
+    images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = images("a.png")
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (1, 1)).save(secret)
+    (root / "out.png").symlink_to(secret)
+    (root / "up").symlink_to(tmp_path)
+    monkeypatch.chdir(root)
+    assert open_image(RecordPath("a.png")).size == check_image(RecordPath("a.png")) == (4, 3)
+    for path in ("out.png", "up/secret.png"):
+        for look in (open_image, check_image):
+            with pytest.raises(ImageError, match=r"must not leave the image root by a symbolic link; the root is the"):
+                look(RecordPath(path))
+        # The caller's own path is the caller's
+        assert open_image(path).size == (1, 1)
+        assert image_digest(RecordPath(path)) == f"path:{path}"
+    with pytest.raises(ImageError, match="absolute"):
+        open_image(RecordPath(str(secret)))
+    with pytest.raises(
+        MissingImageError, match=r"not found below the image root; the root is the working folder, as no"
+    ):
+        open_image(RecordPath("b.png"))
+
+
+def test_a_path_of_a_record_is_text_that_can_be_copied() -> None:
+    path = RecordPath("a/b.png")
+    for twin in (copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
+        assert twin == "a/b.png"
+        assert isinstance(twin, RecordPath)
+
+
+def test_a_resolved_path_that_becomes_a_link_is_not_followed(images: Callable[..., Path], tmp_path: Path) -> None:
+    root = images("a.png", "b/c.png")
+    (tmp_path / "outside").mkdir()
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (1, 1)).save(tmp_path / "outside" / name)
+    file, nested = resolve_image("a.png", root), resolve_image("b/c.png", root)
+    assert open_image(file).size == open_image(pickle.loads(pickle.dumps(nested))).size == (4, 3)
+    (root / "a.png").unlink()
+    (root / "a.png").symlink_to(tmp_path / "outside" / "a.png")
+    (root / "b" / "c.png").unlink()
+    (root / "b").rmdir()
+    (root / "b").symlink_to(tmp_path / "outside")
+    for path in (file, nested):
+        for look in (open_image, check_image):
+            with pytest.raises(ImageError, match="must not have become a symbolic link"):
+                look(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="must be a regular file"):
+        open_image(tmp_path / "pipe.png")
+    assert image_digest(tmp_path / "pipe.png").startswith("path:")
+
+
+def test_a_line_of_pixels_is_refused(tmp_path: Path) -> None:
+    # A processor scales the shorter side to some hundred pixels
+    Image.new("1", (60_000, 1)).save(tmp_path / "line.png")
+    with pytest.raises(
+        ImageError, match=r"longer side must be at most 200 times the shorter \(got 'line.png' of 60000 x"
+    ):
+        open_image(tmp_path / "line.png")
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+@pytest.mark.parametrize("last", [False, True], ids=["before the pixels", "behind them"])
+def test_a_small_chunk_that_unpacks_to_much_is_an_image_error(tmp_path: Path, kind: bytes, last: bool) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, format="PNG")
+    data = buffer.getvalue()
+    place = data.index(b"IEND") - 4 if last else 33
+    bomb = _png_chunk(kind, b"k\0\0" + zlib.compress(b"\0" * 50_000_000, 9))
+    (tmp_path / "x.png").write_bytes(data[:place] + bomb + data[place:])
+    for look in (open_image, check_image):
+        with pytest.raises(ImageError, match="cannot be decoded, ValueError: Decompressed data too large"):
+            look(tmp_path / "x.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_frame_larger_than_its_animation_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("P", (8, 8)).save(buffer, format="GIF")
+    data = bytearray(buffer.getvalue())
+    frame = data.index(b",", 13)
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 60_000, 60_000)
+    (tmp_path / "x.gif").write_bytes(data)
+    with pytest.raises(ImageError, match="must not have more than 67108864 pixels"):
+        open_image(tmp_path / "x.gif")
+
+
+def test_an_image_that_is_not_read_yet_is_read_here(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.effect_noise((64, 64), 60).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:600])
+    for look in (open_image, check_image, image_digest):
+        with pytest.raises(ImageError, match=r"cannot be decoded.*\(got 'image in memory'\)"):
+            look(Image.open(path))
+    closed = Image.open(io.BytesIO(b"".join([path.read_bytes()])))
+    closed.close()
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        open_image(closed)
+
+
+def test_what_is_opened_keeps_no_file(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.webp")
+    assert type(open_image(tmp_path / "x.webp")) is Image.Image
+
+
+_BASES: list[bytes] = []
+
+
+def _bases() -> list[bytes]:
+    """Small files of every format, in several modes."""
+    if not _BASES:
+        noise = Image.effect_noise((24, 20), 60)
+        turned = [noise.convert("RGB").rotate(90)]
+        for format, mode, options in (
+            ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "LA", {}), ("PNG", "1", {}), ("PNG", "I;16", {}),
+            ("JPEG", "RGB", {}), ("JPEG", "L", {"progressive": True}), ("JPEG", "CMYK", {}), ("WEBP", "RGB", {}),
+            ("WEBP", "RGBA", {"lossless": True}), ("BMP", "RGB", {}), ("BMP", "P", {}), ("GIF", "P", {}),
+            ("GIF", "P", {"save_all": True, "append_images": turned}),
+            ("WEBP", "RGB", {"save_all": True, "append_images": turned}),
+            ("PNG", "RGB", {"save_all": True, "append_images": turned}),
+        ):  # fmt: skip
+            buffer = io.BytesIO()
+            noise.convert("RGB" if mode not in ("L", "I;16") else mode).convert(mode).save(
+                buffer, format=format, **options
+            )
+            _BASES.append(buffer.getvalue())
+    return _BASES
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_gives_an_image_or_an_image_error_and_checking_knows_which(tmp_path: Path, data: st.DataObject) -> None:
+    damaged = bytearray(data.draw(st.sampled_from(range(len(_bases()))).map(lambda number: _bases()[number])))
+    for _ in range(data.draw(st.integers(0, 6))):
+        # Headers are hit as often as all the rest
+        place = data.draw(st.one_of(st.integers(0, min(99, len(damaged) - 1)), st.integers(0, len(damaged) - 1)))
+        damaged[place] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(damaged))) :]
+    path = tmp_path / "damaged"
+    path.write_bytes(damaged)
+    try:
+        size = check_image(path)
+    except ImageError:
+        with pytest.raises(ImageError):
+            open_image(path)
+    else:
+        image = open_image(path)
+        assert image.mode == "RGB"
+        assert image.size == size
