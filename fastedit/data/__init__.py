@@ -1,5 +1,6 @@
 """Records and readers: files of edits in, checked `EditRequest`s out."""
 
+from fastedit.data.check import check_images
 from fastedit.data.detect import Detection, detect
 from fastedit.data.images import image_digest, open_image
 from fastedit.data.jsonl import write_jsonl
@@ -21,6 +22,7 @@ __all__ = [
     "Problem",
     "RecordErrors",
     "Report",
+    "check_images",
     "detect",
     "fingerprint",
     "image_digest",

@@ -37,6 +37,8 @@ class Problem:
         level: "error", or "warning" for what is reported and does not stop reading.
         line: line number in the file, from 1, where records are lines.
         missing: image path below the image root that was not found, else "".
+        id: of the record, where it has one.
+        listed: whether `file` names a list of edits that was made in Python, and `index` a place in it.
     """
 
     file: str
@@ -47,13 +49,17 @@ class Problem:
     level: str = "error"
     line: int | None = None
     missing: str = ""
+    id: str = ""
+    listed: bool = False
 
     def __str__(self) -> str:
         place = self.file
         if self.index is not None:
-            place += f" record {self.index}"
-        if self.line is not None:
-            place += f" (line {self.line})"
+            place += f"[{self.index}]" if self.listed else f" record {self.index}"
+        marks = [f"line {self.line}"] if self.line is not None else []
+        marks += [f"id {shorten(self.id)}"] if self.id else []
+        if marks:
+            place += f" ({', '.join(marks)})"
         if self.field:
             place += f", {self.field}"
         got = f" (got {self.value})" if self.value else ""
@@ -127,10 +133,12 @@ class Collector:
         level: str = "error",
         line: int | None = None,
         missing: str = "",
+        id: str = "",
+        listed: bool = False,
     ) -> None:
         """Add one problem. `value` is shortened; None means that there is no value to show."""
         shown = "" if value is None else shorten(value)
-        self.problems.append(Problem(self.file, index, field, shown, rule, level, line, missing))
+        self.problems.append(Problem(self.file, index, field, shown, rule, level, line, missing, id, listed))
 
     @property
     def failed(self) -> bool:

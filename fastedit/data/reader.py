@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from types import MappingProxyType
+from typing import Literal, SupportsIndex, TypeAlias, overload
 
 from fastedit.data import jsonl, mmedit, vlkeb
 from fastedit.data.detect import FORMATS, UNKNOWN_FORMAT, Detection, detect_records
@@ -41,6 +43,8 @@ class EditList(list[EditRequest]):
         warnings: problems that did not stop reading.
         skipped: ids of the records that were left out because an image was missing.
         missing: image paths that were not found, each once.
+        places: by id, the number of the record in the file and its line, None in a JSON list.
+        keys: by field of a request, the key in the file.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class EditList(list[EditRequest]):
         warnings: Iterable[Problem] = (),
         skipped: Iterable[str] = (),
         missing: Iterable[str] = (),
+        places: Mapping[str, tuple[int, int | None]] = MappingProxyType({}),
+        keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(edits)
         self.source = source
@@ -59,6 +65,19 @@ class EditList(list[EditRequest]):
         self.warnings = tuple(warnings)
         self.skipped = tuple(skipped)
         self.missing = tuple(missing)
+        self.places, self.keys = dict(places), dict(keys)
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> EditRequest: ...
+    @overload
+    def __getitem__(self, key: slice) -> EditList: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> EditRequest | EditList:
+        """Return a request, or some of them with all that is known of the list."""
+        if not isinstance(key, slice):
+            return super().__getitem__(key)
+        part = copy.copy(self)
+        part[:] = super().__getitem__(key)
+        return part
 
 
 def read_edits(
@@ -91,11 +110,34 @@ def read_edits(
         RecordErrors: malformed records, refused paths or missing images, all of them at once.
         ValueError: an argument that makes no sense.
     """
+    edits, problems = collect_edits(
+        source, format=format, images=images, split=split, limit=limit, skip_missing=skip_missing
+    )
+    if any(problem.level == "error" for problem in problems):
+        raise RecordErrors(problems)
+    _report(edits)
+    return edits
+
+
+def collect_edits(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    split: str = "eval",
+    limit: int | None = None,
+    skip_missing: SkipMissing = False,
+) -> tuple[EditList, list[Problem]]:
+    """Return the requests of the sound records, and the problems of all; arguments as those of `read_edits`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_edits`. RecordErrors: the file as a whole cannot be read.
+    """
     _check_arguments(format, split, limit, skip_missing)
     if isinstance(source, str) and source in EMBEDDED:
         if images is not None or format not in (None, "mmedit"):
             raise ValueError(f"read_edits: an embedded set takes no images and no format (got source={source!r})")
-        return EditList(_embedded(source, split, limit), source=source)
+        return EditList(_embedded(source, split, limit), source=source), []
     if split != "eval":
         raise ValueError(f"read_edits: a file has no splits, read the other file (got split={split!r})")
     if images is not None and not Path(images).is_dir():
@@ -132,7 +174,7 @@ def _embedded(name: str, split: str, limit: int | None) -> list[EditRequest]:
 
 def _read_file(
     path: Path, format: str | None, images: str | os.PathLike[str] | None, limit: int | None, skip: SkipMissing
-) -> EditList:
+) -> tuple[EditList, list[Problem]]:
     collector = Collector(path)
     raw = read_records(path, collector)
     detection = detect_records(raw)
@@ -158,12 +200,17 @@ def _read_file(
     edits = list(kept)
     # Records in file order, whichever check found the problem.
     collector.problems.sort(key=lambda problem: -1 if problem.index is None else problem.index)
-    collector.stop_if_failed()
     result = EditList(
-        edits, source=str(path), detection=detection, warnings=collector.problems, skipped=skipped, missing=missing
+        edits,
+        source=str(path),
+        detection=detection,
+        warnings=[problem for problem in collector.problems if problem.level != "error"],
+        skipped=skipped,
+        missing=missing,
+        places={edit.id: (record.index, record.line) for record, edit in requests},
+        keys=schema.keys,
     )
-    _report(result, len(requests))
-    return result
+    return result, collector.problems
 
 
 def _requests(
@@ -215,7 +262,10 @@ class _Resolver:
         self.known: dict[str, Path | ImageError] = {}
 
     def request(self, record: RawRecord, edit: EditRequest) -> EditRequest | None:
-        """Return the request with real paths, or None where a needed image is missing."""
+        """Return the request with real paths, or None where it is left out because a needed image is missing.
+
+        Where nothing is to be left out a missing image is an error, and what the record has besides is still looked at.
+        """
         found: dict[str, Path | None] = {
             field: self._find(record, self.keys[field], getattr(edit, field)) for field in IMAGE_FIELDS
         }
@@ -232,7 +282,7 @@ class _Resolver:
                 else:
                     lost.append(name)
             changes[name] = tuple(members)
-        if lost and (self.skip != "parts" or "image" in lost):
+        if lost and self.skip and (self.skip != "parts" or "image" in lost):
             return None
         if "image_locality_image" in lost:
             changes |= {"image_locality_prompt": None, "image_locality_answer": None}
@@ -260,7 +310,7 @@ class _Resolver:
         return None
 
 
-def _report(edits: EditList, n_records: int) -> None:
+def _report(edits: EditList) -> None:
     for problem in edits.warnings[:3]:
         _log.warning("%s", problem)
     if len(edits.warnings) > 3:
@@ -268,5 +318,5 @@ def _report(edits: EditList, n_records: int) -> None:
     if edits.missing:
         _log.warning(
             "%s: %d of %d records left out, %d image files not found",
-            edits.source, len(edits.skipped), n_records, len(edits.missing),
+            edits.source, len(edits.skipped), len(edits.places), len(edits.missing),
         )  # fmt: skip

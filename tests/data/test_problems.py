@@ -7,6 +7,10 @@ def test_a_problem_names_file_record_field_rule_and_value() -> None:
     problem = Problem("a.jsonl", 3, "probes[1].kind", "'far'", "must be one of near, blind, same", line=5)
     assert str(problem) == "a.jsonl record 3 (line 5), probes[1].kind: must be one of near, blind, same (got 'far')"
     assert str(Problem("a.json", None, "", "", "must be UTF-8")) == "a.json: must be UTF-8"
+    assert str(Problem("a.json", 3, "image", "", "must be", line=5, id="x")) == (
+        "a.json record 3 (line 5, id 'x'), image: must be"
+    )
+    assert str(Problem("edits", 3, "image", "", "must be", id="x", listed=True)) == "edits[3] (id 'x'), image: must be"
 
 
 @pytest.mark.parametrize(
