@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,52 +63,127 @@ def answer_tokens(model: EditableModel, query: Query, prompt_length: int) -> tup
     Args:
         prompt_length: tokens of the encoded prompt.
     Raises:
-        ValueError: an empty answer, or more tokens than the model has positions for.
+        ValueError: an empty answer, one that holds special tokens, or more tokens than the model has positions for.
     """
     if query.answer is None or not query.answer.strip():
         raise ValueError(f"encode: the answer must not be empty (got answer={query.answer!r})")
     text = model.prompts.text(query.prompt, with_image=query.image is not None)
-    ids = model.prompts.answer_ids(text, query.answer)
-    _check_length(model, prompt_length + len(ids), query, "")
+    try:
+        ids = _answer_ids(model, text, query.answer)
+        _check_length(model, prompt_length + len(ids), query.prompt)
+    except RowError as error:
+        raise ValueError(f"encode: {error}") from error
     return ids
 
 
-def _check_length(model: EditableModel, tokens: int, query: Query, where: str) -> None:
-    limit = getattr(model.adapter.text.config, "max_position_embeddings", None)
+def own_answer_tokens(model: EditableModel, query: Query, prompt_length: int) -> tuple[int, ...]:
+    """Return the tokens of an answer that the model itself has generated: as `answer_tokens`, and never refused.
+
+    What there are no positions for is left out before the end token. Text that spells a special token stays.
+
+    Args:
+        query: with the answer, not empty. prompt_length: tokens of the encoded prompt.
+    """
+    text = model.prompts.text(query.prompt, with_image=query.image is not None)
+    ids = model.prompts.answer_ids(text, query.answer or "")
+    limit = position_limit(model)
+    # The last label is predicted and never read
+    room = len(ids) if limit is None else max(1, limit - prompt_length + 1)
+    return ids if len(ids) <= room else (*ids[: room - 1], ids[-1])
+
+
+class RowError(ValueError):
+    """What a row cannot be made for.
+
+    Attributes:
+        part: "prompt" or "answer". rule: that is broken. got: what breaks it.
+    """
+
+    def __init__(self, part: str, rule: str, got: str) -> None:
+        super().__init__(f"{rule} (got {got})")
+        self.part, self.rule, self.got = part, rule, got
+
+
+def row_tokens(
+    model: EditableModel, prompt: str, image_tokens: int | None, answer: str | None
+) -> tuple[list[int], list[bool], int]:
+    """Return the tokens of a row, which of them are image tokens, and the length of its prompt.
+
+    Args:
+        prompt: the question. image_tokens: of its image; None without one. answer: None for a prompt alone.
+    Raises:
+        RowError: a placeholder typed into the prompt, a prompt without tokens, special tokens in the answer, an empty
+            answer, more tokens than the model has positions for.
+    """
+    prompts, adapter = model.prompts, model.adapter
+    text = prompts.text(prompt, with_image=image_tokens is not None)
+    ids: list[int] = list(prompts.ids(text))
+    expected = 1 if image_tokens is not None and adapter.image_text else 0
+    if ids.count(adapter.image_token_id) != expected:
+        rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
+        raise RowError("prompt", rule, f"{ids.count(adapter.image_token_id)} placeholders, prompt={prompt!r:.80}")
+    marks: list[bool] = [False] * len(ids)
+    if image_tokens is not None:
+        ids, marks = adapter.place_image(ids, image_tokens)
+    if not ids:
+        raise RowError("prompt", "the prompt must have tokens", f"prompt={prompt!r:.80}")
+    length = len(ids)
+    if answer is not None:
+        if not answer.strip():
+            raise RowError("answer", "the answer must not be empty", f"answer={answer!r}")
+        ids += _answer_ids(model, text, answer)
+        marks += [False] * (len(ids) - 1 - length)
+    _check_length(model, len(ids), prompt)
+    return ids, marks, length
+
+
+def special_token(model: EditableModel, ids: Iterable[int]) -> str:
+    """Return the first token among these that no text may spell, or ""."""
+    for token in ids:
+        if token == model.adapter.image_token_id or token in model.prompts.special_ids:
+            return str(model.tokenizer.convert_ids_to_tokens(token))
+    return ""
+
+
+def position_limit(model: EditableModel) -> int | None:
+    """Return how many tokens a row may have, None where the model does not say."""
+    limit: int | None = getattr(model.adapter.text.config, "max_position_embeddings", None)
+    return limit
+
+
+#: Of what special tokens stand in; they would be learned and never be shown.
+SPECIAL_RULE = "must not hold special tokens of the model, or characters that it does not know"
+
+
+def _answer_ids(model: EditableModel, text: str, answer: str) -> tuple[int, ...]:
+    ids = model.prompts.answer_ids(text, answer)
+    special = special_token(model, ids[:-1])
+    if special:
+        raise RowError("answer", f"an answer {SPECIAL_RULE}", f"{special!r} in answer={answer!r:.80}")
+    return ids
+
+
+def _check_length(model: EditableModel, tokens: int, prompt: str) -> None:
+    limit = position_limit(model)
     if limit is not None and tokens > limit:
-        got = f"{tokens} tokens, prompt={query.prompt!r:.60}"
-        raise ValueError(f"encode: {where}a row may have at most {limit} tokens (got {got})")
+        raise RowError("prompt", f"a row may have at most {limit} tokens", f"{tokens} tokens, prompt={prompt!r:.60}")
 
 
 def _row(
     model: EditableModel, number: int, query: Query, answers: bool
 ) -> tuple[list[int], list[bool], int, ImageInputs | None]:
     """Return tokens, image marks, prompt length and image of one row."""
-    prompts, adapter = model.prompts, model.adapter
+    if answers and query.answer is None:
+        raise ValueError(f"encode: row {number}: the answer must not be empty (got answer=None)")
     try:
         image = None if query.image is None else model.images.read(query.image)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"encode: row {number}: {error}") from error
-    text = prompts.text(query.prompt, with_image=image is not None)
-    ids: list[int] = list(prompts.ids(text))
-    expected = 1 if image is not None and adapter.image_text else 0
-    if ids.count(adapter.image_token_id) != expected:
-        rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
-        got = f"{ids.count(adapter.image_token_id)} placeholders, prompt={query.prompt!r:.80}"
-        raise ValueError(f"encode: row {number}: {rule} (got {got})")
-    marks: list[bool] = [False] * len(ids)
-    if image is not None:
-        ids, marks = adapter.place_image(ids, image.tokens)
-    if not ids:
-        raise ValueError(f"encode: row {number}: the prompt has no tokens (got prompt={query.prompt!r:.80})")
-    prompt_length = len(ids)
-    if answers:
-        if query.answer is None or not query.answer.strip():
-            raise ValueError(f"encode: row {number}: the answer must not be empty (got answer={query.answer!r})")
-        ids += prompts.answer_ids(text, query.answer)
-        marks += [False] * (len(ids) - 1 - prompt_length)
-    _check_length(model, len(ids), query, f"row {number}: ")
-    return ids, marks, prompt_length, image
+    tokens = None if image is None else image.tokens
+    try:
+        return (*row_tokens(model, query.prompt, tokens, query.answer if answers else None), image)
+    except RowError as error:
+        raise ValueError(f"encode: row {number}: {error}") from error
 
 
 def _padding_id(model: EditableModel) -> int:

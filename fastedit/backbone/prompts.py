@@ -68,6 +68,8 @@ class PromptBuilder:
         self._processor = processor
         self._before = _leading_special_tokens(tokenizer)
         self._ids: dict[str, tuple[int, ...]] = {}
+        #: Tokens that no text may spell: they open, end or separate texts, or stand for what is no text.
+        self.special_ids = frozenset((*_special_tokens(tokenizer), end_token_id))
 
     @property
     def template_text(self) -> str:
@@ -114,11 +116,17 @@ class PromptBuilder:
         """Tokenise without special tokens, remembering short histories: views of one edit repeat prompts."""
         known = self._ids.get(text)
         if known is None:
-            known = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            known = tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if len(self._ids) >= 65_536:
                 self._ids.clear()
             self._ids[text] = known
         return known
+
+
+def _special_tokens(tokenizer: Any) -> list[int]:
+    """Return the special tokens of a tokenizer, those that were added as such among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)]
 
 
 def _leading_special_tokens(tokenizer: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded
-from fastedit.backbone.encoding import answer_tokens
+from fastedit.backbone.encoding import answer_tokens, own_answer_tokens
 from fastedit.backbone.reader import Reader
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
@@ -193,7 +193,7 @@ class Evaluator:
             row.before = known[keys[number]]
         self._answers.update(known)
         own = {
-            number: answer_tokens(
+            number: own_answer_tokens(
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
             )
             for number in range(len(rows))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastedit.backbone.encoding import answer_tokens, own_answer_tokens, row_size
 from fastedit.requests import Query
 
 from .conftest import TINY, cached_model, mixed_queries, picture
@@ -86,12 +87,44 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
         model.encode([], answers=True)
     with pytest.raises(ValueError, match=r"row 1: the answer must not be empty \(got answer=None\)"):
         model.encode([good, Query("what?")], answers=True)
-    with pytest.raises(FileNotFoundError, match=r"row 1: image file does not exist .*absent\.png"):
+    with pytest.raises(FileNotFoundError, match=r"row 1: image: no such file \(got 'absent\.png'\)"):
         model.encode([good, Query("what?", str(tmp_path / "absent.png"))], answers=False)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"row 0: image file must be readable by Pillow .*text\.png"):
+    with pytest.raises(ValueError, match=r"row 0: image: must be one of PNG, JPEG, .*text\.png"):
         model.encode([Query("what?", tmp_path / "text.png")], answers=False)
     with pytest.raises(ValueError, match=r"row 0: a prompt must hold one image placeholder.*\(got 2 placeholders"):
         model.encode([Query("what is <image>?", picture(0))], answers=False)
     with pytest.raises(ValueError, match=r"row 1: a row may have at most 256 tokens \(got \d+ tokens"):
         model.encode([good, Query("is " * 300, None, "red")], answers=True)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_hold_no_special_tokens(name: str) -> None:
+    model = cached_model(name)
+    end = model.tokenizer.convert_ids_to_tokens(model.end_token_ids[0])
+    specials = {end, model.tokenizer.convert_ids_to_tokens(model.adapter.image_token_id)}
+    for special in specials:
+        for answer in (special, f"red{special}", f"a {special} b"):
+            query = Query("what?", picture(0), answer)
+            for make in (
+                lambda query=query: model.encode([Query("what?", None, "red"), query], answers=True),
+                lambda query=query: row_size(model, query),
+                lambda query=query: answer_tokens(model, query, 10),
+            ):
+                with pytest.raises(
+                    ValueError, match=r"an answer must not hold special tokens of the model.* in answer="
+                ):
+                    make()
+            # What the model has said itself is not refused
+            assert own_answer_tokens(model, query, 10)[-1] == model.end_token_ids[0]
+
+
+def test_an_answer_of_the_models_own_is_cut_to_the_positions_there_are() -> None:
+    model = cached_model("random:llava-tiny")
+    query = Query("what?", None, "a yellow photo of two zebras")
+    whole = answer_tokens(model, query, 10)
+    assert own_answer_tokens(model, query, 10) == whole
+    # The last label is predicted at the last position
+    assert own_answer_tokens(model, query, 256 - len(whole) + 1) == whole
+    assert own_answer_tokens(model, query, 256 - len(whole) + 2) == (*whole[:-2], whole[-1])
+    assert own_answer_tokens(model, query, 256) == whole[-1:]
