@@ -26,6 +26,7 @@ from fastedit.engine.memory import once_more, peak_memory_mib
 from fastedit.engine.modes import run_sequential, run_single
 from fastedit.engine.output import expected_output_bytes, open_store
 from fastedit.engine.plan import largest_batch
+from fastedit.engine.preflight import check_run
 from fastedit.engine.run import Run, Timing
 from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.utilisation import necessary_flops
@@ -92,7 +93,8 @@ def edit(
     Returns:
         Run.
     Raises:
-        ValueError: a setting, method or field that does not exist or cannot work here; before any work starts.
+        ValueError: a setting, method or field that does not exist or cannot work here, or records that the run would
+            stop at (``RecordErrors``, all of them at once); before any work starts.
         RunInterrupted: something ended the run after some edits were finished, such as memory that ran out for one
             edit alone. The finished edits are in its ``run``. A signal (Ctrl-C) gives RunStopped, with the same.
     """
@@ -104,8 +106,6 @@ def edit(
     check_editable(model)
     plan = resolve(method, overrides)
     check_sequence(plan, mode, score_at, len(edits))
-    if mode == "sequential" and conflicts == "error":
-        check_conflicts(edits)
     trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     if trained is not None and "artifact" in spec.options:
@@ -114,6 +114,9 @@ def edit(
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
     if hook(plan.method, "write") is None:
         source.check(plan.build_objective(solver.steps).roles)
+    check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
+    if mode == "sequential" and conflicts == "error":
+        check_conflicts(edits)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):

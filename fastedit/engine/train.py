@@ -12,6 +12,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.context import with_gradients
 from fastedit.engine.arguments import check_records
 from fastedit.engine.output import claim_result, require_room
+from fastedit.engine.preflight import check_training
 from fastedit.methods import METHODS, EditPlan, resolve
 from fastedit.methods.base import hook
 from fastedit.ops import keep_freed_memory
@@ -60,6 +61,7 @@ def train(
     plan = resolve(method, overrides)
     kind = trained_kind(plan)
     settings = trainer_settings(plan, trainer)
+    check_training(model, records, plan)
     if model.device.type == "cpu":
         keep_freed_memory()
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None

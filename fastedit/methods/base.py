@@ -50,8 +50,11 @@ class Method(Protocol):
 #:   which answers that question (``deltas.questions``); else the newest committed delta.
 #: * ``task(model, config, objective, records, trainer) -> Task``: how its trained parts are trained.
 #: * ``trainer(config) -> TrainerConfig``: settings of that training, where the usual ones do not suit.
+#: * ``context(config, request) -> str``: text that stands before every question once the edit is made; "" for none.
 #: * ``artifact(config, name) -> str | None``: the kind of trained parts that it needs, if any; ``name`` is as spelled.
-HOOKS = ("objective", "setup", "start", "write", "finish", "combine", "beneath", "task", "trainer", "artifact")
+HOOKS = (
+    "objective", "setup", "start", "write", "finish", "combine", "beneath", "task", "trainer", "context", "artifact",
+)  # fmt: skip
 
 
 def hook(method: type[Method], name: str) -> Callable[..., Any] | None:

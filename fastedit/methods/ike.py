@@ -86,6 +86,11 @@ class IKE:
         return SolverConfig(steps=0)
 
     @staticmethod
+    def context(config: IKEConfig, request: EditRequest) -> str:
+        """The edit alone; demonstrations stand before it as far as there is room."""
+        return config.stated(request.prompt, request.target)
+
+    @staticmethod
     def setup(model: EditableModel, config: IKEConfig, resources: Resources) -> TextIndex | None:
         """The index of all demonstrations of the pool.
 
@@ -120,7 +125,12 @@ class IKE:
             ValueError: the model has no positions for the edit and one of its questions.
         """
         copies = [config.shown(r.prompt, r.target, r.prompt, r.target) for r in requests]
-        near: list[list[int]] = [[]] * len(requests) if shared is None else shared.nearest(copies, config.k)
+        near: list[list[int]] = [[] for _ in requests]
+        # Where there is no room for the copy there is none for a demonstration
+        short = [n for n, copy in enumerate(copies) if _length(model, copy, False) <= _limit(model)]
+        if shared is not None and short:
+            for number, numbers in zip(short, shared.nearest([copies[n] for n in short], config.k), strict=True):
+                near[number] = numbers
         made = []
         for request, copy, numbers in zip(requests, copies, near, strict=True):
             # The edit's own demonstrations say what is wanted of it, and nothing of how to treat others
@@ -147,16 +157,16 @@ def _template(model: EditableModel, config: IKEConfig, request: EditRequest, cop
     if PLACEHOLDER in copy + fact:
         raise ValueError(f"ike: an edit's text does not hold {PLACEHOLDER!r} (got prompt={request.prompt!r:.80})")
     queries = [view.query for view in evaluation_views(request)]
-    longest = max(queries, key=lambda query: _tokens(model, query))
-
-    room = _limit(model) - config.answer_room
+    answered = [(query, max(config.answer_room, _answer_length(model, query))) for query in queries]
+    longest, free = max(answered, key=lambda each: _tokens(model, each[0]) + each[1])
+    room = _limit(model) - free
 
     def fits(parts: Sequence[str]) -> bool:
         return _tokens(model, longest, "".join(parts) + fact) <= room
 
     if not fits([]):
         raise ValueError(
-            f"ike: the edit, a question and {config.answer_room} tokens of an answer fit into a prompt of this model "
+            f"ike: the edit, a question and {free} tokens of an answer fit into a prompt of this model "
             f"(got prompt={request.prompt!r:.80}, target={request.target!r:.80})"
         )
     last = [copy] if config.own and fits([copy]) else []
@@ -178,6 +188,11 @@ def _tokens(model: EditableModel, query: Query, before: str = "") -> int:
     seen = query.image is not None
     more = _length(model, before + query.prompt, seen) - _length(model, query.prompt, seen)
     return row_size(model, Query(query.prompt, query.image))[0] + more
+
+
+def _answer_length(model: EditableModel, query: Query) -> int:
+    """Tokens of a given answer, its end among them."""
+    return 0 if query.answer is None else len(model.prompts.answer_ids("", query.answer))
 
 
 def _length(model: EditableModel, prompt: str, with_image: bool) -> int:

@@ -73,6 +73,14 @@ class SERAC:
         """Nothing is fitted to an edit."""
         return SolverConfig(steps=0)
 
+    #: What stands before a question, in words.
+    told_as: ClassVar[str] = "the cached edit"
+
+    @staticmethod
+    def context(config: SERACConfig, request: EditRequest) -> str:
+        """The cached edit."""
+        return config.cached(request.prompt, request.target)
+
     @staticmethod
     def artifact(config: SERACConfig, name: str) -> str:
         """The trained heads and counterfactual change."""

@@ -177,6 +177,11 @@ class UniKE:
         return [without_memory(delta) for delta in newest] if config.intrinsic else []
 
     @staticmethod
+    def context(config: UniKEConfig, request: EditRequest) -> str:
+        """With in-context text, the edit."""
+        return IKE.context(_told(config, None), request) if config.extrinsic == "prompt" else ""
+
+    @staticmethod
     def finish(
         model: EditableModel,
         config: UniKEConfig,

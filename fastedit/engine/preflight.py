@@ -1,0 +1,323 @@
+"""Everything in the records that can end a run, found before any work and told at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fastedit.backbone import EditableModel
+from fastedit.backbone.encoding import SPECIAL_RULE, RowError, position_limit, row_tokens, special_token
+from fastedit.data.check import EditProblems, ImageLooks
+from fastedit.data.problems import ImageError, Problem, RecordErrors
+from fastedit.deltas.install import PLACEHOLDER
+from fastedit.methods import EditPlan
+from fastedit.methods.base import hook
+from fastedit.requests import EditRequest, ImageSource, Probe, Query
+from fastedit.views import ViewSource
+
+#: Tokens that are kept free behind a question of a method that puts text before it: as many as answers are written of.
+ANSWER_ROOM = 48
+# Texts tokenised at a time; and tokens that two texts may have more when they are joined, and none that are near it
+_TEXTS, _SLACK = 8192, 16
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method puts before every question once an edit is made.
+
+    Args:
+        method: its name. text: of an edit. told_as: what that is, in words. room: tokens kept free for an answer.
+    """
+
+    method: str
+    text: Callable[[EditRequest], str]
+    told_as: str
+    room: int
+
+    @staticmethod
+    def of(plan: EditPlan) -> Context | None:
+        """That of a method that asks other questions than it is asked; None of all others."""
+        text = hook(plan.method, "context")
+        if text is None:
+            return None
+        room = getattr(plan.config, "answer_room", ANSWER_ROOM)
+        told_as = getattr(plan.method, "told_as", "the edit")
+        return Context(plan.name.rpartition("+")[2], partial(text, plan.config), told_as, room)
+
+
+@dataclass(frozen=True)
+class AskedPart:
+    """One question of an edit, as it will be asked.
+
+    Args:
+        field: of the question. prompt: its text. shown: field of its image. image: None for text only.
+        told: field of the answer. answer: None where none is given.
+    """
+
+    field: str
+    prompt: str
+    shown: str = ""
+    image: ImageSource | None = None
+    told: str = ""
+    answer: str | None = None
+
+
+def check_run(
+    model: EditableModel,
+    edits: Sequence[EditRequest],
+    plan: EditPlan,
+    views: ViewSource,
+    *,
+    evaluate: bool,
+    mode: str,
+) -> None:
+    """Refuse records that a run would stop at.
+
+    Args:
+        model: frozen; only its processor and configuration are used. edits: of the run. plan: of the method.
+        views: what the edits are fitted on. evaluate: whether they are scored. mode: "single" or "sequential".
+    Raises:
+        RecordErrors: every problem of the edits and of the pool, each with its place and id.
+    """
+    roles = plan.build_objective(plan.method.solver(model, plan.config).steps).roles
+    fitted = len(roles) > 1 and hook(plan.method, "write") is None
+    context, rows = Context.of(plan), Rows(model)
+    problems = rows.problems(
+        edits, lambda edit: asked_parts(edit, fitted=fitted, scored=evaluate, predicted=fitted and views.own),
+        context=context, shared=mode == "sequential",
+    )  # fmt: skip
+    if not views.own and ((fitted and views.source == "heldout") or hook(plan.method, "setup") is not None):
+        problems += rows.problems(
+            views.pool, lambda edit: asked_parts(edit, fitted=True, scored=False, predicted=True), name="pool"
+        )
+    if not problems and fitted and rows.crowded():
+        found = EditProblems(edits)
+        for number in range(len(edits)):
+            for view in views.views(number, roles):
+                rows.query(found, number, view.query)
+        problems = found.problems
+    if problems:
+        raise RecordErrors(problems)
+
+
+def check_training(model: EditableModel, records: Sequence[EditRequest], plan: EditPlan) -> None:
+    """Refuse records that training would stop at; any question may be asked about any image there.
+
+    Raises:
+        RecordErrors: every problem, each with its place and id.
+    """
+    context, rows = Context.of(plan), Rows(model)
+
+    def parts(edit: EditRequest) -> Iterator[AskedPart]:
+        return asked_parts(edit, fitted=True, scored=True, predicted=True)
+
+    problems = rows.problems(records, parts, name="records", context=context, shared=True)
+    if not problems and rows.crowded():
+        problems = rows.problems(records, parts, name="records", context=context, shared=True, crossed=True)
+    if problems:
+        raise RecordErrors(problems)
+
+
+def record_problems(model: EditableModel, edits: Sequence[EditRequest], *, images: bool = True) -> list[Problem]:
+    """Return everything that a model cannot be asked of some edits, whatever the method.
+
+    Args:
+        model: with or without weights. images: whether they are opened; else each counts as the smallest.
+    """
+    return Rows(model, images=images).problems(edits, lambda edit: asked_parts(edit, fitted=True, scored=True))
+
+
+def asked_parts(edit: EditRequest, *, fitted: bool, scored: bool, predicted: bool = False) -> Iterator[AskedPart]:
+    """Yield the questions of an edit: its own; those for fitting or scoring; those for scoring only.
+
+    Args:
+        fitted: what training views are made of. scored: probes and portability too. predicted: with the answer
+            before the edit, which is one of a view near another edit.
+    """
+    yield AskedPart("prompt", edit.prompt, "image", edit.image, "target", edit.target)
+    if predicted and edit.prediction and edit.prediction.strip():
+        yield AskedPart("prompt", edit.prompt, "image", edit.image, "prediction", edit.prediction)
+    if fitted or scored:
+        if edit.rephrase is not None:
+            yield AskedPart("rephrase", edit.rephrase, "image", edit.image, "target", edit.target)
+        if edit.image_rephrase is not None:
+            yield AskedPart("prompt", edit.prompt, "image_rephrase", edit.image_rephrase, "target", edit.target)
+        if edit.locality_prompt is not None:
+            yield AskedPart("locality_prompt", edit.locality_prompt, "", None, "locality_answer", edit.locality_answer)
+        if edit.image_locality_prompt is not None:
+            yield AskedPart(
+                "image_locality_prompt", edit.image_locality_prompt, "image_locality_image", edit.image_locality_image,
+                "image_locality_answer", edit.image_locality_answer,
+            )  # fmt: skip
+    if scored:
+        yield from _members("portability", edit.portability)
+        yield from _members("probes", edit.probes)
+
+
+def _members(name: str, members: Sequence[Query | Probe]) -> Iterator[AskedPart]:
+    for number, each in enumerate(members):
+        place = f"{name}[{number}]"
+        yield AskedPart(f"{place}.prompt", each.prompt, f"{place}.image", each.image, f"{place}.answer", each.answer)
+
+
+class _Record:
+    """An edit whose problems are collected, each field's once."""
+
+    def __init__(self, found: EditProblems, number: int) -> None:
+        self._found, self._number = found, number
+        self.named: set[str] = set()
+
+    def add(self, field: str, rule: str, value: object = None) -> None:
+        """Add a problem of a field."""
+        if field not in self.named:
+            self.named.add(field)
+            self._found.add(self._number, field, rule, value)
+
+    def add_image(self, part: AskedPart, key: str, error: ImageError) -> None:
+        """Add what is wrong with an image, in the first field that it stands in."""
+        assert part.image is not None
+        if not self.named & {part.shown, key}:
+            self.named |= {part.shown, key}
+            self._found.add_error(self._number, part.shown, error, part.image)
+
+
+class Rows:
+    """What the rows of some edits would be, and why there can be none; no image and no row is kept.
+
+    Texts are tokenised once each, many at a time, and lengths added up; a row is only made where the sum is near the
+    model's limit.
+
+    Args:
+        model: with or without weights. images: whether images are opened.
+    """
+
+    def __init__(self, model: EditableModel, *, images: bool = True) -> None:
+        self.model, self.limit = model, position_limit(model)
+        self._looks = ImageLooks(model.images.size) if images else None
+        self._counts: dict[str, int] = {"": 0}
+        self._special: dict[str, str] = {}
+        self._around: dict[bool, int] = {}
+        self._longest = {"prompt": 0, "image": 0, "answer": 0, "context": 0}
+
+    def problems(
+        self,
+        edits: Sequence[EditRequest],
+        parts: Callable[[EditRequest], Iterable[AskedPart]],
+        *,
+        name: str = "edits",
+        context: Context | None = None,
+        shared: bool = False,
+        crossed: bool = False,
+    ) -> list[Problem]:
+        """Return the problems of some edits.
+
+        Args:
+            edits: to look at. parts: their questions. name: of the list. context: text before an edit's questions.
+            shared: it may stand before those of others. crossed: any question may be asked about any image.
+        """
+        found = EditProblems(edits, name)
+        asked = [list(parts(edit)) for edit in edits]
+        before = ["" if context is None else context.text(edit) for edit in edits]
+        self._read(itertools.chain(before, *((part.prompt, part.answer or "") for own in asked for part in own)))
+        longest = max(before, key=self._counts.__getitem__, default="") if shared else ""
+        for number, own in enumerate(asked):
+            record = _Record(found, number)
+            if context is not None and PLACEHOLDER in before[number]:
+                record.add("prompt", f"{context.method}: an edit's text does not hold {PLACEHOLDER!r}", before[number])
+            for part in own:
+                tokens = self._looked(record, part)
+                if tokens is None or not self._spelled(record, part):
+                    continue
+                if crossed and part.image is not None:
+                    tokens = self._longest["image"]
+                self._fits(record, part, tokens, longest or before[number], context)
+        return found.problems
+
+    def query(self, found: EditProblems, number: int, query: Query) -> None:
+        """Add what is wrong with a view of an edit."""
+        part = AskedPart("views", query.prompt, "views", query.image, "views", query.answer)
+        self._read((query.prompt, query.answer or ""))
+        record = _Record(found, number)
+        tokens = self._looked(record, part)
+        if tokens is not None and self._spelled(record, part):
+            self._fits(record, part, tokens, "", None)
+
+    def crowded(self) -> bool:
+        """Whether the longest texts and the largest image of all that was looked at do not fit into one row."""
+        return self.limit is not None and sum(self._longest.values()) + self._overhead(True) > self.limit
+
+    def _read(self, texts: Iterable[str]) -> None:
+        """Tokenise texts that are new."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._counts]
+        for start in range(0, len(new), _TEXTS):
+            chunk = new[start : start + _TEXTS]
+            rows = self.model.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            for text, ids in zip(chunk, rows, strict=True):
+                self._counts[text] = len(ids)
+                special = special_token(self.model, ids)
+                if special:
+                    self._special[text] = special
+
+    def _looked(self, record: _Record, part: AskedPart) -> int | None:
+        """Tokens of the image of a question, 0 without one; None after adding what is wrong with it."""
+        if part.image is None or self._looks is None:
+            return 0 if part.image is None else 1
+        result = self._looks.at(part.image)
+        if not isinstance(result, ImageError):
+            try:
+                return self.model.images.tokens(result)
+            except ImageError as error:
+                result = error
+        record.add_image(part, str(self._looks.key(part.image)), result)
+        return None
+
+    def _spelled(self, record: _Record, part: AskedPart) -> bool:
+        """Whether question and answer are text; adds what is wrong with them."""
+        unknown = self.model.tokenizer.unk_token
+        for field, text in ((part.field, part.prompt), (part.told, part.answer)):
+            special = self._special.get(text or "", "")
+            # A character that the model does not know can be asked about, and not be answered
+            if special and (field == part.told or special != unknown):
+                record.add(field, f"{SPECIAL_RULE} ({special!r})", text)
+        return not record.named & {part.field, part.told}
+
+    def _fits(self, record: _Record, part: AskedPart, tokens: int, before: str, context: Context | None) -> None:
+        """Add that a row cannot be made, by itself or behind the text of an edit."""
+        sizes = {
+            "prompt": self._counts[part.prompt],
+            "image": tokens,
+            "answer": self._counts[part.answer or ""],
+            "context": self._counts[before],
+        }
+        self._longest = {name: max(size, sizes[name]) for name, size in self._longest.items()}
+        room = 0 if context is None else context.room
+        near = self._overhead(part.image is not None) + sum(sizes.values()) + max(0, room - sizes["answer"])
+        if sizes["prompt"] and (self.limit is None or near <= self.limit):
+            return
+        shown = None if part.image is None else tokens
+        try:
+            ids, _, length = row_tokens(self.model, part.prompt, shown, part.answer)
+        except RowError as error:
+            answered = error.part == "answer" or sizes["answer"] > sizes["prompt"]
+            record.add((answered and part.told) or part.field, str(error))
+            return
+        if context is not None and self.limit is not None and "context" not in record.named:
+            wanted = max(room, len(ids) - length)
+            try:
+                length = row_tokens(self.model, before + part.prompt, shown, None)[2]
+                if length + wanted > self.limit:
+                    raise RowError("prompt", f"a row may have at most {self.limit} tokens", f"{length} and {wanted}")
+            except RowError as error:
+                record.named.add("context")
+                record.add(
+                    part.field, f"{context.method}: {context.told_as} and its question fit into a prompt; {error}"
+                )
+
+    def _overhead(self, with_image: bool) -> int:
+        """Tokens of a row besides those of its question, its image and its answer, and some more."""
+        if with_image not in self._around:
+            ids = self.model.prompts.ids(self.model.prompts.text("a", with_image))
+            self._around[with_image] = len(ids) + 1 + _SLACK
+        return self._around[with_image]
