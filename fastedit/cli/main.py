@@ -253,15 +253,19 @@ def check(
     format: Format = None,
     images: Images = None,
     skip_missing: SkipMissing = False,
+    model: Annotated[
+        Optional[str], typer.Option(help="check lengths and tokens as this model has them")  # noqa: UP045
+    ] = None,
+    template: Annotated[Optional[str], typer.Option(help="of the model's prompts, as load takes it")] = None,  # noqa: UP045
 ) -> None:
-    """Read records and report everything that is wrong or odd in them, without a model."""
-    from fastedit.data import detect, read_edits, report
+    """Read records and report everything that is wrong or odd in them, without a model's weights."""
+    from fastedit.cli.check import check_file
 
-    if Path(data).exists():
-        console.print(str(detect(data)), soft_wrap=True, markup=False)
-    edits = read_edits(data, format=format, images=images, skip_missing=skip_missing)
-    console.print(f"{len(edits)} records read", markup=False)
-    console.print(str(report(edits)), soft_wrap=True, markup=False)
+    sound = check_file(
+        console, messages, data, format=format, images=images, skip_missing=skip_missing, model=model, template=template
+    )
+    if not sound:
+        raise typer.Exit(2)
 
 
 @app.command()
