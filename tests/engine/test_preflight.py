@@ -238,7 +238,9 @@ def test_files_are_decoded_once_and_not_again_by_a_second_run(
 PIECES = ["red", " is", "</s>", "<image>", "é", "☃", " of " * 30, "{prompt}", "\u200b", "<", "image>", "\n"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_what_passes_does_not_stop_a_run(model: EditableModel, tmp_path: Path, data: st.DataObject) -> None:
     """Records are damaged in some fields; then either the run is refused before work, or it ends."""
