@@ -3,42 +3,59 @@ PYTHON ?= python3
 VENV ?= .venv
 # Set TORCH to the build for your machine, e.g. TORCH="torch==2.13.0" (CPU or CUDA, whatever your package index gives).
 TORCH ?= torch==2.13.0
-EXTRAS ?= triton,quantize,test,bench,dev
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.fastedit-$(EXTRAS)
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+# What is installed: the package with what it needs to run; what the tests and the checks need besides, when they are
+# asked for. EXTRAS adds to the first: EXTRAS=quantize.
+RUN := $(VENV)/.fastedit-run$(if $(EXTRAS),-$(EXTRAS))
+TEST := $(VENV)/.fastedit-test
+CHECK := $(VENV)/.fastedit-check
 
 .PHONY: run tradeoff test check bench clean install
 
-install: $(STAMP)
+install: $(RUN)
 
-$(STAMP): $(NATIVE_SOURCES)
+$(RUN): $(NATIVE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "cmake>=3.26" ninja
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[$(EXTRAS)]"
-	touch $(STAMP)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install "setuptools>=77" wheel "cmake>=3.26" ninja
+	$(PIP) install --no-build-isolation --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
+	touch $@
+
+# Requirements alone: the package is there, and is not built again for them.
+requirements = $(BIN)/python -c "from setup import EXTRAS; print(*{p for e in '$(1)'.split() for p in EXTRAS[e]}, sep='\n')"
+
+$(TEST): setup.py | $(RUN)
+	$(call requirements,triton quantize test bench) > $@.txt
+	$(PIP) install --requirement $@.txt
+	mv $@.txt $@
+
+$(CHECK): setup.py | $(RUN)
+	$(call requirements,dev) > $@.txt
+	$(PIP) install --requirement $@.txt
+	mv $@.txt $@
 
 # The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/; then a small
 # measurement of speed, with a page of its own.
 run: install
-	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 100 --set layers=2 --out runs/first
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 100 --set layers=2 --out runs/first --overwrite
 	$(BIN)/python benchmarks/throughput.py --quick --html runs/first/throughput.html
 
 # The same on 200 edits: narrower intervals, some minutes on two cores.
 tradeoff: install
-	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/tradeoff
+	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/tradeoff --overwrite
 
-test: install
+test: $(RUN) $(TEST)
 	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
-check: install
+check: $(RUN) $(CHECK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" | xargs $(BIN)/clang-format --dry-run --Werror
 
-bench: install
+bench: $(RUN) $(TEST)
 	$(BIN)/python benchmarks/throughput.py
 
 clean:

@@ -172,3 +172,31 @@ def test_the_folder_kernels_is_not_taken_for_the_package_of_that_name():
     # Asked of the installed distributions: a test runner may itself have imported the folder under that name.
     installed = any(True for _ in importlib.metadata.distributions(name="kernels"))
     assert done.stdout.strip() == str(installed), done.stderr
+
+
+def make(*arguments: str) -> str:
+    """What make would do."""
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_run_installs_only_what_it_runs(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    told = make("run", f"VENV={venv}")
+    assert '--editable "."' in told
+    assert not any(word in told for word in ("requirement", "test bench", "'dev'", "[triton"))
+    assert "setup import EXTRAS" in make("test", f"VENV={venv}")
+    assert "triton quantize test bench" in make("test", f"VENV={venv}")
+    assert "'dev'.split()" in make("check", f"VENV={venv}")
+    # Nothing is installed again where nothing has changed
+    venv.mkdir()
+    (venv / ".fastedit-run").touch()
+    assert "pip" not in make("run", f"VENV={venv}")
+    told = make("test", f"VENV={venv}")
+    assert "--requirement" in told
+    assert "--editable" not in told
+    (venv / ".fastedit-test").touch()
+    assert "pip" not in make("test", f"VENV={venv}")
+    (venv / ".fastedit-run").unlink()
+    assert '--editable ".[quantize]"' in make("run", f"VENV={venv}", "EXTRAS=quantize")
