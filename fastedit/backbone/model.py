@@ -125,6 +125,12 @@ class EditableModel:
         """What distinguishes the model as it acts in this context: whatever is kept of it is kept under this key."""
         return active_key(self), autocast_key(self.device)
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        size = f"{self.n_layers} layers of width {self.hidden_size}"
+        family = self.hf.config.model_type
+        return f"<EditableModel: {self.name} ({family}), {size}, {dtype}, quantize {self.quantize}, on {self.device}>"
+
     @property
     def device(self) -> torch.device:
         """Where the decoder is."""

@@ -79,6 +79,9 @@ class EditList(list[EditRequest]):
         part[:] = super().__getitem__(key)
         return part
 
+    def __repr__(self) -> str:
+        return f"<EditList: {len(self)} edits of {self.source!r}>"
+
 
 def read_edits(
     source: str | os.PathLike[str],

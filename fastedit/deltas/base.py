@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, Site
+from fastedit.deltas.gate import gate
 from fastedit.deltas.room import check_room
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import workspace
@@ -68,6 +69,11 @@ class EditDelta:
     texts: Mapping[str, str] = field(default_factory=dict)
     fitted_on: tuple[str, ...] | None = None
     merged: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        sites = [f"{site.layer}.{site.name}" for site in self.spec.sites]
+        shown = ", ".join(sites[:4]) + (f" and {len(sites) - 4} more" if len(sites) > 4 else "") or "no site"
+        return f"<EditDelta: {self.spec.kind} at {shown}, {self.n_parameters:,} parameters, edit {self.request_id!r}>"
 
     @cached_property
     def id(self) -> str:
@@ -256,13 +262,11 @@ class FlatStack:
         """Part ``name`` (B, ...) as an input of the graph; its gradient lands in ``part_grads[name]``."""
         if not (self.trainable and torch.is_grad_enabled()):
             return self.parts[name]
-        gated: Tensor = _Gate.apply(self.anchor, self.parts[name], self, name)  # type: ignore[no-untyped-call]
-        return gated
+        return gate(self.anchor, self.parts[name], self, name)
 
     def parameters_as_input(self) -> Tensor:
         """``flat`` (B, P) as an input of the graph; its gradient is added by ``end_step``."""
-        gated: Tensor = _Gate.apply(self.anchor, self.flat, self, "")  # type: ignore[no-untyped-call]
-        return gated
+        return gate(self.anchor, self.flat, self, "")
 
     def first_gradient(self, name: str) -> bool:
         """Whether part ``name`` has no gradient in this step yet; the caller must store one if so."""
@@ -314,17 +318,3 @@ class FlatStack:
                     )
                 (self.parts[name] if name in self.parts else self.fixed[name])[row].copy_(tensor)
         self.texts = [delta.texts for delta in deltas]
-
-
-class _Gate(torch.autograd.Function):
-    """The identity on a part's values; hands the part's gradient to its stack."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, values: Tensor, stack: FlatStack, name: str) -> Tensor:
-        ctx.stack, ctx.name = stack, name
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.stack.receive(ctx.name, grad)
-        return None, None, None, None

@@ -47,6 +47,9 @@ class StoredDeltas(Sequence[EditDelta]):
             places = self._free(path.name, len(header), header.places)
             self._add([entry.request_id for entry in header.entries], places, header.checksum)
 
+    def __repr__(self) -> str:
+        return f"<StoredDeltas: {len(self)} deltas in {self.folder}>"
+
     @classmethod
     def create(cls, folder: str | Path) -> StoredDeltas:
         """Make a folder for deltas; one that exists must hold none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ from fastedit.training import Artifact, require_artifact
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
+
+
+#: Scores that say in a line how a run went.
+_HEADLINE = ("reliability", "text_locality", "image_locality")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
     artifact: Artifact | None = None
+
+    def __repr__(self) -> str:
+        ends = ", ".join(f"{count} {status}" for status, count in Counter(o.status for o in self.outcomes).items())
+        strict = self.scores.get("strict", {})
+        shown = [f"{n.replace('_', ' ')} {100 * strict[n].mean:.1f} %" for n in _HEADLINE if n in strict]
+        model = self.provenance.get("model", {}).get("name", "an unknown model")
+        scores = f"; strict {', '.join(shown)}" if shown else "; not scored"
+        method = self.provenance.get("method", "an unknown method")
+        count = f"{len(self.deltas)} edit{'' if len(self.deltas) == 1 else 's'}"
+        return f"<Run: {method} on {model}, {count} ({ends}){scores}>"
 
     def record(self) -> dict[str, Any]:
         """Scores, timing, outcomes and provenance as plain values (NaN as None)."""

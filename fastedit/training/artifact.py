@@ -50,6 +50,14 @@ class Artifact:
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", copies)
 
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.tensors.values())
+        best = self.metrics.get("best") or {}
+        score = (
+            f", score {100 * best['score']:.1f} % at step {best['step']:.0f}" if {"score", "step"} <= set(best) else ""
+        )
+        return f"<Artifact: {self.kind} for model {self.model_fingerprint[:12]}, {count:,} parameters{score}>"
+
     @cached_property
     def id(self) -> str:
         """SHA-256 over kind, model, config and tensors: equal means that both act alike to the bit."""
