@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 import fastedit
+from fastedit.backbone import EditableModel
+from fastedit.cli.failures import STOPPED, Ended, sentence, status_of
 from fastedit.cli.figure import draw_comparison
-from fastedit.cli.tables import score_tables, speed_table
-from fastedit.engine import Run
+from fastedit.cli.tables import print_scores
+from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.engine.run import plain
 from fastedit.files import write_json
 from fastedit.methods import resolve, setting_names
 from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
+from fastedit.training import load_artifact
 
 
 def settings_per_method(methods: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -36,80 +39,134 @@ def settings_per_method(methods: Sequence[str], settings: dict[str, Any]) -> dic
     return chosen
 
 
-def trained_part(
-    model: Any,
-    method: str,
-    pool: Sequence[EditRequest] | None,
-    folder: Path,
-    settings: dict[str, Any],
-    *,
-    data: str,
-    console: Console,
-) -> Path | None:
-    """The file of a method's trained parts, trained if it is not there; None for a method without any.
+class Comparison:
+    """Methods on the same edits.
 
-    Raises:
-        ValueError: there is nothing to train on.
+    Args:
+        edits: what every method makes. pool: records that may be learned from.
+        settings: by method.
+        data: name of the edits. out: folder for the runs, the table and the picture.
+        artifacts: folder of trained parts; those that are not there are trained on the pool and put there.
     """
-    plan = resolve(method, settings)
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, method)
-    if kind is None:
-        return None
-    path = folder / f"{Path(model.name).name}-{Path(data).stem}-{kind}.safetensors"
-    if not path.exists():
-        if not pool:
-            told = f"fastedit train --method {kind} --out {path}"
-            raise ValueError(
-                f"compare: {method} has parts to train, and no records to train on; run {told} (got no pool)"
-            )
-        console.print(f"{method}: training on {len(pool)} records, once", markup=False)
-        fastedit.train(model, kind, pool, out=path, **settings)
-    return path
 
+    def __init__(
+        self,
+        edits: Sequence[EditRequest],
+        pool: Sequence[EditRequest] | None,
+        settings: Mapping[str, Mapping[str, Any]],
+        *,
+        data: str,
+        out: Path,
+        artifacts: Path,
+    ) -> None:
+        self.edits, self.pool, self.settings = edits, pool, settings
+        self.data, self.out, self.artifacts = data, out, artifacts
 
-def compare_methods(
-    model: Any,
-    edits: Sequence[EditRequest],
-    pool: Sequence[EditRequest] | None,
-    methods: Sequence[str],
-    *,
-    data: str,
-    out: Path,
-    batch_size: Any,
-    mode: str,
-    console: Console,
-    settings: dict[str, Any] | None = None,
-    artifacts: Path,
-) -> dict[str, Run]:
-    """Run every method, print score and speed tables, write ``comparison.json``, ``comparison.png`` and the runs.
+    def trained_part(self, method: str, model: str) -> tuple[str, Path] | None:
+        """Kind and file of a method's trained parts; None for a method without any."""
+        plan = resolve(method, self.settings[method])
+        needs = hook(plan.method, "artifact")
+        kind = None if needs is None else needs(plan.config, method)
+        if kind is None:
+            return None
+        return kind, self.artifacts / f"{Path(model).name}-{Path(self.data).stem}-{kind}.safetensors"
 
-    A setting goes to every method that has a field of this name, and must fit at least one of them. Trained parts are
-    read from the folder ``artifacts``; those that are not there are trained on the pool and put there.
-    """
-    chosen = settings_per_method(methods, settings or {})
-    runs: dict[str, Run] = {}
-    for name in methods:
-        trained = trained_part(model, name, pool, artifacts, chosen[name], data=data, console=console)
+    def check_artifacts(self, model: str) -> None:
+        """Refuse trained parts that are of another kind, or neither there nor to be trained, before any method runs.
+
+        Raises:
+            ValueError: names the file and the command that makes it.
+        """
+        for method in self.settings:
+            part = self.trained_part(method, model)
+            if part is None:
+                continue
+            kind, path = part
+            if path.exists():
+                load_artifact(path, kind=kind)
+            elif not self.pool:
+                told = f"fastedit train --method {kind} --out {path}"
+                raise ValueError(
+                    f"compare: {method} has parts to train, and no records to train on; run {told}, or give --pool "
+                    "(got no pool)"
+                )
+
+    def run(self, console: Console, model: EditableModel, **options: Any) -> dict[str, Run]:
+        """Run every method; print tables and write ``comparison.json``, ``comparison.png`` and the runs.
+
+        Args:
+            options: of ``fastedit.edit``, for every method.
+        Raises:
+            Ended: a run ended early; what was finished is saved and shown.
+        """
+        runs: dict[str, Run] = {}
+        for method in self.settings:
+            try:
+                runs[method] = self._run_method(console, model, method, options)
+            except (Exception, KeyboardInterrupt) as error:
+                raise self._ended(console, model, runs, method, error, options["mode"]) from error
+        self.finish(console, model, runs, options["mode"])
+        return runs
+
+    def _run_method(self, console: Console, model: EditableModel, method: str, options: Mapping[str, Any]) -> Run:
+        settings, part = self.settings[method], self.trained_part(method, model.name)
+        if part is not None and not part[1].exists():
+            assert self.pool
+            console.print(f"{method}: training on {len(self.pool)} records, once", markup=False)
+            fastedit.train(model, part[0], self.pool, out=part[1], **settings)
         start = time.perf_counter()
-        runs[name] = fastedit.edit(
-            model, edits, name, batch_size=batch_size, mode=mode, pool=pool, artifact=trained, **chosen[name]
+        trained = None if part is None else part[1]
+        run = fastedit.edit(model, self.edits, method, pool=self.pool, artifact=trained, **options, **settings)
+        run.save(self.folder(method))
+        console.print(f"{method}: {len(self.edits)} edits in {time.perf_counter() - start:.1f} s", markup=False)
+        return run
+
+    def folder(self, method: str) -> Path:
+        """Where the run of a method is saved."""
+        return self.out / method.replace("+", "-")
+
+    def _ended(
+        self,
+        console: Console,
+        model: EditableModel,
+        runs: dict[str, Run],
+        method: str,
+        error: BaseException,
+        mode: str,
+    ) -> BaseException:
+        """The sentence about a comparison that ended early, once what is finished is written and shown."""
+        if not runs and not isinstance(error, RunInterrupted | RunStopped):
+            return error
+        status = status_of(error)
+        why = f"{method} ended early" if status != STOPPED else f"stopped in {method}"
+        if status != STOPPED:
+            why += f": {sentence(error.__cause__ or error)}"
+        finished = dict(runs)
+        try:
+            if isinstance(error, RunInterrupted | RunStopped) and error.run is not None:
+                finished[f"{method} ({len(error.run.deltas)})"] = error.run
+                error.run.save(self.folder(method))
+            self.finish(console, model, finished, mode)
+        except (OSError, ValueError) as lost:
+            return Ended(f"{why}; what was finished could not be saved: {sentence(lost)}", status)
+        left = [name for name in self.settings if name not in runs]
+        return Ended(
+            f"{why}; what was finished is saved in {self.out}; to go on, compare --methods {','.join(left)} with "
+            "another --out",
+            status,
         )
-        runs[name].save(out / name.replace("+", "-"))
-        console.print(f"{name}: {len(edits)} edits in {time.perf_counter() - start:.1f} s", markup=False)
-    for protocol in ("legacy", "strict"):
-        for table in score_tables(runs, protocol):
-            console.print(table)
-    console.print(speed_table(runs))
-    record = {
-        "model": model.name,
-        "data": data,
-        "n_edits": len(edits),
-        "mode": mode,
-        "runs": {name: {k: v for k, v in run.record().items() if k != "edits"} for name, run in runs.items()},
-    }
-    path = out / "comparison.json"
-    write_json(path, plain(record))
-    picture = draw_comparison(record, out / "comparison.png")
-    console.print(f"table: {path}\npicture: {picture}\nruns: {out}", soft_wrap=True, markup=False)
-    return runs
+
+    def finish(self, console: Console, model: EditableModel, runs: Mapping[str, Run], mode: str) -> None:
+        """Print the tables, write the record and the picture."""
+        print_scores(console, runs)
+        record = {
+            "model": model.name,
+            "data": self.data,
+            "n_edits": len(self.edits),
+            "mode": mode,
+            "runs": {name: {k: v for k, v in run.record().items() if k != "edits"} for name, run in runs.items()},
+        }
+        path = self.out / "comparison.json"
+        write_json(path, plain(record))
+        picture = draw_comparison(record, self.out / "comparison.png")
+        console.print(f"table: {path}\npicture: {picture}\nruns: {self.out}", soft_wrap=True, markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -10,83 +10,66 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Edit knowledge in multimodal LLMs.")
+import fastedit
+from fastedit.cli.failures import Commands, run
+from fastedit.cli.options import (
+    BatchSize,
+    Conflicts,
+    Data,
+    Device,
+    Dtype,
+    Format,
+    Images,
+    Limit,
+    Mode,
+    Model,
+    Near,
+    Out,
+    Overwrite,
+    Pool,
+    Quantize,
+    Seed,
+    Settings,
+    SkipMissing,
+    Template,
+    Threads,
+    TrainedPart,
+    TrainerSettings,
+    Views,
+    parse_batch_size,
+    parse_names,
+    parse_numbers,
+    parse_settings,
+    require_known,
+    with_run_arguments,
+)
+
+app = typer.Typer(
+    cls=Commands,
+    # Its boxes leave no room for words on a narrow terminal
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 90 else None,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Edit knowledge in multimodal LLMs.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 console = Console()
 messages = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="an embedded model, a Hugging Face id or a folder")]
-Data = Annotated[str, typer.Option(help="an embedded set (pocket-vqa, pocket-caption) or a file of records")]
-Format = Annotated[str | None, typer.Option("--format", help="mmedit, vlkeb or jsonl; found out by content if absent")]
-Images = Annotated[Optional[Path], typer.Option(help="the folder below which image paths lie")]  # noqa: UP045
-Limit = Annotated[Optional[int], typer.Option(help="only the first so many records", min=1)]  # noqa: UP045
-Out = Annotated[Path, typer.Option(help="folder for results")]
-BatchSize = Annotated[str, typer.Option(help="edits fitted together; auto is as many as fit in memory")]
-Mode = Annotated[str, typer.Option(help="single or sequential")]
-Settings = Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the method's config; repeatable")]  # noqa: UP045
-TrainerSettings = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--trainer", help="field=value of training: lr, batch_size, seed ...; repeatable"),
-]
-TrainedPart = Annotated[Optional[Path], typer.Option("--artifact", help="what fastedit train wrote")]  # noqa: UP045
-SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="leave out records whose images are missing")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 ...")]  # noqa: UP045
-Quantize = Annotated[str, typer.Option(help="none, nf4 or int8")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...")]  # noqa: UP045
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads; all cores if absent", min=1)]  # noqa: UP045
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"fastedit {fastedit.__version__}", markup=False, highlight=False)
+        raise typer.Exit
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``field=value`` pairs; a value is read as JSON where it is JSON, else as text; lists become tuples.
-
-    Raises:
-        ValueError: a pair without "=".
-    """
-    parsed: dict[str, Any] = {}
-    for pair in settings or []:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set: field=value (got {pair!r})")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        parsed[name] = tuple(value) if isinstance(value, list) else value
-    return parsed
-
-
-def parse_numbers(name: str, text: str) -> tuple[int, ...]:
-    """Numbers separated by commas.
-
-    Raises:
-        ValueError: anything else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"{name}: numbers separated by commas (got {text!r})") from None
-
-
-def load_inputs(
-    model: str,
-    data: str,
-    *,
-    format: str | None,
-    images: Path | None,
-    limit: int | None,
-    skip_missing: bool,
-    loading: dict[str, Any],
-    methods: dict[str, dict[str, Any]],
-    batch_size: int | str,
-) -> tuple[Any, Any, Any]:
-    """Records first (they are cheap and may be wrong), a pool of training records, what it will take, the model."""
-    import fastedit
-    from fastedit.cli.plan import announce
-    from fastedit.data import EMBEDDED
-
-    edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
-    pool = fastedit.read_edits(data, split="train") if data in EMBEDDED else None
-    announce(messages, model, edits, methods, batch_size=batch_size, loading=loading)
-    return fastedit.load(model, **{k: v for k, v in loading.items() if v is not None}), edits, pool
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -95,44 +78,67 @@ def edit(
     data: Data = "pocket-vqa",
     method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
     out: Out = Path("runs/edit"),
+    overwrite: Overwrite = False,
     limit: Limit = None,
     batch_size: BatchSize = "16",
     mode: Mode = "single",
+    conflicts: Conflicts = "error",
+    score_at: Annotated[str, typer.Option(help="in sequence, also score after so many edits: 1,10,100")] = "",
+    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="score the edits")] = True,
+    deltas_folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="write deltas to files there batch by batch, for thousands of edits; new or empty"),
+    ] = None,
+    pool: Pool = None,
+    views: Views = "heldout",
+    near: Near = True,
+    seed: Seed = 0,
     format: Format = None,
     images: Images = None,
     skip_missing: SkipMissing = False,
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
     artifact: TrainedPart = None,
-    score_at: Annotated[str, typer.Option(help="in sequence, also score after so many edits: 1,10,100")] = "",
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
-    import fastedit
-    from fastedit.cli.plan import read_batch_size
-    from fastedit.cli.tables import checkpoint_line, score_tables, speed_table
+    from fastedit.cli.edit import edit_records
+    from fastedit.cli.inputs import check_artifact, check_loading, check_runs, load_model, read_records
+    from fastedit.engine.arguments import check_options
+    from fastedit.engine.output import claim_output
+    from fastedit.methods import resolve
 
-    use_threads(threads)
-    size: Any = read_batch_size(batch_size)
-    overrides, gaps = parse_settings(settings), parse_numbers("--score-at", score_at)
-    loading = {"dtype": dtype, "quantize": quantize, "device": device}
-    loaded, edits, pool = load_inputs(
-        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
-        methods={method: overrides}, batch_size=size,
+    size, overrides = parse_batch_size(batch_size), parse_settings(settings)
+    options: dict[str, Any] = {"views": views, "near": near, "seed": seed, "conflicts": conflicts, "evaluate": evaluate}
+    options["deltas_folder"] = deltas_folder
+    with_run_arguments(options, overrides)
+    options |= {"mode": mode, "batch_size": size, "score_at": parse_numbers("--score-at", score_at)}
+    check_options(method=method, **{name: value for name, value in options.items() if name != "deltas_folder"})
+    chosen = {method: overrides}
+    resolve(method, overrides)
+    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    check_artifact(method, overrides, artifact)
+    require_known(data, pool)
+    edits, learned = read_records(
+        data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing
     )  # fmt: skip
-    run = fastedit.edit(
-        loaded, edits, method, batch_size=size, mode=mode, pool=pool, artifact=artifact, score_at=gaps, **overrides
-    )
-    for count, scores in run.checkpoints.items():
-        console.print(checkpoint_line(count, scores), markup=False, soft_wrap=True)
-    folder = run.save(out)
-    for protocol in run.scores:
-        for table in score_tables({method: run}, protocol):
-            console.print(table)
-    console.print(speed_table({method: run}))
-    console.print(f"scores: {folder / 'scores.json'}\ndeltas: {folder / 'deltas.safetensors'}", soft_wrap=True)
+    check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"], score_at=options["score_at"])
+    if options["deltas_folder"] is not None:
+        # Tried now, claimed by the run itself
+        with claim_output(options["deltas_folder"], overwrite=overwrite, field="--deltas-folder"):
+            pass
+    with claim_output(out, overwrite=overwrite, field="--out"):
+        loaded = load_model(
+            messages, model, edits, chosen, batch_size=size, loading=loading, out=out,
+            evaluate=options["evaluate"], keep_deltas=options["deltas_folder"] is None,
+        )  # fmt: skip
+        edit_records(
+            console, loaded, edits, method, out=out, pool=learned, artifact=artifact, overwrite=overwrite,
+            **options, **overrides,
+        )  # fmt: skip
 
 
 @app.command()
@@ -150,25 +156,32 @@ def train(
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
     trainer: TrainerSettings = None,
 ) -> None:
     """Train the part that a method needs before it can edit; saved to a file for edit --artifact."""
-    import fastedit
-    from fastedit.cli.train import train_method
+    from fastedit.cli.inputs import check_loading
+    from fastedit.cli.train import train_method, training_settings
     from fastedit.data import EMBEDDED
+    from fastedit.engine.output import claim_result
+    from fastedit.progress import progress
 
-    use_threads(threads)
-    chosen, overrides = parse_settings(trainer), parse_settings(settings)
-    if steps is not None:
-        chosen["steps"] = steps
+    overrides = parse_settings(settings)
+    chosen = training_settings(method, overrides, trainer, steps)
+    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    require_known(data, None)
     split = {"split": "train"} if data in EMBEDDED else {}
-    records = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing, **split)
-    given: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "device": device}
-    loaded = fastedit.load(model, **{k: v for k, v in given.items() if v is not None})
+    with progress(f"reading {data}", 0):
+        records = fastedit.read_edits(
+            data, format=format, images=images, limit=limit, skip_missing=skip_missing, **split
+        )
     path = Path("runs") / f"{method.replace('+', '-')}.safetensors" if out is None else out
-    train_method(console, loaded, method, records, path, resume=resume, trainer=chosen, settings=overrides)
+    with claim_result(path, field="--out"):
+        with progress(f"loading {model}", 0):
+            loaded = fastedit.load(model, **loading)
+        train_method(console, loaded, method, records, path, resume=resume, trainer=chosen, settings=overrides)
 
 
 @app.command()
@@ -177,9 +190,15 @@ def compare(
     data: Data = "pocket-vqa",
     methods: Annotated[str, typer.Option(help="names, separated by commas")] = "ft,kl+ft,odedit+ft,lora,odedit+lora",
     out: Out = Path("runs/compare"),
+    overwrite: Overwrite = False,
     limit: Limit = 200,
     batch_size: BatchSize = "16",
     mode: Mode = "single",
+    conflicts: Conflicts = "error",
+    pool: Pool = None,
+    views: Views = "heldout",
+    near: Near = True,
+    seed: Seed = 0,
     artifacts: Annotated[
         Optional[Path], typer.Option(help="folder of trained parts; what is not there is trained on the pool")  # noqa: UP045
     ] = None,
@@ -189,28 +208,34 @@ def compare(
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
 ) -> None:
     """Run several methods on the same edits; a table, a JSON file and a picture."""
-    from fastedit.cli.compare import compare_methods, settings_per_method
-    from fastedit.cli.plan import read_batch_size
+    from fastedit.cli.compare import Comparison, settings_per_method
+    from fastedit.cli.inputs import check_loading, check_runs, load_model, read_records
+    from fastedit.engine.arguments import check_options
+    from fastedit.engine.output import claim_output
 
-    use_threads(threads)
-    size: Any = read_batch_size(batch_size)
-    loading = {"dtype": dtype, "quantize": quantize, "device": device}
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    overrides = parse_settings(settings)
+    size, overrides = parse_batch_size(batch_size), parse_settings(settings)
+    options: dict[str, Any] = {"views": views, "near": near, "seed": seed, "conflicts": conflicts}
+    with_run_arguments(options, overrides)
+    options |= {"mode": mode, "batch_size": size}
+    check_options(**options)
+    names = parse_names("--methods", methods)
     chosen = settings_per_method(names, overrides)
-    loaded, edits, pool = load_inputs(
-        model, data, format=format, images=images, limit=limit, skip_missing=skip_missing, loading=loading,
-        methods=chosen, batch_size=size,
+    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    require_known(data, pool)
+    edits, learned = read_records(
+        data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing
     )  # fmt: skip
-    compare_methods(
-        loaded, edits, pool, names,
-        data=data, out=out, batch_size=size, mode=mode, console=console, settings=overrides,
-        artifacts=artifacts or out / "artifacts",
-    )  # fmt: skip
+    check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"])
+    work = Comparison(edits, learned, chosen, data=data, out=out, artifacts=artifacts or out / "artifacts")
+    work.check_artifacts(model)
+    with claim_output(out, overwrite=overwrite, field="--out"):
+        loaded = load_model(messages, model, edits, chosen, batch_size=size, loading=loading, out=out)
+        work.run(console, loaded, **options)
 
 
 @app.command()
@@ -230,19 +255,22 @@ def plan(
     settings: Settings = None,
 ) -> None:
     """The memory that a run would need, part by part; no weights are read."""
-    import fastedit
-    from fastedit.cli.plan import plan_table, read_batch_size
+    from fastedit.cli.inputs import check_loading
+    from fastedit.cli.plan import plan_table
+    from fastedit.methods import resolve
+    from fastedit.progress import progress
 
-    size: Any = read_batch_size(batch_size)
-    overrides = parse_settings(settings)
+    size, overrides = parse_batch_size(batch_size), parse_settings(settings)
+    resolve(method, overrides)
+    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=None)
     edits = None
     if data is not None:
+        require_known(data, None)
         edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
-    given = {"dtype": dtype, "quantize": quantize, "device": device}
-    loading: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    found = fastedit.plan_memory(
-        model, method=method, batch_size=size, edits=edits, evaluate=evaluate, **loading, **overrides
-    )
+    with progress(f"planning for {model}", 0):
+        found = fastedit.plan_memory(
+            model, method=method, batch_size=size, edits=edits, evaluate=evaluate, **loading, **overrides
+        )
     console.print(plan_table(model, found))
     console.print(found.text(), markup=False, soft_wrap=True)
 
@@ -256,11 +284,12 @@ def check(
     model: Annotated[
         Optional[str], typer.Option(help="check lengths and tokens as this model has them")  # noqa: UP045
     ] = None,
-    template: Annotated[Optional[str], typer.Option(help="of the model's prompts, as load takes it")] = None,  # noqa: UP045
+    template: Template = None,
 ) -> None:
     """Read records and report everything that is wrong or odd in them, without a model's weights."""
     from fastedit.cli.check import check_file
 
+    require_known(data, None)
     sound = check_file(
         console, messages, data, format=format, images=images, skip_missing=skip_missing, model=model, template=template
     )
@@ -273,18 +302,9 @@ def info(
     model: Annotated[Optional[str], typer.Argument(help="an embedded model")] = None,  # noqa: UP045
 ) -> None:
     """The embedded models' cards, or the installed kernels when no model is named."""
-    import fastedit
-    from fastedit import pocket
+    from fastedit.cli.info import print_info
 
-    if model is None:
-        console.print(f"fastedit {fastedit.__version__}; embedded models: {', '.join(pocket.MODELS)}", markup=False)
-        console.print(f"methods: {', '.join(fastedit.method_names())}", soft_wrap=True, markup=False)
-        for op, devices in fastedit.implementations().items():
-            console.print(f"  {op}: {devices}", markup=False)
-        return
-    if model not in pocket.MODELS:
-        raise ValueError(f"info: model is one of {sorted(pocket.MODELS)} (got model={model!r})")
-    console.print_json(json.dumps(pocket.model_card(model)))
+    print_info(console, model)
 
 
 @app.command()
@@ -300,18 +320,6 @@ def export(
     console.print(f"written to {folder}", markup=False)
 
 
-def use_threads(threads: int | None) -> None:
-    """Set the number of CPU threads when one is asked for."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def main() -> None:
-    """Entry point: a refused input is one message on standard error and exit status 2, not a stack of frames."""
-    try:
-        app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
-        Console(stderr=True).print(f"fastedit: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+    """Entry point: what is refused is one message on standard error, not a stack of frames."""
+    sys.exit(run(app))

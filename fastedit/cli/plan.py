@@ -3,65 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group
 
+from fastedit.cli.tables import titled
 from fastedit.engine.plan import MemoryPlan, plan_memory
-from fastedit.methods import resolve, setting_names
 from fastedit.requests import EditRequest
 
 
-def read_batch_size(text: str) -> int | str:
-    """A batch size as it is typed: a number of at least 1, or "auto".
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text == "auto":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"--batch-size: a number of at least 1, or auto (got {text!r})")
-    return int(text)
-
-
 def announce(
-    console: Console,
     model: str,
     edits: Sequence[EditRequest],
     methods: Mapping[str, Mapping[str, Any]],
     *,
     batch_size: int | str,
     loading: Mapping[str, Any],
-) -> None:
-    """Print what the method that needs the most memory needs, before the model is loaded.
+    evaluate: bool = True,
+    keep_deltas: bool = True,
+) -> list[str]:
+    """What the method that needs the most memory needs, in a line or two, before the model is loaded.
 
     Args:
-        methods: settings by name. loading: arguments of ``fastedit.load``, None for its own defaults.
+        methods: settings by name. loading: arguments of ``fastedit.load``. evaluate, keep_deltas: see ``plan_memory``.
     """
-    given = {name: value for name, value in loading.items() if value is not None}
-    plans = []
-    for name, settings in methods.items():
-        # The rest is for ``edit``, which refuses what nobody knows
-        known = setting_names(resolve(name, {}))
-        fields = {key: value for key, value in settings.items() if key in known}
-        fields |= {"evaluate": bool(settings.get("evaluate", True)), "keep_deltas": "deltas_folder" not in settings}
-        plans.append(plan_memory(model, method=name, batch_size=batch_size, edits=edits, **given, **fields))
+    given = {name: value for name, value in loading.items() if name != "template"}
+    plans = [
+        plan_memory(
+            model, method=name, batch_size=batch_size, edits=edits, evaluate=evaluate, keep_deltas=keep_deltas,
+            **given, **settings,
+        )
+        for name, settings in methods.items()
+    ]  # fmt: skip
     largest = max(plans, key=lambda plan: plan.total_bytes)
     size = f"batch of {largest.batch_size}" if batch_size == "auto" else f"batch size {batch_size}"
-    console.print(f"{model}, {size}: {largest.text()}", markup=False, soft_wrap=True)
+    lines = [f"{model}, {size}: {largest.text()}"]
     if not largest.fits():
-        console.print("this may not fit: try a smaller --batch-size, auto, or --quantize nf4", style="yellow")
+        lines.append("this may not fit: try a smaller --batch-size, auto, or --quantize nf4")
+    return lines
 
 
-def plan_table(model: str, plan: MemoryPlan) -> Table:
+def plan_table(model: str, plan: MemoryPlan) -> Group:
     """Every part in MiB: what is there all the time, then phase by phase, the largest one marked."""
-    table = Table(title=f"{model} on {plan.device}, batch size {plan.batch_size}", box=box.SIMPLE_HEAD)
-    table.add_column("when")
-    table.add_column("part")
-    table.add_column("MiB", justify="right")
+    title = f"{Path(model).name} on {plan.device}, batch size {plan.batch_size}"
+    shown, table = titled(title, ("when", "part", "MiB"), left=2)
     for name, size in plan.held.items():
         table.add_row("always", name, _mib(size))
     for phase, parts in plan.phases.items():
@@ -72,7 +58,7 @@ def plan_table(model: str, plan: MemoryPlan) -> Table:
     table.add_row("peak", "needed", _mib(plan.total_bytes))
     known = plan.available_bytes
     table.add_row("", "available", "unknown" if known is None else _mib(known))
-    return table
+    return shown
 
 
 def _mib(size: int) -> str:

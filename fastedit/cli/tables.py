@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from fastedit.engine import Run
 from fastedit.evaluation import MUST_CHANGE, MUST_STAY, Score
@@ -23,16 +25,36 @@ HEADINGS = {
 }
 
 
-def percent(score: Score | None, *, interval: bool = False) -> str:
-    """A score as per cent, with half the width of its interval where asked for."""
+def titled(title: str, headings: Sequence[str], *, left: int = 1) -> tuple[Group, Table]:
+    """A table under a title that keeps its line however narrow the table is: what is printed, and what is filled.
+
+    Args:
+        title: short enough for 60 columns. headings: of the columns. left: columns that are aligned to the left.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        # Where there is no room a name is folded; a number never loses digits
+        table.add_column(heading, justify="left" if number < left else "right", no_wrap=number >= left, overflow="fold")
+    return Group(Text(title, style="italic", no_wrap=True, overflow="ellipsis"), table), table
+
+
+def plus_minus(console: Console) -> str:
+    """The sign before half an interval, or what stands for it on a terminal that has ASCII only."""
+    return "+-" if console.options.ascii_only else "±"
+
+
+def percent(score: Score | None, *, interval: str = "") -> str:
+    """A score as per cent, behind the sign ``interval`` with half the width of its interval where there is one."""
     if score is None or not math.isfinite(score.mean):
         return "-"
     text = f"{100 * score.mean:.1f}"
     if interval:
-        text += f" ±{50 * (score.high - score.low):.0f}"
+        text += f" {interval}{50 * (score.high - score.low):.0f}"
     return text
 
 
+# Columns of the terminal that a score takes: "100.0 +-10" and what is between columns
+_CELL = 12
 LEGACY_ONLY = ("text_locality_top10", "image_locality_top10")
 
 
@@ -42,33 +64,40 @@ def checkpoint_line(count: int, scores: Mapping[str, Mapping[str, Score]]) -> st
     return f"after {count}: " + ", ".join(f"{HEADINGS.get(n, n)} {100 * scores['strict'][n].mean:.1f}" for n in shown)
 
 
-def score_tables(runs: Mapping[str, Run], protocol: str) -> list[Table]:
-    """What must change and what must stay, as two tables that fit a narrow terminal; one row per run."""
+def score_tables(runs: Mapping[str, Run], protocol: str, sign: str = "±", width: int = 80) -> list[RenderableType]:
+    """What must change and what must stay, as tables that fit the terminal; one row per run.
+
+    Args:
+        runs: by label. protocol: whose scores. sign: before half an interval. width: columns of the terminal; scores
+            that have no room beside the others go to one more table.
+    """
     found = {name for run in runs.values() for name in run.scores.get(protocol, {})}
     edits = max((len(run.deltas) for run in runs.values()), default=0)
-    stay = (*MUST_STAY, *LEGACY_ONLY) if protocol == "legacy" else MUST_STAY
-    head = f"{protocol} protocol, {edits} edits, % ± half a 95 % interval"
-    changed = _score_table(runs, protocol, [n for n in MUST_CHANGE if n in found], f"{head}: must change")
-    kept = _score_table(runs, protocol, [n for n in stay if n in found], f"{head}: must stay")
-    return [changed, kept]
+    head = f"{protocol} protocol, {edits} edit{'' if edits == 1 else 's'}"
+    room = max(1, (width - max(map(len, runs)) - 2) // _CELL)
+    tables = []
+    for kind, known in (("must change", MUST_CHANGE), ("must stay", (*MUST_STAY, *LEGACY_ONLY))):
+        names = [name for name in known if name in found and (protocol == "legacy" or name not in LEGACY_ONLY)]
+        for start in range(0, len(names), room):
+            part = names[start : start + room]
+            tables.append(_score_table(runs, protocol, part, f"{head}: {kind}", sign))
+    return tables
 
 
-def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for name in names:
-        table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
+def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title: str, sign: str) -> RenderableType:
+    shown, table = titled(title, ["method", *(HEADINGS.get(name, name) for name in names)])
     for label, run in runs.items():
-        scores = run.scores[protocol]
-        table.add_row(label, *(percent(scores.get(name), interval=name not in LEGACY_ONLY) for name in names))
-    return table
+        scores = run.scores.get(protocol, {})
+        table.add_row(
+            label, *(percent(scores.get(name), interval="" if name in LEGACY_ONLY else sign) for name in names)
+        )
+    return shown
 
 
-def speed_table(runs: Mapping[str, Run]) -> Table:
+def speed_table(runs: Mapping[str, Run]) -> Group:
     """Speed, convergence and where the time went, one row per run."""
-    table = Table(title="speed (this machine)", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("method", "edits/s", "steps", "stopped", "edit s", "eval s", "MiB"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    headings = ("method", "edits/s", "steps", "stopped", "edit s", "eval s", "MiB")
+    shown, table = titled("speed (this machine)", headings)
     for label, run in runs.items():
         count = max(1, len(run.outcomes))
         evaluation = run.timing.seconds.get("evaluation", 0.0)
@@ -81,4 +110,17 @@ def speed_table(runs: Mapping[str, Run]) -> Table:
             f"{evaluation:.1f}",
             f"{run.timing.peak_memory_mib:.0f}",
         )
-    return table
+    return shown
+
+
+def print_scores(console: Console, runs: Mapping[str, Run]) -> None:
+    """Every table of some runs; those without scores have only their speed."""
+    for count, scores in (item for run in runs.values() for item in run.checkpoints.items()):
+        console.print(checkpoint_line(count, scores), markup=False, soft_wrap=True)
+    for protocol in ("legacy", "strict"):
+        if any(run.scores.get(protocol) for run in runs.values()):
+            for table in score_tables(runs, protocol, plus_minus(console), console.width):
+                console.print(table)
+    if any(run.scores for run in runs.values()):
+        console.print(f"% {plus_minus(console)} half a 95 % interval", markup=False, highlight=False)
+    console.print(speed_table(runs))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.loading import default_device
+from fastedit.backbone.settings import checked_device
 from fastedit.backbone.skeleton import skeleton, weight_bytes
 from fastedit.engine.available import available_bytes, process_bytes
 from fastedit.engine.footprint import Sizes, delta_parameters, held_parts, phase_parts
@@ -43,6 +43,9 @@ class MemoryPlan:
     available_bytes: int | None
     device: str
     batch_size: int
+
+    def __repr__(self) -> str:
+        return f"<MemoryPlan: batch size {self.batch_size} on {self.device}, {self.text()}>"
 
     @property
     def peak_phase(self) -> str:
@@ -155,7 +158,7 @@ def plan_memory(
         raise ValueError(f"plan_memory: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
     if edits is not None and not edits:
         raise ValueError("plan_memory: at least one edit, or None (got edits=[])")
-    place = torch.device(device) if device is not None else default_device()
+    place = checked_device(device)
     if isinstance(model, EditableModel):
         shaped, weights = model, weight_bytes(model.hf)
         place, image_cache_mib = model.device, model.image_features.budget_bytes >> 20

@@ -1,0 +1,70 @@
+"""``fastedit edit``: one method on some edits, saved and shown, also where it ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import fastedit
+from fastedit.backbone import EditableModel
+from fastedit.cli.failures import STOPPED, Ended, sentence, status_of
+from fastedit.cli.tables import print_scores
+from fastedit.deltas import StoredDeltas
+from fastedit.engine import Run, RunInterrupted, RunStopped
+from fastedit.requests import EditRequest
+
+
+def edit_records(
+    console: Console, model: EditableModel, edits: Sequence[EditRequest], method: str, *, out: Path, **options: Any
+) -> Run:
+    """Edit, save, show.
+
+    Args:
+        out: folder for the run. options: other arguments of ``fastedit.edit``.
+    Raises:
+        Ended: the run ended early; what was finished is saved and shown.
+    """
+    try:
+        run = fastedit.edit(model, edits, method, **options)
+    except (RunInterrupted, RunStopped) as ended:
+        raise keep_finished(console, ended, len(edits), method, out) from ended
+    save_and_show(console, run, method, out)
+    return run
+
+
+def save_and_show(console: Console, run: Run, method: str, out: Path) -> None:
+    """Write the run, then print its tables; these also where it cannot be written."""
+    try:
+        run.save(out)
+    except OSError:
+        print_scores(console, {method: run})
+        raise
+    print_scores(console, {method: run})
+    console.print(f"scores: {out / 'scores.json'}\ndeltas: {deltas_of(run, out)}", soft_wrap=True, markup=False)
+
+
+def deltas_of(run: Run, out: Path) -> Path:
+    """Where the saved deltas of a run lie."""
+    return out / ("deltas" if isinstance(run.deltas, StoredDeltas) else "deltas.safetensors")
+
+
+def keep_finished(console: Console, ended: RunInterrupted | RunStopped, count: int, method: str, out: Path) -> Ended:
+    """Save and show what is finished of a run that ended early; returns the sentence about it."""
+    run = ended.run
+    assert run is not None
+    status = status_of(ended)
+    why = "stopped" if status == STOPPED else f"the run ended early: {sentence(ended.__cause__ or ended)}"
+    kept = f"{len(run.deltas)} of {count} edits are finished"
+    try:
+        save_and_show(console, run, method, out)
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        lost = "stopped while saving" if isinstance(error, KeyboardInterrupt) else sentence(error)
+        return Ended(f"{why}; {kept}, and could not be saved: {lost}", status)
+    return Ended(
+        f"{why}; {kept} and saved in {out}: fastedit.Run.load({str(out)!r}) reads them, the same command with "
+        "--overwrite begins anew",
+        status,
+    )

@@ -1,0 +1,133 @@
+"""What a command works on: records, a pool and a model; what can be known to be wrong is, before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import fastedit
+from fastedit.backbone import EditableModel
+from fastedit.backbone.prompts import check_template
+from fastedit.backbone.quantization import QUANTIZATIONS
+from fastedit.backbone.settings import check_choice, check_dtype, checked_device
+from fastedit.cli.plan import announce
+from fastedit.data import EMBEDDED
+from fastedit.engine.checks import check_conflicts, check_sequence
+from fastedit.engine.output import expected_output_bytes, require_room
+from fastedit.methods import resolve
+from fastedit.methods.base import hook
+from fastedit.progress import progress
+from fastedit.requests import EditRequest
+from fastedit.training import load_artifact, require_artifact
+
+
+def read_records(
+    data: str,
+    pool: str | None,
+    *,
+    format: str | None,
+    images: Path | None,
+    limit: int | None,
+    skip_missing: bool,
+) -> tuple[Sequence[EditRequest], Sequence[EditRequest] | None]:
+    """The records to edit, and those that may be learned from; both are cheap to read and may be wrong."""
+    with progress(f"reading {data}", 0):
+        edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
+        if pool is None:
+            pool = data if data in EMBEDDED else "none"
+        if pool == "none":
+            return edits, None
+        if pool in EMBEDDED:
+            return edits, fastedit.read_edits(pool, split="train")
+        return edits, fastedit.read_edits(pool, format=format, images=images, skip_missing=skip_missing)
+
+
+def check_runs(
+    methods: Mapping[str, Mapping[str, Any]],
+    edits: Sequence[EditRequest],
+    *,
+    mode: str,
+    conflicts: str,
+    score_at: Sequence[int] = (),
+) -> None:
+    """Refuse what ``fastedit.edit`` would refuse of these methods on these edits once a model is loaded.
+
+    Raises:
+        ValueError: see there.
+    """
+    for name, settings in methods.items():
+        check_sequence(resolve(name, settings), mode, score_at, len(edits))
+    if mode == "sequential" and conflicts == "error":
+        check_conflicts(edits)
+
+
+def check_artifact(method: str, settings: Mapping[str, Any], artifact: Path | None) -> None:
+    """Refuse a file of trained parts that a method cannot use on any model, or has none of where it needs some.
+
+    Raises:
+        ValueError, FileNotFoundError: names what is needed.
+    """
+    plan = resolve(method, settings)
+    needs = hook(plan.method, "artifact")
+    kind = None if needs is None else needs(plan.config, method)
+    if kind is None:
+        if artifact is not None:
+            raise ValueError(f"--artifact: {method} has no trained parts (got {str(artifact)!r})")
+    elif artifact is None:
+        require_artifact(None, kind)
+    elif artifact.exists():
+        load_artifact(artifact, kind=kind)
+    else:
+        raise FileNotFoundError(f"--artifact: a file that exists, of fastedit train (got {str(artifact)!r})")
+
+
+def check_loading(**loading: str | None) -> dict[str, Any]:
+    """Arguments of ``fastedit.load`` that were given, refused where they cannot be.
+
+    Args:
+        loading: dtype, quantize, device and template; None for its own default.
+    Raises:
+        ValueError: see ``fastedit.load``.
+    """
+    given = {name: value for name, value in loading.items() if value is not None}
+    check_choice("quantize", given["quantize"], QUANTIZATIONS)
+    if "dtype" in given:
+        check_dtype(given["dtype"])
+    checked_device(given.get("device"))
+    check_template(given.get("template"))
+    return given
+
+
+def load_model(
+    messages: Console,
+    model: str,
+    edits: Sequence[EditRequest],
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    batch_size: int | str,
+    loading: Mapping[str, Any],
+    out: Path,
+    evaluate: bool = True,
+    keep_deltas: bool = True,
+) -> EditableModel:
+    """Say what it will take, then load the model.
+
+    Args:
+        loading: arguments of ``fastedit.load``, as ``check_loading`` gives them. out: folder for the runs.
+    Raises:
+        ValueError: no room in ``out``, or see ``fastedit.load``.
+    """
+    with progress(f"planning for {model}", 0):
+        told = announce(
+            model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate, keep_deltas=keep_deltas
+        )
+    for line in told:
+        messages.print(line, markup=False, soft_wrap=True)
+    with progress(f"loading {model}", 0):
+        loaded = fastedit.load(model, **loading)
+    sizes = [expected_output_bytes(loaded, resolve(n, s), len(edits), evaluate=evaluate) for n, s in methods.items()]
+    require_room(out, sum(sizes), "--out")
+    return loaded
