@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,34 +88,43 @@ UNQUANTIZED: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_family(name: str, model_type: str) -> None:
-    """Refuse a model type without adapter.
-
-    Raises:
-        ValueError: names the model type and the known ones.
-    """
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"load: model_type must be one of {known} (got model_type={model_type!r} of {name!r})")
-
-
 def check_configuration(name: str, config: Any) -> None:
-    """Refuse a configuration of a known family that its adapter cannot serve.
+    """Refuse a configuration that cannot be edited, before any weight is read.
 
     Raises:
         ValueError: says which entry, and why.
     """
+    if has_family(config):
+        return
+    from .generic.kinds import check_kind
+
     try:
-        _adapter_class(config.model_type).check(config)
-        check_text(config.get_text_config().model_type)
+        check_kind(config)
     except ValueError as error:
-        raise ValueError(f"load: {name!r}: {error}") from None
+        raise ValueError(f"load: {name!r}: {str(error).removeprefix('load: ')}") from None
 
 
 def make_adapter(hf: Any, processor: Any) -> Adapter:
     """Return the adapter of a loaded model."""
+    if not has_family(hf.config):
+        from .generic.adapter import GenericAdapter
+
+        traced: Any = GenericAdapter(hf, processor)
+        return cast(Adapter, traced)
     adapter: Adapter = _adapter_class(hf.config.model_type)(hf, processor)
     return adapter
+
+
+def has_family(config: Any) -> bool:
+    """Whether a configuration is served by a family of its own: a fast path, with a walk written for its decoder."""
+    if config.model_type not in FAMILIES:
+        return False
+    try:
+        _adapter_class(config.model_type).check(config)
+        check_text(config.get_text_config().model_type)
+    except ValueError:
+        return False
+    return True
 
 
 def _adapter_class(model_type: str) -> Any:

@@ -15,10 +15,11 @@ from .json_files import read_object
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_IMAGES = "an image processor (processor_config.json or preprocessor_config.json)"
 _PARTS = {
     CONFIG: (CONFIG,),
     "weights (*.safetensors)": ("*.safetensors",),
-    "an image processor (processor_config.json or preprocessor_config.json)": (
+    _IMAGES: (
         "processor_config.json",
         "preprocessor_config.json",
     ),
@@ -147,12 +148,23 @@ def reading(what: str) -> Iterator[None]:
 def _check_parts(folder: Path) -> None:
     """Refuse a folder without all parts of a checkpoint, naming every part that is absent."""
     absent = [label for label, patterns in _PARTS.items() if not any(any(folder.glob(p)) for p in patterns)]
+    if _IMAGES in absent and (folder / CONFIG).is_file() and not _sees(folder / CONFIG):
+        absent.remove(_IMAGES)
     if (folder / INDEX).is_file():
         absent += sorted(shard for shard in _shards(folder / INDEX) if not (folder / shard).is_file())
     if absent:
         raise FileNotFoundError(f"load: the folder {str(folder)!r} lacks {', '.join(absent)}")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"load: a checkpoint must be a whole model (got {str(folder)!r}, an adapter on another one)")
+
+
+def _sees(config: Path) -> bool:
+    """Whether a configuration may be that of a model that takes images; one that cannot be read is asked later."""
+    try:
+        entries = read_object(config)
+    except ValueError:
+        return True
+    return "vision_config" in entries or not str(entries.get("architectures")).endswith("ForCausalLM']")
 
 
 def _weight_files(checkpoint: Checkpoint) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .generic.adapter import generic
 from .states import Encoded, ImageInputs
 
 if TYPE_CHECKING:
@@ -105,26 +106,18 @@ class RowError(ValueError):
 
 
 def row_tokens(
-    model: EditableModel, prompt: str, image_tokens: int | None, answer: str | None
+    model: EditableModel, prompt: str, image: ImageInputs | int | None, answer: str | None
 ) -> tuple[list[int], list[bool], int]:
     """Return the tokens of a row, which of them are image tokens, and the length of its prompt.
 
     Args:
-        prompt: the question. image_tokens: of its image; None without one. answer: None for a prompt alone.
+        prompt: the question. image: its image, or how many tokens it takes. answer: None for a prompt alone.
     Raises:
         RowError: a placeholder typed into the prompt, a prompt without tokens, special tokens in the answer, an empty
             answer, more tokens than the model has positions for.
     """
-    prompts, adapter = model.prompts, model.adapter
-    text = prompts.text(prompt, with_image=image_tokens is not None)
-    ids: list[int] = list(prompts.ids(text))
-    expected = 1 if image_tokens is not None and adapter.image_text else 0
-    if ids.count(adapter.image_token_id) != expected:
-        rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
-        raise RowError("prompt", rule, f"{ids.count(adapter.image_token_id)} placeholders, prompt={prompt!r:.80}")
-    marks: list[bool] = [False] * len(ids)
-    if image_tokens is not None:
-        ids, marks = adapter.place_image(ids, image_tokens)
+    text = model.prompts.text(prompt, with_image=image is not None)
+    ids, marks = _prompt_tokens(model, text, prompt, image)
     if not ids:
         raise RowError("prompt", "the prompt must have tokens", f"prompt={prompt!r:.80}")
     length = len(ids)
@@ -135,6 +128,25 @@ def row_tokens(
         marks += [False] * (len(ids) - 1 - length)
     _check_length(model, len(ids), prompt)
     return ids, marks, length
+
+
+def _prompt_tokens(
+    model: EditableModel, text: str, prompt: str, image: ImageInputs | int | None
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a prompt's text with those of its image in place, and which of them are image tokens."""
+    adapter = model.adapter
+    ids: list[int] = list(model.prompts.ids(text))
+    traced = generic(adapter)
+    placeholder = adapter.image_token_id if traced is None else traced.placeholder.typed_id
+    count = ids.count(placeholder)
+    if count != (1 if image is not None and adapter.image_text else 0):
+        rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
+        raise RowError("prompt", rule, f"{count} placeholders, prompt={prompt!r:.80}")
+    if image is None:
+        return ids, [False] * len(ids)
+    if traced is not None:
+        return traced.place_image(ids, image)
+    return adapter.place_image(ids, image if isinstance(image, int) else image.tokens)
 
 
 def special_token(model: EditableModel, ids: Iterable[int]) -> str:
@@ -179,9 +191,8 @@ def _row(
         image = None if query.image is None else model.images.read(query.image)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"encode: row {number}: {error}") from error
-    tokens = None if image is None else image.tokens
     try:
-        return (*row_tokens(model, query.prompt, tokens, query.answer if answers else None), image)
+        return (*row_tokens(model, query.prompt, image, query.answer if answers else None), image)
     except RowError as error:
         raise ValueError(f"encode: row {number}: {error}") from error
 

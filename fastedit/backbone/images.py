@@ -7,9 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastedit.data.images import check_image, locate, open_image
 from fastedit.data.problems import ImageError
@@ -76,11 +74,11 @@ class ImageReader:
     """Opens images and runs the processor on each distinct one once.
 
     Args:
-        preprocess: from an RGB image to its tensors and number of image tokens.
+        preprocess: from an RGB image to its tensors, its number of image tokens and, for some models, those tokens.
         budget_bytes: memory for preprocessed images.
     """
 
-    def __init__(self, preprocess: Callable[[Image], tuple[dict[str, Tensor], int]], budget_bytes: int) -> None:
+    def __init__(self, preprocess: Callable[[Image], tuple[Any, ...]], budget_bytes: int) -> None:
         self._preprocess = preprocess
         self._inputs: BoundedCache[ImageInputs] = BoundedCache(budget_bytes, _inputs_bytes)
         # Content hash and size by (path, bytes, time of change), so that a known file is not decoded again.
@@ -105,8 +103,7 @@ class ImageReader:
             self._known_files[stamp], self._sizes[stamp] = key, image.size
         inputs = self._inputs.get(key)
         if inputs is None:
-            tensors, tokens = self._processed(image)
-            inputs = ImageInputs(key=key, tensors=tensors, tokens=tokens)
+            inputs = ImageInputs(key, *self._processed(image))
             self._inputs.put(key, inputs)
         return inputs
 
@@ -132,10 +129,10 @@ class ImageReader:
         from PIL import Image
 
         if size not in self._tokens:
-            self._tokens[size] = self._processed(Image.new("RGB", size))[1]
+            self._tokens[size] = int(self._processed(Image.new("RGB", size))[1])
         return self._tokens[size]
 
-    def _processed(self, image: Image) -> tuple[dict[str, Tensor], int]:
+    def _processed(self, image: Image) -> tuple[Any, ...]:
         try:
             return self._preprocess(image)
         except ValueError as error:

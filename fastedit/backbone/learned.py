@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class LearnedPositionStack:
     """Decoders of the OPT shape: learned positions, layer norms before or after each block, plain feed-forward."""
 
-    site_paths: ClassVar[dict[str, str]] = {
+    site_paths: dict[str, str] = {  # noqa: RUF012 (never written)
         "up": "fc1",
         "down": "fc2",
         "q": "self_attn.q_proj",
@@ -25,6 +25,9 @@ class LearnedPositionStack:
         "v": "self_attn.v_proj",
         "o": "self_attn.out_proj",
     }
+
+    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
+    stored: int | None = None
 
     def __init__(self, root: Any) -> None:
         self.root = root
@@ -36,6 +39,10 @@ class LearnedPositionStack:
             raise ValueError(
                 f"word embeddings must be as wide as the decoder, or image features do not fit (got {sizes})"
             )
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """Return paths of the linear maps of a layer by name."""
+        return self.site_paths
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings."""

@@ -15,6 +15,7 @@ from fastedit.ops import release_workspaces
 from .adapters import input_place, make_adapter
 from .checkpoint import reading
 from .completeness import check_loaded
+from .generic.kinds import auto_class
 from .model import EditableModel
 from .opening import RANDOM_PREFIX, open_model, resolve_name
 from .products import LINEAR, choose_linear, use_onednn
@@ -147,8 +148,6 @@ def _load_checkpoint(
     template: str | None,
 ) -> tuple[Any, Any, Quantizer]:
     """Load model and processor of a folder, an embedded model or a Hugging Face id."""
-    from transformers import AutoModelForImageTextToText
-
     opened = open_model(name, quantize=quantize, dtype=dtype, keep=keep, chats=template is None)
     checkpoint, quantizer = opened.checkpoint, opened.quantizer
     options: dict[str, Any] = {"dtype": opened.stored}
@@ -160,7 +159,7 @@ def _load_checkpoint(
         # Straight to the device; needs accelerate, which a plain model on the CPU does not.
         options["device_map"] = {"": place}
     with reading(f"the weights of {name!r} must be readable"), _quiet() if checkpoint.local else nullcontext():
-        hf, info = AutoModelForImageTextToText.from_pretrained(
+        hf, info = auto_class(opened.config).from_pretrained(
             checkpoint.source,
             local_files_only=checkpoint.local,
             trust_remote_code=False,

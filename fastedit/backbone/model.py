@@ -137,6 +137,12 @@ class EditableModel:
         return next(self.adapter.text.layers[0].parameters()).device
 
     @property
+    def stored_per_token(self) -> int:
+        """Numbers that attention keeps of a token in all layers."""
+        text = self.adapter.text
+        return text.stored if text.stored is not None else 2 * self.sites([0], ["k"])[0].d_out * self.n_layers
+
+    @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.adapter.text.layers)
@@ -284,16 +290,19 @@ class EditableModel:
         Raises:
             ValueError: no such layer, or a name that the model's layers do not have.
         """
-        paths = self.adapter.text.site_paths
         found = []
         for layer in layers:
             self.check_layer(layer)
+            paths = self.adapter.text.paths_of(layer)
             for name in names:
                 if name not in paths:
-                    raise ValueError(f"sites: names must be among {', '.join(paths)} (got name={name!r})")
+                    got = f"name={name!r}"
+                    raise ValueError(f"sites: names must be among {', '.join(paths)} (got {got})")
                 module: Any = self.adapter.text.layers[layer].get_submodule(paths[name])
                 path = self._layer_paths[layer] + "." + paths[name]
-                found.append(Site(layer, name, path, int(module.in_features), int(module.out_features)))
+                # A block that is edited as one map goes from the residual stream to it
+                sizes = [getattr(module, side, self.hidden_size) for side in ("in_features", "out_features")]
+                found.append(Site(layer, name, path, int(sizes[0]), int(sizes[1])))
         return found
 
     def module(self, site: Site) -> nn.Module:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from .adapters import check_configuration, check_family
+from .adapters import check_configuration, has_family
 from .checkpoint import CONFIG, Checkpoint, open_checkpoint, reading, stored_tensors
 from .completeness import check_weights
+from .generic.kinds import auto_class, outside_layers
 from .headers import StoredTensor
 from .probe_image import check_image
 from .processors import complete_processor, load_processor
@@ -61,14 +62,13 @@ def open_model(
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong with it, with file, rule and value.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     checkpoint = open_checkpoint(name, resolve_name(name))
     with reading(f"no readable configuration (got name_or_path={name!r}): {CONFIG} must be one of transformers"):
         config = AutoConfig.from_pretrained(
             checkpoint.source, local_files_only=checkpoint.local, trust_remote_code=False
         )
-    check_family(name, config.model_type)
     check_configuration(name, config)
     quantization = getattr(config, "quantization_config", None)
     quantizer = Quantizer(quantize, config.model_type, keep, _named_dtype(dtype, config), stored=quantization)
@@ -79,11 +79,16 @@ def open_model(
         # Without a type asked for, a checkpoint that is quantized keeps its own
         quantizer.compute = stored if dtype in (None, AUTO_DTYPE) else DTYPES[str(dtype)]
     with reading(f"{CONFIG} of {name!r} must describe a model that transformers can build"), torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(config, dtype=quantizer.compute)
+        hf = auto_class(config).from_config(config, dtype=quantizer.compute)
+    if not has_family(config):
+        with reading(f"{name!r} must be a model that can be edited"):
+            quantizer.skipped += outside_layers(hf)
     keep_in_float32(hf, quantizer.compute)
     check_weights(hf, checkpoint, tensors, quantized=quantization is not None)
     with reading(f"the processor of {name!r} must be one that transformers can build"):
-        processor = load_processor(checkpoint.source, config.model_type, local_only=checkpoint.local)
+        processor = load_processor(
+            checkpoint.source, config.model_type, local_only=checkpoint.local, sees=hasattr(config, "vision_config")
+        )
         complete_processor(processor, config, checkpoint)
     if chats and not name.startswith(POCKET_PREFIX):
         _check_chat(name, processor)

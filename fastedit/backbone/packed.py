@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .states import PrefixState
+
+if TYPE_CHECKING:
+    from .generic.door import Row
 
 KeyValue = tuple[Tensor, Tensor]
 Made = TypeVar("Made")
@@ -39,6 +42,7 @@ class PackedState:
         image: (T,), bool, the tokens of images; None where there are none.
         seen: at the stage "vision", what the vision tower puts out for each row's image, None without; else ().
         behind: of rows that go on behind prompts, how many tokens behind its prompt's last one each begins; () is 0.
+        entries: what a stock decoder is handed of each row, where that is what is walked; None of a row without tokens.
     """
 
     hidden: Tensor
@@ -56,6 +60,7 @@ class PackedState:
     image: Tensor | None = None
     seen: tuple[Tensor | None, ...] = ()
     behind: tuple[int, ...] = ()
+    entries: tuple[Row | None, ...] = ()
     # Attention plans and the like, made at the first use
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -75,7 +80,8 @@ class PackedState:
         parts = [self.hidden, self.position_ids, *(self.rotary or ()), *self.deep.values()]
         parts += [part for pair in self.constant.values() for part in pair]
         parts += [part for part in self.seen if part is not None]
-        return sum(part.numel() * part.element_size() for part in parts)
+        size: int = sum(part.numel() * part.element_size() for part in parts)
+        return size + sum(entry.n_bytes for entry in self.entries if entry is not None)
 
     def of_row(self, row: int) -> PackedState:
         """Return one row, sharing memory."""
@@ -96,6 +102,7 @@ class PackedState:
             live=None if self.live is None else self.live[a:b],
             image=None if self.image is None else self.image[a:b],
             seen=self.seen[row : row + 1],
+            entries=self.entries[row : row + 1],
             memory={},
         )
 
@@ -112,6 +119,7 @@ class PackedState:
             live=None if self.live is None else change(self.live),
             image=None if self.image is None else change(self.image),
             seen=tuple(None if part is None else change(part) for part in self.seen),
+            entries=tuple(None if entry is None else entry.map(change) for entry in self.entries),
             memory={},
         )
 
@@ -168,6 +176,7 @@ class PackedState:
             live=_cat_marks(states, "live", True),
             image=_cat_marks(states, "image", False),
             seen=tuple(part for state in states for part in state.seen),
+            entries=tuple(entry for state in states for entry in state.entries),
             memory={},
         )
 

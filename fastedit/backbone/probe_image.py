@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .adapters import Adapter, make_adapter
+from .adapters import Adapter, has_family, make_adapter
 from .checkpoint import reading
+from .generic.processing import Placeholder
 from .states import ImageInputs
 
 #: Neither square nor a multiple of usual patches.
@@ -24,6 +25,12 @@ def check_image(name: str, hf: Any, processor: Any) -> None:
     """
     from PIL import Image
 
+    if not has_family(hf.config):
+        # Compared with the stock model's own forward once its weights are there
+        if processor.image_processor is not None:
+            with reading(f"the processor of {name!r} must turn an image into what the model takes"):
+                Placeholder(hf, processor).image_inputs(processor, Image.new("RGB", SIZE))
+        return
     with reading(f"{name!r} must be a model that can be edited"):
         adapter = make_adapter(hf, processor)
     with reading(f"the processor of {name!r} must turn an image into what the model takes"), torch.no_grad():

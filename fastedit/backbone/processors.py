@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,11 +51,11 @@ class PartsProcessor:
             (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
-def load_processor(source: str, model_type: str, *, local_only: bool) -> Any:
+def load_processor(source: str, model_type: str, *, local_only: bool, sees: bool = True) -> Any:
     """Return the processor of a folder or Hugging Face id, for a model of this type.
 
     AutoProcessor returns a bare tokenizer, or raises, for families whose processor wants a video library; images and
-    text do not need one, so the parts are loaded instead.
+    text do not need one, so the parts are loaded instead. A model of text alone (``sees`` False) has a tokenizer only.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -65,12 +66,50 @@ def load_processor(source: str, model_type: str, *, local_only: bool) -> Any:
         processor = None
     if getattr(processor, "image_processor", None) is not None and getattr(processor, "tokenizer", None) is not None:
         return processor
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    template = _chat_template(source) or tokenizer.chat_template
+    if not sees:
+        return PartsProcessor(None, tokenizer, template)
     try:
         image_processor = AutoImageProcessor.from_pretrained(source, **options)
     except ImportError:
+        if model_type not in _PLAIN_IMAGE_PROCESSORS:
+            raise
         image_processor = _plain_image_processor(model_type).from_pretrained(source, local_files_only=local_only)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return PartsProcessor(image_processor, tokenizer, _chat_template(source) or tokenizer.chat_template)
+    if model_type in _PLAIN_IMAGE_PROCESSORS:
+        return PartsProcessor(image_processor, tokenizer, template)
+    return _without_video(source, model_type, image_processor, tokenizer, template)
+
+
+def _without_video(source: str, model_type: str, image_processor: Any, tokenizer: Any, template: str | None) -> Any:
+    """Return a family's own processor with nothing in the place of its video processor.
+
+    Raises:
+        ImportError: it needs more than that.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    family: Any = getattr(transformers, str(PROCESSOR_MAPPING_NAMES.get(model_type)), None)
+    if family is None:
+        raise ImportError(f"load: model_type {model_type!r} has no processor in transformers (got {source!r})")
+    known = inspect.signature(family.__init__).parameters
+    path = Path(source) / "processor_config.json"
+    said = read_object(path) if path.is_file() else {}
+    options = {name: value for name, value in said.items() if name in known and not isinstance(value, dict)}
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template}
+    parts |= {"video_processor": None} if "video_processor" in known else {}
+    # The class insists on a video processor, which insists on a library; images and text ask for neither
+    lenient = type(family.__name__, (family,), {"check_argument_for_proper_class": _any_class})
+    try:
+        return lenient(**(options | parts))
+    except (TypeError, AttributeError) as error:
+        rule = f"the processor of model_type {model_type!r} needs libraries that are not installed"
+        raise ImportError(f"load: {rule} (got {type(error).__name__}: {error}; try pip install torchvision)") from error
+
+
+def _any_class(_processor: Any, _name: str, part: Any) -> type:
+    return type(part)
 
 
 def _plain_image_processor(model_type: str) -> Any:
@@ -99,6 +138,8 @@ def complete_processor(processor: Any, config: Any, checkpoint: Checkpoint) -> N
     Raises:
         ValueError: sizes of images that no model takes, or a tokenizer without the image token.
     """
+    if processor.image_processor is None:
+        return
     said: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = checkpoint.file(name)
@@ -122,7 +163,7 @@ def complete_processor(processor: Any, config: Any, checkpoint: Checkpoint) -> N
 
 def _processor_fields(config: Any) -> dict[str, Any]:
     """What processors are told of a model, by the names of their fields; None where the model has no such thing."""
-    vision = config.vision_config
+    vision = getattr(config, "vision_config", None)
     side, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
     # Towers of CLIP put a token for the whole image before those of its patches
     classes = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}

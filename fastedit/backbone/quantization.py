@@ -49,7 +49,8 @@ class Quantizer:
         #: Whether the checkpoint was quantized when it was stored.
         self.is_stored = own is not None
         self.compute = compute
-        self.skipped = list(UNQUANTIZED[model_type])
+        #: Paths; of a model without a family they are added when its modules are known.
+        self.skipped = list(UNQUANTIZED.get(model_type, ()))
         self._kept_layers = {entry for entry in keep if isinstance(entry, int)}
         self.skipped += [entry for entry in keep if isinstance(entry, str)]
         if self.active:

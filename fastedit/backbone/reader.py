@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import StoredPast
+from .generic.adapter import GenericAdapter, generic
 from .packed import PackedState, token_rows
 from .states import STAGES, Encoded
 from .vision import VISION, watched
@@ -35,7 +36,12 @@ class Reader:
     def __init__(self, model: EditableModel, encoded: Encoded, room: int) -> None:
         self.model, self.room = model, room
         self.lengths: list[int] = encoded.lengths.tolist()
-        self.past = StoredPast(len(encoded), max(self.lengths) + room)
+        self.past: StoredPast | None = StoredPast(len(encoded), max(self.lengths) + room)
+        self._generic = generic(model.adapter)
+        #: By row, the tokens behind its prompt that were read last.
+        self._behind: dict[int, list[int]] = {}
+        if self._generic is not None and not self._generic.walker.stores:
+            self.past = None
         self._encoded, self._state = encoded, packed_start(model, encoded)
         if model.watching:
             self.read_below(0, VISION)
@@ -79,7 +85,10 @@ class Reader:
         model, text, device = self.model, self.model.adapter.text, self.places.device
         rows = sorted(tokens)
         counts = [len(tokens.get(row, ())) for row in range(len(self))]
-        self.past.grow(max(self.lengths[row] + behind[row] + counts[row] for row in rows))
+        if self.past is not None:
+            self.past.grow(max(self.lengths[row] + behind[row] + counts[row] for row in rows))
+        if self._generic is not None:
+            return packed_tail(model, self._further(self._generic, tokens, behind), self.past)
         ids = torch.tensor([[token for row in rows for token in tokens[row]]], device=device)
         ahead = torch.tensor([behind[row] + number for row in rows for number in range(counts[row])], device=device)
         axes = self._state.position_ids.shape[0]
@@ -99,6 +108,16 @@ class Reader:
             behind=tuple(1 + behind.get(row, 0) for row in range(len(self))),
         )
         return packed_tail(model, state, self.past)
+
+    def _further(
+        self, adapter: GenericAdapter, tokens: Mapping[int, Sequence[int]], behind: Mapping[int, int]
+    ) -> PackedState:
+        """The state of tokens behind prompts; of whole rows where what comes before a token is not stored."""
+        for row in tokens:
+            self._behind[row] = [*self._behind.get(row, [])[: behind[row]], *tokens[row]]
+        firsts = {row: self.lengths[row] + behind[row] for row in tokens}
+        more = {row: self._behind[row] for row in tokens}
+        return adapter.further(self._encoded, self._state, more, firsts, stored=self.past is not None)
 
     def rooms(self, wanted: int) -> list[int]:
         """How many tokens each row may be answered with: as many as wanted, or as the model has positions for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class RotaryStack:
     """Decoders of the LLaMA shape: rotary positions, root-mean-square norms before each block, gated feed-forward."""
 
-    site_paths: ClassVar[dict[str, str]] = {
+    site_paths: dict[str, str] = {  # noqa: RUF012 (never written)
         "up": "mlp.up_proj",
         "gate": "mlp.gate_proj",
         "down": "mlp.down_proj",
@@ -34,11 +34,18 @@ class RotaryStack:
         "o": "self_attn.o_proj",
     }
 
+    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
+    stored: int | None = None
+
     def __init__(self, root: Any) -> None:
         self.root = root
         self.config = root.config
         self.layers = root.layers
         self.kinds = layer_kinds(self.config, len(self.layers))
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """Return paths of the linear maps of a layer by name."""
+        return self.site_paths
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings."""

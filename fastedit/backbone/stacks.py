@@ -9,7 +9,7 @@ read repeated ones as several packed sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,11 @@ class TextStack(Protocol):
     config: Any
     layers: nn.ModuleList
     kinds: list[str]
-    site_paths: ClassVar[dict[str, str]]
+    site_paths: dict[str, str]
+    stored: int | None
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """Return paths of the linear maps of a layer by name."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings of (R, N) tokens."""

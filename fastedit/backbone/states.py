@@ -39,11 +39,13 @@ class ImageInputs:
         key: content hash; equal keys mean equal pixels.
         tensors: what the model's vision side takes, leading dimension as the processor returns it for one image.
         tokens: how many image tokens the decoder sees.
+        expansion: tokens that the processor puts in the place of an image's placeholder, where it is asked for them.
     """
 
     key: str
     tensors: dict[str, Tensor]
     tokens: int
+    expansion: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
+from .generic.adapter import generic
 from .layouts import running
 from .packed import KeyValue, PackedState, pack
 from .states import Encoded
@@ -45,14 +46,18 @@ class Attention:
 
 def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
     """Return the packed state entering layer 0. Wanted are the label positions, or the last token of every prompt."""
-    state = model.start(encoded)
-    with torch.no_grad():
-        rotary = model.adapter.text.rotary(state.hidden, state.position_ids)
     wanted = encoded.label_mask
     if not bool(wanted.any()):
         wanted = torch.zeros_like(encoded.attention_mask)
         wanted[torch.arange(len(encoded), device=wanted.device), encoded.last_prompt] = True
-    packed = pack(state, rotary, wanted)
+    traced = generic(model.adapter)
+    if traced is not None:
+        packed = traced.start(encoded, wanted)
+    else:
+        state = model.start(encoded)
+        with torch.no_grad():
+            rotary = model.adapter.text.rotary(state.hidden, state.position_ids)
+        packed = pack(state, rotary, wanted)
     if any(image is not None for image in encoded.images):
         packed.live = _behind_image(encoded)[encoded.attention_mask]
         packed.image = encoded.image_mask[encoded.attention_mask]
@@ -71,6 +76,9 @@ def packed_prefix(
         return state
     if state.stage == VISION:
         state = renewed(model, state)
+    traced = generic(model.adapter)
+    if traced is not None:
+        return traced.walker.prefix(state, layer, stage, past)
     text = model.adapter.text
     hidden, first = state.hidden, state.layer
     attention = Attention(model, state, past, None)
@@ -97,6 +105,9 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
         model: frozen. state: at any point.
         past: keys and values of earlier tokens, which this extends; None with a state that has constants uses those.
     """
+    traced = generic(model.adapter)
+    if traced is not None:
+        return traced.walker.tail(state, past)
     text, last = model.adapter.text, model.n_layers - 1
     if past is None and any(state.starts) and state.constant:
         past = state.remembered("constant", lambda: ConstantPast(state))
@@ -125,7 +136,7 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
         state: of a walk that no delta has touched, where a delta acts on live tokens only. Tokens of a row that are
             not live come before those that are.
     """
-    if state.live is None or bool(state.live.all()):
+    if generic(model.adapter) is not None or state.live is None or bool(state.live.all()):
         return state
     if not bool(state.live[state.wanted].all()):
         # A prompt that ends with its image: there an answer's first token is predicted

@@ -112,9 +112,7 @@ class Evaluator:
 
     def _fitting(self, encoded: Encoded) -> int:
         """How many of these rows have room for their keys and values."""
-        config = self.model.adapter.text.config
-        key = next(iter(self.model.sites([0], ["k"])))
-        width = 2 * key.d_out * int(config.num_hidden_layers) * torch.finfo(self.model.dtype).bits // 8
+        width = self.model.stored_per_token * torch.finfo(self.model.dtype).bits // 8
         capacity = int(encoded.lengths.max()) + self.max_new_tokens
         return max(1, min(len(encoded), self.memory // (width * capacity)))
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from fastedit.backbone import FAMILIES, SHAPES
-from fastedit.backbone.adapters import UNQUANTIZED, check_family
+from fastedit.backbone.adapters import UNQUANTIZED, check_configuration
 from fastedit.backbone.text import text_stack
 
 from .conftest import TINY, cached_model
@@ -25,9 +25,14 @@ def test_unquantized_parts_are_real_modules_outside_of_the_layers(name: str) -> 
         assert not set(map(id, part.modules())) & set(map(id, model.adapter.text.layers.modules()))
 
 
-def test_unknown_families_and_text_models_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model_type must be one of .*llava.* \(got model_type='fuyu' of 'x/y'\)"):
-        check_family("x/y", "fuyu")
+def test_unknown_kinds_and_text_models_are_refused() -> None:
+    from transformers import AutoConfig
+
+    unknown = AutoConfig.for_model("clip")
+    with pytest.raises(
+        ValueError, match=r"model_type must be one that transformers .*\(got model_type='clip'; the near"
+    ):
+        check_configuration("x/y", unknown)
     root = types.SimpleNamespace(config=types.SimpleNamespace(model_type="gemma"))
     with pytest.raises(ValueError, match=r"text model must be one of .* \(got model_type='gemma'\)"):
         text_stack(root)

@@ -1,0 +1,1 @@
+"""Any stock decoder of transformers, walked on packed rows through its own forward."""

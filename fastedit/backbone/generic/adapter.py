@@ -1,0 +1,249 @@
+"""Any model that transformers has: prompts by its own processor, rows by its own forward, layers by tracing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..packed import PackedState
+from ..states import Encoded, ImageFeatures, ImageInputs
+from .decoder import Decoder
+from .door import Row, enter, follow, follows
+from .features import FeatureMemory
+from .head import find_head
+from .kinds import check_kind
+from .processing import Placeholder
+from .stack import TracedStack
+from .trace import learn_returns, sample_logits, trace_decoder
+from .walker import Walker
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Bytes of image features kept on the device.
+FEATURES = 1 << 30
+
+
+class GenericAdapter:
+    """A model without a family of its own.
+
+    Args:
+        hf: the model, in eval mode. processor: its processor; of a model of text alone, whatever has its tokenizer.
+    Raises:
+        ValueError: packed rows do not come out as rows alone do, or the model is of a kind that cannot be walked.
+    """
+
+    family = "any"
+
+    def __init__(self, hf: Any, processor: Any) -> None:
+        check_kind(hf.config)
+        check_forward(hf)
+        self.hf, self.processor = hf, processor
+        hf.eval().requires_grad_(False)
+        self.decoder = Decoder(hf)
+        self.placeholder = Placeholder(hf, processor)
+        self.image_token_id = self.placeholder.token_id
+        self.image_text = self.placeholder.text
+        self.features = FeatureMemory(hf, FEATURES)
+        taken = set(inspect.signature(hf.forward).parameters)
+        self.token_types = "mm_token_type_ids" in taken
+        self._block_types = "token_type_ids" in taken
+        #: What answers a question in text only, where the whole model insists on an image.
+        self.text_only = hf if _takes_text(hf) else hf.language_model
+        try:
+            self.walker = self._traced()
+            ids = self.inputs(self.placeholder.some_ids(4), None, 4)
+            self.head: nn.Module = find_head(hf, self.decoder, *sample_logits(self.decoder, self.text_only, ids))
+        except BaseException:
+            self.remove()
+            raise
+        self.text = TracedStack(self.decoder)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.decoder.remove()
+        self.features.remove()
+
+    def _traced(self) -> Walker:
+        first = torch.tensor([self.placeholder.some_ids(4)], device=self.device)
+        learn_returns(self.decoder, first)
+        samples: list[tuple[list[int], ImageInputs | None]] = [
+            (self.placeholder.some_ids(count), None) for count in (5, 9)
+        ]
+        samples += self.placeholder.samples(self.processor)
+        entered = [self._enter(self.inputs(ids, image, len(ids)), image) for ids, image in samples]
+        walker = trace_decoder(self.decoder, [row for row, _ in entered], [given for _, given in entered])
+        #: Whether what a decoder is handed of text behind a prompt is known without its stock forward.
+        self.follows = all(self._follows(ids, image) for ids, image in samples)
+        return walker
+
+    def _follows(self, ids: Sequence[int], image: ImageInputs | None) -> bool:
+        whole, short = (self._enter(self.inputs(part, image, len(ids) - 2), image)[0] for part in (ids, ids[:-2]))
+        return follows(self.decoder, short, torch.tensor([list(ids[-2:])], device=self.device), whole)
+
+    @property
+    def device(self) -> torch.device:
+        """Where word embeddings are."""
+        device: torch.device = self.hf.get_input_embeddings().weight.device
+        return device
+
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...]]:
+        """Return the tensors of one image, how many image tokens it takes, and what its placeholder stands for."""
+        return self.placeholder.image_inputs(self.processor, image)
+
+    def place_image(self, ids: Sequence[int], image: ImageInputs | int) -> tuple[list[int], list[bool]]:
+        """Return prompt tokens with those of an image in place, and which of them are image tokens.
+
+        Args:
+            ids: with one placeholder. image: or how many tokens it takes.
+        """
+        placed = self.placeholder.placed(ids, image)
+        return placed, [token == self.image_token_id for token in placed]
+
+    def rows(self, encoded: Encoded) -> list[Row]:
+        """Return what the decoder is handed of encoded rows."""
+        found = []
+        for row, image in enumerate(encoded.images):
+            ids = encoded.input_ids[row, : int(encoded.attention_mask[row].sum())].tolist()
+            found.append(self._row(ids, image, int(encoded.last_prompt[row]) + 1))
+        return found
+
+    def _row(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> Row:
+        """A row whose answer may hold tokens that stand for images in prompts: there they are words."""
+        words = [place for place in range(prompt, len(ids)) if ids[place] == self.image_token_id]
+        if not words:
+            return self._enter(self.inputs(ids, image, prompt), image)[0]
+        (other,) = self.placeholder.some_ids(1)
+        plain = [other if place in words else token for place, token in enumerate(ids)]
+        row = self._enter(self.inputs(plain, image, prompt), image)[0]
+        tokens = torch.tensor([list(ids)], device=self.device)
+        embedded = row.values["inputs_embeds"].clone()
+        embedded[:, words] = self.decoder.root.embed_tokens(tokens[:, words])
+        row.values["inputs_embeds"] = embedded
+        return row
+
+    def start(self, encoded: Encoded, wanted: Tensor) -> PackedState:
+        """Return the packed state entering layer 0; ``wanted`` (R, N) marks tokens."""
+        kept = encoded.attention_mask
+        number = torch.cumsum(kept.flatten(), 0) - 1
+        return self.walker.state(self.rows(encoded), number[wanted.flatten()], wanted.sum(1).tolist())
+
+    def further(
+        self,
+        encoded: Encoded,
+        prompts: PackedState,
+        more: Mapping[int, Sequence[int]],
+        firsts: Mapping[int, int],
+        *,
+        stored: bool,
+    ) -> PackedState:
+        """Return the state of tokens behind encoded prompts.
+
+        Args:
+            prompts: their state. more: by row, all tokens behind its prompt.
+            firsts: by row, the place of the first of them that is to be read.
+            stored: whether keys and values of those before are; else whole rows are read.
+        """
+        lengths = encoded.lengths.tolist()
+        rows: list[Row | None] = [None] * len(encoded)
+        for row, tokens in more.items():
+            prompt = prompts.entries[row]
+            behind = firsts[row] - lengths[row]
+            if stored and self.follows and prompt is not None and not bool(encoded.image_mask[row, lengths[row] - 1]):
+                rows[row] = follow(self.decoder, prompt, torch.tensor([tokens[behind:]], device=self.device), behind)
+            else:
+                ids = encoded.input_ids[row, : lengths[row]].tolist()
+                rows[row] = self._row([*ids, *tokens], encoded.images[row], lengths[row])
+        ends = [0 if row is None else row.count for row in rows]
+        starts = [firsts.get(number, lengths[number] if stored else 0) for number in range(len(rows))]
+        new = [end - start if row is not None else 0 for row, end, start in zip(rows, ends, starts, strict=True)]
+        shown = starts if stored else [0] * len(rows)
+        counts = [0 if row is None else end - a for row, end, a in zip(rows, ends, shown, strict=True)]
+        wanted: list[int] = []
+        offset = 0
+        for row, count in enumerate(counts):
+            wanted += range(offset + count - new[row], offset + count)
+            offset += count
+        device = encoded.input_ids.device
+        state = self.walker.state(rows, torch.tensor(wanted, device=device), new, first=shown)
+        state.behind = tuple(1 + firsts.get(row, lengths[row]) - lengths[row] for row in range(len(rows)))
+        if not stored:
+            parts = [_live(encoded, row, counts[row]) for row in range(len(rows)) if counts[row]]
+            state.live = torch.cat(parts).to(device)
+        return state
+
+    def _enter(self, inputs: dict[str, Any], image: ImageInputs | None) -> tuple[Row, dict[str, Any]]:
+        for module in (self.hf, getattr(self.hf, "model", None)):
+            # The last forward leaves these behind, for rows of another shape
+            if module is not None and hasattr(module, "rope_deltas"):
+                module.rope_deltas = None
+        with self.features.looking_at(None if image is None else image.key):
+            return enter(self.decoder, self.text_only if image is None else self.hf, inputs)
+
+    def inputs(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> dict[str, Any]:
+        """Arguments of the stock forward for one row."""
+        weight = self.hf.get_input_embeddings().weight
+        row = torch.tensor([list(ids)], device=weight.device)
+        marks = row == self.image_token_id
+        inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        if self.token_types:
+            inputs["mm_token_type_ids"] = marks.int()
+        if self._block_types:
+            inputs["token_type_ids"] = self.placeholder.token_types(marks, prompt)
+        if image is not None:
+            for name, tensor in image.tensors.items():
+                kind = weight.dtype if tensor.is_floating_point() else tensor.dtype
+                inputs[name] = tensor.to(weight.device, kind)
+        return inputs
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Not separate from a row."""
+        raise ValueError(f"image_features: the images of {self.hf.config.model_type!r} are looked at with their rows")
+
+    def vision_linears(self) -> dict[str, str]:
+        """None: what lies between tower and decoder is the stock model's own."""
+        return {}
+
+    look = join = position_ids = image_features
+
+
+def _takes_text(hf: Any) -> bool:
+    """Whether the stock forward runs without an image."""
+    pixels = inspect.signature(hf.forward).parameters.get("pixel_values")
+    return pixels is None or pixels.default is not inspect.Parameter.empty
+
+
+def _live(encoded: Encoded, row: int, count: int) -> Tensor:
+    """(N,), bool: the places of a row behind its image, of the tokens behind its prompt too."""
+    marks = encoded.image_mask[row].nonzero()
+    first = int(marks.max()) + 1 if len(marks) else 0
+    return torch.arange(count) >= first
+
+
+def generic(adapter: Any) -> GenericAdapter | None:
+    """The adapter, where it is that of a model without a family of its own."""
+    return adapter if isinstance(adapter, GenericAdapter) else None
+
+
+def check_forward(hf: Any) -> None:
+    """Refuse a model whose stock forward needs more than tokens and an image.
+
+    Raises:
+        ValueError: names what it needs.
+    """
+    needed = [
+        name
+        for name, parameter in inspect.signature(hf.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and name not in ("input_ids", "pixel_values")
+    ]
+    if needed:
+        raise ValueError(
+            "load: a model's forward must need no more than tokens and an image "
+            f"(got {', '.join(needed)} besides for model_type={hf.config.model_type!r})"
+        )

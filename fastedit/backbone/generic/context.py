@@ -1,0 +1,95 @@
+"""What belongs to one walk of a decoder: its layers, mixers and attention functions ask here what to do.
+
+Layers and mixers of a model that is walked have a ``forward`` that looks into a context variable first. Outside of a
+walk, and in other threads, it is the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Forward = Callable[..., Any]
+
+
+class Walk(Protocol):
+    """What a decoder's parts do now.
+
+    Args:
+        makes_masks: whether the stock forward shall make the masks of its layers.
+    """
+
+    makes_masks: bool
+
+    def layer(self, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand for a decoder layer."""
+
+    def part(self, role: str, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand for a part of a layer: its "mixer", or "entry", the module that reads the residual stream after it."""
+
+    def root(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand for the decoder."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, None] | None:
+        """Stand for the attention function; None is the stock one."""
+
+
+CURRENT: ContextVar[Walk | None] = ContextVar("fastedit_walk", default=None)
+
+
+@contextmanager
+def walking(walk: Walk | None) -> Iterator[None]:
+    """Inside the block, in this context, the decoder's parts ask this walk."""
+    before = CURRENT.set(walk)
+    try:
+        yield
+    finally:
+        CURRENT.reset(before)
+
+
+class Instruments:
+    """Lets modules ask the walk of the running context; `remove` takes that back."""
+
+    def __init__(self) -> None:
+        self._changed: list[tuple[nn.Module, Any, Any]] = []
+
+    def root(self, module: nn.Module) -> None:
+        """Let the decoder ask."""
+        stock = module.forward
+        self._put(module, lambda walk, args, kwargs: walk.root(stock, args, kwargs))
+
+    def layer(self, module: nn.Module, index: int) -> None:
+        """Let a layer ask."""
+        stock = module.forward
+        self._put(module, lambda walk, args, kwargs: walk.layer(index, stock, args, kwargs))
+
+    def part(self, module: nn.Module, role: str, index: int) -> None:
+        """Let a part of a layer ask."""
+        stock = module.forward
+        self._put(module, lambda walk, args, kwargs: walk.part(role, index, stock, args, kwargs))
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        for module, before, forward in reversed(self._changed):
+            # An instance attribute of before goes back; else the class's method shows again
+            if module.__dict__.get("forward") is forward:
+                del module.forward
+                if before is not None:
+                    module.forward = before
+        self._changed.clear()
+
+    def _put(self, module: nn.Module, ask: Callable[[Walk, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        stock = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            walk = CURRENT.get()
+            return stock(*args, **kwargs) if walk is None else ask(walk, args, kwargs)
+
+        self._changed.append((module, module.__dict__.get("forward"), forward))
+        module.forward = forward

@@ -1,0 +1,138 @@
+"""The stock text decoder inside of a multimodal model, and what tracing it once tells about its layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attention import put_back, use_packed
+from .context import Forward, Instruments
+
+#: What a decoder has beside its layers.
+_PARTS = ("embed_tokens", "config")
+
+
+@dataclass
+class LayerTrace:
+    """What was seen of one decoder layer.
+
+    Args:
+        is_tuple: whether it returns its hidden states first in a tuple.
+        mixer: path of the module that mixes tokens, inside of the layer. mixer_length: of the tuple that it returns;
+            0 where it returns a tensor.
+        entry: path of the module that reads the residual stream after the mixer, or "" where there is none such that
+            nothing else is read.
+        padded: whether the mixer is called on padded rows: it mixes tokens by other means than attention.
+        parallel: whether the feed-forward block does not read what the mixer puts out.
+        sites: paths of linear maps by name.
+        stored: numbers that attention keeps of a token.
+    """
+
+    is_tuple: bool = False
+    mixer: str = ""
+    mixer_length: int = 0
+    entry: str = ""
+    padded: bool = False
+    parallel: bool = False
+    sites: dict[str, str] | None = None
+    stored: int = 0
+
+
+class Decoder:
+    """The decoder of a loaded model.
+
+    Args:
+        hf: the model, frozen.
+    Raises:
+        ValueError: no decoder that can be walked.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        root: Any = find_decoder(hf)
+        self.root = root
+        self.config: Any = root.config
+        self.layers: Any = root.layers
+        self.traces = [LayerTrace() for _ in self.layers]
+        self.signature = inspect.signature(self.root.forward)
+        self.layer_signatures = [inspect.signature(layer.forward) for layer in self.layers]
+        self._instruments = Instruments()
+        use_packed(self.root)
+        self._instruments.root(self.root)
+        for index, layer in enumerate(self.layers):
+            self._instruments.layer(layer, index)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._instruments.remove()
+        put_back(self.root)
+
+    def instrument_parts(self) -> None:
+        """Let the mixers and entries that were traced ask the walk."""
+        for index, trace in enumerate(self.traces):
+            for role, path in (("mixer", trace.mixer), ("entry", trace.entry)):
+                if path:
+                    self._instruments.part(self.layers[index].get_submodule(path), role, index)
+
+    def arguments(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer's call by name."""
+        return bound(self.layer_signatures[index], args, kwargs)
+
+    def returned(self, index: int, hidden: Tensor) -> Any:
+        """Hidden states in the form that a layer returns them in."""
+        return (hidden,) if self.traces[index].is_tuple else hidden
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+
+def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those of a keyword dictionary among them."""
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in arguments:
+            arguments |= arguments.pop(name)
+    return arguments
+
+
+def find_decoder(hf: Any) -> nn.Module:
+    """The module that owns the longest list of decoder layers beside an embedding table.
+
+    Raises:
+        ValueError: there is none.
+    """
+    best: Any = None
+    for module in hf.modules():
+        layers = getattr(module, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not all(hasattr(module, name) for name in _PARTS):
+            continue
+        if best is None or len(layers) > len(best.layers):
+            best = module
+    if best is None:
+        kind = getattr(hf.config, "model_type", type(hf).__name__)
+        raise ValueError(
+            "load: a model's decoder must have its layers in 'layers' beside its word embeddings in 'embed_tokens' "
+            f"(got model_type={kind!r}, {type(hf).__name__})"
+        )
+    found: nn.Module = best
+    return found
+
+
+@contextmanager
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Inside the block some hooks are there."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = ["Decoder", "Forward", "LayerTrace", "bound", "find_decoder", "hooked"]

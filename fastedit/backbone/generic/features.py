@@ -1,0 +1,87 @@
+"""Images are looked at once: what the stock model makes of one is kept and handed to its next forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..caches import SpillCache
+from .door import map_tensors
+
+_KEY: ContextVar[str | None] = ContextVar("fastedit_image", default=None)
+#: Entries of a vision tower's output that no decoder reads.
+_UNREAD = ("hidden_states", "attentions", "last_hidden_state")
+_METHOD = "get_image_features"
+
+
+class FeatureMemory:
+    """Puts a memory behind the method of a model that looks at images.
+
+    Args:
+        hf: the model. budget: bytes on the device, and as much in host memory.
+    """
+
+    def __init__(self, hf: nn.Module, budget: int) -> None:
+        self.kept: SpillCache[Any] = SpillCache(budget, budget, _n_bytes, lambda value, to: _moved(value, to))
+        #: Whether what only some families read of the output is dropped.
+        self.strips = True
+        owners = [module for module in hf.modules() if callable(getattr(type(module), _METHOD, None))]
+        # The innermost: a model with a head hands the call on
+        self._owner: Any = owners[-1] if owners else None
+        if self._owner is not None:
+            stock = getattr(self._owner, _METHOD)
+
+            @functools.wraps(stock)
+            def looked(*args: Any, **kwargs: Any) -> Any:
+                key = _KEY.get()
+                if key is None:
+                    return stock(*args, **kwargs)
+                known = self.kept.get(key)
+                if known is None:
+                    known = self._stripped(stock(*args, **kwargs))
+                    self.kept.put(key, known)
+                return known
+
+            setattr(self._owner, _METHOD, looked)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self._owner is not None:
+            delattr(self._owner, _METHOD)
+
+    @contextmanager
+    def looking_at(self, key: str | None) -> Iterator[None]:
+        """Inside the block, in this context, the model looks at the image of this key only; None is any."""
+        before = _KEY.set(key)
+        try:
+            yield
+        finally:
+            _KEY.reset(before)
+
+    def _stripped(self, output: Any) -> Any:
+        if self.strips and getattr(output, "pooler_output", None) is not None:
+            for name in _UNREAD:
+                if name in output:
+                    output[name] = None
+        return output
+
+
+def _n_bytes(value: Any) -> int:
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    map_tensors(value, count)
+    return sum(sizes)
+
+
+def _moved(value: Any, to: Any) -> Any:
+    moved = map_tensors(value, lambda tensor: tensor.to(to))
+    return type(value)(**moved) if isinstance(moved, dict) and type(value) is not dict else moved
