@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -74,18 +72,12 @@ def prompts(model: EditableModel) -> dict[str, Any]:
         template_source: "given", "processor" (its chat template) or "none".
         template_sha256: of the given or the processor's template, all of it.
     """
-    chat = getattr(model.processor, "chat_template", None)
-    if model.template is not None:
-        source, template = "given", model.template
-    else:
-        source, template = ("none", QUESTION_FIELD) if chat is None else ("processor", chat)
-    # A processor may have several by name
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    of_processor = "none" if model.prompts.template_text == QUESTION_FIELD else "processor"
     return {
         "template": model.prompts.text(QUESTION_FIELD, True),
         "text_template": model.prompts.text(QUESTION_FIELD, False),
-        "template_source": source,
-        "template_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "template_source": of_processor if model.template is None else "given",
+        "template_sha256": model.prompts.template_hash,
     }
 
 
