@@ -120,6 +120,10 @@ class ImageReader:
             self._sizes[stamp] = check_image(source)
         return self._sizes[stamp]
 
+    def take_sizes(self, other: ImageReader) -> None:
+        """Take over the sizes of files that another reader has looked at: they are not decoded for them again."""
+        self._sizes.update(other._sizes)
+
     def tokens(self, size: tuple[int, int]) -> int:
         """Return how many tokens an image of this width and height takes.
 

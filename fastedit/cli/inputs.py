@@ -13,10 +13,12 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.prompts import check_template
 from fastedit.backbone.quantization import QUANTIZATIONS
 from fastedit.backbone.settings import check_choice, check_dtype, checked_device
+from fastedit.backbone.skeleton import skeleton
 from fastedit.cli.plan import announce
-from fastedit.data import EMBEDDED
+from fastedit.data import EMBEDDED, RecordErrors
 from fastedit.engine.checks import check_conflicts, check_sequence
 from fastedit.engine.output import expected_output_bytes, require_room
+from fastedit.engine.preflight import record_problems
 from fastedit.methods import resolve
 from fastedit.methods.base import hook
 from fastedit.progress import progress
@@ -101,6 +103,24 @@ def check_loading(**loading: str | None) -> dict[str, Any]:
     return given
 
 
+def check_asked(
+    model: str, edits: Sequence[EditRequest], loading: Mapping[str, Any], *, scored: bool = True
+) -> EditableModel:
+    """The model without its weights, after every image and text of the records was held against it.
+
+    Args:
+        loading: arguments of ``fastedit.load``. scored: False looks at the edits' own questions alone.
+    Raises:
+        RecordErrors: what the model cannot be asked, all of it. ValueError: see ``fastedit.load``.
+    """
+    with progress(f"checking {len(edits)} records", 0):
+        shaped, _ = skeleton(model, **{name: value for name, value in loading.items() if name != "device"})
+        problems = record_problems(shaped, edits, scored=scored)
+    if problems:
+        raise RecordErrors(problems)
+    return shaped
+
+
 def load_model(
     messages: Console,
     model: str,
@@ -113,13 +133,14 @@ def load_model(
     evaluate: bool = True,
     keep_deltas: bool = True,
 ) -> EditableModel:
-    """Say what it will take, then load the model.
+    """Look at the records, say what it will take, then load the model.
 
     Args:
         loading: arguments of ``fastedit.load``, as ``check_loading`` gives them. out: folder for the runs.
     Raises:
-        ValueError: no room in ``out``, or see ``fastedit.load``.
+        ValueError: records that the model cannot be asked, no room in ``out``, or see ``fastedit.load``.
     """
+    shaped = check_asked(model, edits, loading, scored=evaluate)
     with progress(f"planning for {model}", 0):
         told = announce(
             model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate, keep_deltas=keep_deltas
@@ -128,6 +149,7 @@ def load_model(
         messages.print(line, markup=False, soft_wrap=True)
     with progress(f"loading {model}", 0):
         loaded = fastedit.load(model, **loading)
+    loaded.images.take_sizes(shaped.images)
     sizes = [expected_output_bytes(loaded, resolve(n, s), len(edits), evaluate=evaluate) for n, s in methods.items()]
     require_room(out, sum(sizes), "--out")
     return loaded

@@ -162,7 +162,7 @@ def train(
     trainer: TrainerSettings = None,
 ) -> None:
     """Train the part that a method needs before it can edit; saved to a file for edit --artifact."""
-    from fastedit.cli.inputs import check_loading
+    from fastedit.cli.inputs import check_asked, check_loading
     from fastedit.cli.train import train_method, training_settings
     from fastedit.data import EMBEDDED
     from fastedit.engine.output import claim_result
@@ -179,8 +179,10 @@ def train(
         )
     path = Path("runs") / f"{method.replace('+', '-')}.safetensors" if out is None else out
     with claim_result(path, field="--out"):
+        shaped = check_asked(model, records, loading)
         with progress(f"loading {model}", 0):
             loaded = fastedit.load(model, **loading)
+        loaded.images.take_sizes(shaped.images)
         train_method(console, loaded, method, records, path, resume=resume, trainer=chosen, settings=overrides)
 
 

@@ -120,13 +120,16 @@ def check_training(model: EditableModel, records: Sequence[EditRequest], plan: E
         raise RecordErrors(problems)
 
 
-def record_problems(model: EditableModel, edits: Sequence[EditRequest], *, images: bool = True) -> list[Problem]:
+def record_problems(
+    model: EditableModel, edits: Sequence[EditRequest], *, images: bool = True, scored: bool = True
+) -> list[Problem]:
     """Return everything that a model cannot be asked of some edits, whatever the method.
 
     Args:
         model: with or without weights. images: whether they are opened; else each counts as the smallest.
+        scored: False looks at the edits' own questions alone.
     """
-    return Rows(model, images=images).problems(edits, lambda edit: asked_parts(edit, fitted=True, scored=True))
+    return Rows(model, images=images).problems(edits, lambda edit: asked_parts(edit, fitted=scored, scored=scored))
 
 
 def asked_parts(edit: EditRequest, *, fitted: bool, scored: bool, predicted: bool = False) -> Iterator[AskedPart]:

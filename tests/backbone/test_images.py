@@ -112,7 +112,9 @@ def test_sizes_and_tokens_are_known_without_keeping_pixels(tmp_path: Path, monke
         reader.read(picture(3, 40, 95))
     # A file that is known is not decoded again, one that has changed is
     monkeypatch.setattr("fastedit.backbone.images.check_image", lambda source: pytest.fail("was decoded"))
-    assert reader.size(str(tmp_path / "one.png")) == (70, 40)
+    other = ImageReader(preprocess, 1 << 20)
+    other.take_sizes(reader)
+    assert reader.size(str(tmp_path / "one.png")) == other.size(tmp_path / "one.png") == (70, 40)
     monkeypatch.undo()
     picture(4, 30, 60).save(tmp_path / "one.png")
     os.utime(tmp_path / "one.png", ns=(1, 1))

@@ -10,7 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fastedit.cli.main import app
-from fastedit.data import write_jsonl
+from fastedit.data import RecordErrors, write_jsonl
 from tests.engine.conftest import make_edits
 
 
@@ -86,3 +86,27 @@ def test_an_embedded_set_is_checked_against_its_model() -> None:
     done = run("pocket-vqa", "--model", "pocket-llava")
     assert done.exit_code == 0, done.output
     assert "texts and images as pocket-llava takes them, in rows of at most 512 tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("edit", "--method", "lora"), ("compare", "--methods", "ft,lora"), ("train", "--method", "mend")],
+    ids=["edit", "compare", "train"],
+)
+def test_runs_tell_all_problems_before_weights_are_read(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("fastedit.load", lambda *_a, **_k: pytest.fail("weights were read"))
+    pictures = sorted(tmp_path.glob("*.png"))
+    pictures[3].write_text("<html>404</html>")
+    pictures[8].write_bytes(pictures[8].read_bytes()[:200])
+    with pytest.raises(RecordErrors) as caught:
+        CliRunner().invoke(
+            app,
+            [*command, "--model", "random:llava-tiny", "--data", str(records), "--images", str(tmp_path),
+             "--out", str(tmp_path / "out")],
+            catch_exceptions=False,
+        )  # fmt: skip
+    assert len(caught.value.problems) == 2
+    assert all(problem.file == str(records) and problem.id for problem in caught.value.problems)
+    assert not list(tmp_path.glob("out/*.safetensors"))
