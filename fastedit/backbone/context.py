@@ -27,16 +27,22 @@ Returned = TypeVar("Returned")
 class Scope:
     """A block of code in one context; whatever was set up by the block asks whether it is inside of it."""
 
-    __slots__ = ()
+    __slots__ = ("everywhere",)
+
+    def __init__(self, *, everywhere: bool = False) -> None:
+        self.everywhere = everywhere
 
     @property
     def entered(self) -> bool:
-        """Whether the running code is inside the block."""
-        return self in _SCOPES.get()
+        """Whether the running code is inside the block; a scope that is everywhere is entered by all threads."""
+        return self.everywhere or self in _SCOPES.get()
 
     @contextmanager
     def inside(self) -> Iterator[Scope]:
         """Enter the block."""
+        if self.everywhere:
+            yield self
+            return
         _SCOPES.set(_SCOPES.get() | {self})
         try:
             yield self
@@ -49,17 +55,21 @@ _SCOPES: ContextVar[frozenset[Scope]] = ContextVar("fastedit_scopes", default=fr
 
 @contextmanager
 def scoped_hooks(
-    hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False, with_kwargs: bool = False
+    hooks: Mapping[nn.Module, Callable[..., Any]],
+    *,
+    before: bool = False,
+    with_kwargs: bool = False,
+    everywhere: bool = False,
 ) -> Iterator[Scope]:
     """Inside the block, modules have forward hooks that other threads' calls of the same modules pass by.
 
     Args:
         hooks: by module, as for ``register_forward_hook``. before: as for ``register_forward_pre_hook``.
-        with_kwargs: hooks take keyword arguments too.
+        with_kwargs: hooks take keyword arguments too. everywhere: the hooks fire in all threads.
     Yields:
         Scope of the block.
     """
-    scope = Scope()
+    scope = Scope(everywhere=everywhere)
     handles: list[Any] = []
     try:
         with scope.inside():
@@ -91,10 +101,19 @@ class _Dispatch:
         self.before: Any = owner.__dict__.get(name)
         self.original: Callable[..., Any] = getattr(owner, name)
         self.users = 0
+        #: Methods that stand there in every context, the newest last.
+        self.everywhere: list[Callable[..., Any]] = []
+        # Libraries look at the signature of a model's forward
+        self.__wrapped__ = self.original
+
+    @property
+    def outermost(self) -> Callable[..., Any]:
+        """The method where the running context has none of its own."""
+        return self.everywhere[-1] if self.everywhere else self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method of the running context."""
-        return _METHODS.get().get(self.key, self.original)(*args, **kwargs)
+        return _METHODS.get().get(self.key, self.outermost)(*args, **kwargs)
 
 
 _LOCK = threading.RLock()
@@ -103,14 +122,18 @@ _DISPATCHES: WeakKeyDictionary[Any, dict[str, _Dispatch]] = WeakKeyDictionary()
 
 @contextmanager
 def overridden(
-    owner: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+    owner: Any,
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    name: str = "forward",
+    *,
+    everywhere: bool = False,
 ) -> Iterator[None]:
     """Inside the block, in this context, a method of an object is another one; elsewhere it stays what it is.
 
     Args:
         owner: a module, or any object that has attributes.
         make: from the method that there was to the one in its place.
-        name: of the method.
+        name: of the method. everywhere: it is replaced in all threads.
     """
     with _LOCK:
         known = _DISPATCHES.setdefault(owner, {})
@@ -119,12 +142,10 @@ def overridden(
             dispatch = known[name] = _Dispatch(owner, name)
             setattr(owner, name, dispatch)
         dispatch.users += 1
-    key, before = dispatch.key, _METHODS.get()
-    _METHODS.set(MappingProxyType({**before, key: make(before.get(key, dispatch.original))}))
     try:
-        yield
+        with _everywhere(dispatch, make) if everywhere else _in_context(dispatch, make):
+            yield
     finally:
-        _METHODS.set(MappingProxyType({k: v for k, v in _METHODS.get().items() if k != key} | _kept(before, key)))
         with _LOCK:
             dispatch.users -= 1
             if not dispatch.users:
@@ -133,6 +154,28 @@ def overridden(
                 if dispatch.before is not None:
                     setattr(owner, name, dispatch.before)
                 del _DISPATCHES[owner][name]
+
+
+@contextmanager
+def _in_context(dispatch: _Dispatch, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    key, before = dispatch.key, _METHODS.get()
+    _METHODS.set(MappingProxyType({**before, key: make(before.get(key, dispatch.outermost))}))
+    try:
+        yield
+    finally:
+        _METHODS.set(MappingProxyType({k: v for k, v in _METHODS.get().items() if k != key} | _kept(before, key)))
+
+
+@contextmanager
+def _everywhere(dispatch: _Dispatch, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    with _LOCK:
+        method = make(dispatch.outermost)
+        dispatch.everywhere.append(method)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            dispatch.everywhere.remove(method)
 
 
 def _kept(before: Mapping[Any, Any], key: tuple[int, str]) -> dict[Any, Any]:
