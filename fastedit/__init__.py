@@ -14,9 +14,11 @@ from fastedit.requests import EditRequest, Probe, Query
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel, load
+    from fastedit.backbone.wrapping import wrap
     from fastedit.data import read_edits
     from fastedit.deltas import EditDelta
     from fastedit.engine import Run, RunInterrupted, RunStopped, applied, edit
+    from fastedit.engine.attach import Attachment, attach, attached
     from fastedit.engine.plan import MemoryPlan, plan_memory
     from fastedit.engine.train import train
     from fastedit.engine.utilisation import measure_peak
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
+    "Attachment",
     "EditDelta",
     "EditRequest",
     "EditableModel",
@@ -38,6 +41,8 @@ __all__ = [
     "RunStopped",
     "__version__",
     "applied",
+    "attach",
+    "attached",
     "edit",
     "implementations",
     "load",
@@ -49,10 +54,12 @@ __all__ = [
     "read_edits",
     "save_artifact",
     "train",
+    "wrap",
 ]
 
 _LAZY = {
     "Artifact": "fastedit.training",
+    "Attachment": "fastedit.engine.attach",
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
     "MemoryPlan": "fastedit.engine.plan",
@@ -60,6 +67,8 @@ _LAZY = {
     "RunInterrupted": "fastedit.engine",
     "RunStopped": "fastedit.engine",
     "applied": "fastedit.engine",
+    "attach": "fastedit.engine.attach",
+    "attached": "fastedit.engine.attach",
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",
     "load_artifact": "fastedit.training",
@@ -69,6 +78,7 @@ _LAZY = {
     "read_edits": "fastedit.data",
     "save_artifact": "fastedit.training",
     "train": "fastedit.engine.train",
+    "wrap": "fastedit.backbone.wrapping",
 }
 
 

@@ -44,21 +44,35 @@ class Holder(Protocol):
 
 
 _INSTALLED: ContextVar[tuple[Holder, ...]] = ContextVar("fastedit_installed", default=())
+#: Those that are installed for all threads, until they are detached.
+_EVERYWHERE: list[Holder] = []
+_NONE: ContextVar[bool] = ContextVar("fastedit_uninstalled", default=False)
 
 
 def is_installed(holder: Holder) -> bool:
     """Whether deltas are installed in the running context."""
-    return any(each is holder for each in _INSTALLED.get())
+    return any(each is holder for each in _all())
 
 
 def installed_on(model: Any) -> tuple[Holder, ...]:
     """The deltas that are installed on a model in the running context, in order, paused ones included."""
-    return tuple(holder for holder in _INSTALLED.get() if holder.model is model)
+    return tuple(holder for holder in _all() if holder.model is model)
+
+
+def _all() -> tuple[Holder, ...]:
+    return () if _NONE.get() else (*_EVERYWHERE, *_INSTALLED.get())
 
 
 @contextmanager
-def installing(holder: Holder) -> Iterator[None]:
-    """Inside the block, in this context, deltas are installed."""
+def installing(holder: Holder, *, everywhere: bool = False) -> Iterator[None]:
+    """Inside the block deltas are installed, in this context or in all threads."""
+    if everywhere:
+        _EVERYWHERE.append(holder)
+        try:
+            yield
+        finally:
+            _EVERYWHERE.remove(holder)
+        return
     _INSTALLED.set((*_INSTALLED.get(), holder))
     try:
         yield
@@ -69,12 +83,12 @@ def installing(holder: Holder) -> Iterator[None]:
 @contextmanager
 def uninstalled() -> Iterator[None]:
     """Inside the block no delta acts on any model, whatever is installed around it."""
-    before = _INSTALLED.get()
-    _INSTALLED.set(())
+    before = _NONE.get()
+    _NONE.set(True)
     try:
         yield
     finally:
-        _INSTALLED.set(before)
+        _NONE.set(before)
 
 
 def active_key(model: Any) -> tuple[str, ...]:

@@ -193,6 +193,56 @@ def outside_inference_mode(function: Callable[P, Returned]) -> Callable[P, Retur
     return called
 
 
+class Frozen:
+    """A module as an edit needs it, for the length of a block: in eval mode, its parameters without gradients.
+
+    What it is outside comes back with the last block that is left, of whatever thread; nothing is done to a module that
+    is like that already.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._users, self._lock = module, 0, threading.RLock()
+        self._training: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Inside the block the module is frozen."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._training = [module for module in self._module.modules() if module.training]
+                self._parameters = [part for part in self._module.parameters() if part.requires_grad]
+                self._set(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._set(True)
+                    self._training, self._parameters = [], []
+
+    def _set(self, changed: bool) -> None:
+        for module in self._training:
+            # Not train(), which a module may do more in, and which reaches its children
+            module.training = changed
+        for part in self._parameters:
+            part.requires_grad_(changed)
+
+
+def on_frozen_model(function: Callable[P, Returned]) -> Callable[P, Returned]:
+    """Let a function, whose first argument is an editable model, find it frozen."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Returned:
+        model: Any = args[0] if args else kwargs["model"]
+        with model.frozen():
+            return function(*args, **kwargs)
+
+    return called
+
+
 def with_gradients(function: Callable[P, Returned]) -> Callable[P, Returned]:
     """Let a function that fits compute gradients, also where its caller has switched them off."""
 

@@ -39,6 +39,25 @@ def model_fingerprint(hf: Any) -> str:
     return digest.hexdigest()
 
 
+def architecture_fingerprint(hf: nn.Module) -> str:
+    """Return "architecture:" and the SHA-256 over names and shapes of the linear maps, embeddings and norms.
+
+    A quantized map has the shape of the one that it stands for, and adapters beside it do not count.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(hf.named_modules()):
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and "lora_" not in name:
+            name = name.removesuffix(".base_layer")
+            digest.update(f"{name}:{module.in_features}:{module.out_features}\n".encode())
+    return f"architecture:{digest.hexdigest()}"
+
+
+def weights_version(hf: nn.Module) -> tuple[int, int]:
+    """Return what changes with every in-place change of a parameter, and with every exchange of one."""
+    parts = list(hf.parameters())
+    return sum(part._version for part in parts if not part.is_inference()), hash(tuple(map(id, parts)))
+
+
 def _bytes(value: Tensor) -> Iterator[Any]:
     """The raw bytes of a tensor of any dtype, a part at a time: the largest weight is not copied whole."""
     flat = value.detach().contiguous().reshape(-1)

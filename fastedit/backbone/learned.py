@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .stacks import Context, allowed_keys, attention_output, split_heads
@@ -106,6 +106,12 @@ class LearnedPositionStack:
         """Norm after the block, in the variant that has it there."""
         output: Tensor = hidden if layer.do_layer_norm_before else layer.self_attn_layer_norm(hidden)
         return output
+
+    def feed_forward_entry(self, index: int) -> nn.Module:
+        """Return the module that reads the residual stream where the feed-forward block begins."""
+        layer: Any = self.layers[index]
+        module: nn.Module = layer.final_layer_norm if layer.do_layer_norm_before else layer.fc1
+        return module
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the feed-forward block, through its own submodules."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,9 @@ from . import padded
 from .active import Holder, active_key, fingerprint_with, installed_on, uninstalled
 from .adapters import Adapter, make_adapter
 from .caches import Caches, SpillCache, feature_cache, tensor_cache
-from .context import autocast_key, outside_inference_mode
+from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mode
 from .encoding import encode_queries
-from .fingerprint import model_fingerprint
+from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
 from .images import ImageReader
 from .layouts import Running, running_now
 from .prompts import PromptBuilder
@@ -39,11 +40,11 @@ class EditableModel:
     `generate`, which call the real submodules and keep rows in order. `generate` and edits run on packed rows: linear
     maps see (1, T, d), the tokens of all rows one after another, and `running` says whose they are.
 
-    Several threads may use one model. What is installed by one (`fastedit.applied`, a fit) acts in its own context
-    only; a thread that is started inside the block begins without it.
+    What one thread installs (`fastedit.applied`, a fit) acts in its context only: threads may share a model.
 
     Args:
         hf: the model. processor: its processor. adapter: its family. name: what it was loaded as.
+        owned: whether it is in eval mode and frozen for good; else inside of calls only (`fastedit.wrap`).
         quantize: "none", "nf4" or "int8". dtype: of the unquantized floating-point parameters.
         template: prompt template, or None for the processor's own.
         end_token_ids: tokens that end an answer; the first is the one that encoded answers end with.
@@ -67,8 +68,11 @@ class EditableModel:
         image_cache_mib: int,
         state_cache_mib: int = 256,
         linear: str = "torch",
+        owned: bool = True,
     ) -> None:
-        self.hf = hf.eval().requires_grad_(False)
+        self.hf = hf.eval().requires_grad_(False) if owned else hf
+        self._frozen = Frozen(hf)
+        self._versions = weights_version(self.hf)
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.adapter = adapter
@@ -89,7 +93,7 @@ class EditableModel:
         self.tower_outputs: SpillCache[Tensor] = tensor_cache(image_cache_mib << 20)
         #: Trained parts by id, of deltas that do not act without.
         self.artifacts: dict[str, Any] = {}
-        self._cache_mib = {"image_cache_mib": image_cache_mib, "state_cache_mib": state_cache_mib}
+        self._cache_mib = image_cache_mib, state_cache_mib
         self._fingerprint: str | None = None
         self._lock = threading.RLock()
         self._layer_paths = _paths_of(self.hf, adapter.text.layers)
@@ -100,10 +104,24 @@ class EditableModel:
         made = EditableModel(
             hf, self.processor, make_adapter(hf, self.processor), name=self.name, quantize=self.quantize,
             dtype=self.dtype, template=self.template, end_token_ids=self.end_token_ids, linear=self.linear,
-            **self._cache_mib,
+            image_cache_mib=self._cache_mib[0], state_cache_mib=self._cache_mib[1],
         )  # fmt: skip
         made.artifacts.update(self.artifacts)
         return made
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block the model is in eval mode and computes no gradients of its parameters.
+
+        What is kept of a model whose weights were written since the last call, by a trainer or by hand, is dropped.
+        """
+        with self._lock:
+            version = weights_version(self.hf)
+            if version != self._versions:
+                self._versions, self._fingerprint = version, None
+                self.forget()
+        with self._frozen.block():
+            yield
 
     @property
     def running(self) -> Running | None:
@@ -168,10 +186,15 @@ class EditableModel:
     @property
     def base_fingerprint(self) -> str:
         """SHA-256 of configuration and weights, computed at the first use."""
-        with self._lock:
+        with self._lock, self.frozen():
             if self._fingerprint is None:
                 self._fingerprint = model_fingerprint(self.hf)
             return self._fingerprint
+
+    @property
+    def architecture(self) -> str:
+        """SHA-256 of names and shapes of the weights, "architecture:..."; the same in any dtype and quantization."""
+        return architecture_fingerprint(self.hf)
 
     @property
     def fingerprint(self) -> str:
@@ -195,6 +218,7 @@ class EditableModel:
         """Images per call of the vision side."""
         return VISION_BATCH_CPU if self.device.type == "cpu" else VISION_BATCH
 
+    @on_frozen_model
     @outside_inference_mode
     @torch.no_grad()
     def features(self, encoded: Encoded) -> dict[str, ImageFeatures]:
@@ -243,7 +267,7 @@ class EditableModel:
         return PrefixState(hidden, position_ids, encoded.lengths, 0, "attention", deep)
 
     def prefix(self, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
-        """Return padded rows walked to a decoder layer (see `padded.prefix`)."""
+        """See `padded.prefix`."""
         return padded.prefix(self, encoded, layer, stage)
 
     def tail(self, state: PrefixState, *, positions: Tensor | None = None) -> Tensor:
@@ -259,6 +283,7 @@ class EditableModel:
         """Return masks and position tables of padded rows (see `padded.context`)."""
         return padded.context(self, state)
 
+    @on_frozen_model
     @outside_inference_mode
     def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
         """Return greedy answers without surrounding white space. Rows of a batch stay in order until all have ended.
@@ -311,7 +336,7 @@ class EditableModel:
         return module
 
     def check_layer(self, layer: int) -> None:
-        """Refuse a layer that there is not."""
+        """Refuse a layer that the decoder does not have."""
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"{self.name}: layer must be in 0..{self.n_layers - 1} (got layer={layer})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .stacks import Context, allowed_keys, attention_output, layer_kinds, split_heads
@@ -124,6 +124,11 @@ class RotaryStack:
         query = _rotate(query, attention.asked(cosine), attention.asked(sine))
         mixed = attention.mix(index, query, _rotate(key, cosine, sine), value, module.scaling)
         return attention.asked(hidden) + cast(Tensor, module.o_proj(mixed[None])[0])
+
+    def feed_forward_entry(self, index: int) -> nn.Module:
+        """Return the module that reads the residual stream where the feed-forward block begins."""
+        module: nn.Module = self.layers[index].post_attention_layernorm
+        return module
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the stock feed-forward module."""

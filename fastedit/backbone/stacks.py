@@ -67,6 +67,9 @@ class TextStack(Protocol):
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
         """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
 
+    def feed_forward_entry(self, index: int) -> nn.Module:
+        """Return the module that reads the residual stream where the feed-forward block begins."""
+
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the feed-forward block of a layer."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.active import installing, is_installed
-from fastedit.backbone.context import scoped_hooks
+from fastedit.backbone.context import overridden, scoped_hooks
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
@@ -208,7 +208,14 @@ class RowsHolder:
 
 @contextmanager
 def installed(
-    model: EditableModel, stacked: StackedDelta, rows: Rows, *, route: bool = True, key: str | None = None
+    model: EditableModel,
+    stacked: StackedDelta,
+    rows: Rows,
+    *,
+    route: bool = True,
+    key: str | None = None,
+    stock: bool = False,
+    everywhere: bool = False,
 ) -> Iterator[RowsHolder]:
     """Inside the block every site's module returns its output plus its delta's; on leaving nothing remains.
 
@@ -223,6 +230,9 @@ def installed(
             deltas lets the router choose one for every row.
         route: False lets the deltas act whatever their router says, and ask no other question (while they are fitted).
         key: of deltas that stay as they are inside the block: what the model computes with them may be kept under it.
+        stock: the caller tells rows and prompts of stock calls apart (``fastedit.engine.attach``); else what needs to
+            know them refuses a stock call.
+        everywhere: the deltas act in all threads.
     Yields:
         RowsHolder.
     """
@@ -239,30 +249,33 @@ def installed(
             readers[model.module(read)] = source
         sites[model.module(site)] = _hook(holder, index, source)
     with ExitStack() as entered:
-        if holder.routed or stacked.spec.positions != "all":
-            entered.enter_context(scoped_hooks({model.hf: _refuse_stock(holder)}, before=True))
-        entered.enter_context(
-            scoped_hooks({m: _keep_input(holder, source) for m, source in readers.items()}, before=True)
-        )
-        entered.enter_context(scoped_hooks(sites))
-        entered.enter_context(installing(holder))
+        if not stock and (holder.routed or stacked.spec.positions != "all"):
+            entered.enter_context(overridden(model.hf, _refuse_stock(holder)))
+        inputs = {module: _keep_input(holder, source) for module, source in readers.items()}
+        entered.enter_context(scoped_hooks(inputs, before=True, everywhere=everywhere))
+        entered.enter_context(scoped_hooks(sites, everywhere=everywhere))
+        entered.enter_context(installing(holder, everywhere=everywhere))
         yield holder
 
 
-def _refuse_stock(holder: RowsHolder) -> Callable[..., None]:
+def _refuse_stock(holder: RowsHolder) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The stock forward knows neither prompts nor questions, so that such deltas would do nothing there, or wrong."""
     spec = holder.stacked.spec
     way = "asks another question" if holder.asks else f"acts with router={spec.options.get('router')!r}, "
     way += "" if holder.asks else f"positions={spec.positions!r}"
 
-    def hook(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-        if holder.acts:
-            raise ValueError(
-                f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate cannot "
-                "do; call generate or answer of the fastedit model (got a stock forward)"
-            )
+    def make(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if holder.acts:
+                raise ValueError(
+                    f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate "
+                    "cannot do; call generate or answer of the fastedit model (got a stock forward)"
+                )
+            return stock(*args, **kwargs)
 
-    return hook
+        return forward
+
+    return make
 
 
 def _keep_input(holder: RowsHolder, source: tuple[int, str]) -> Callable[..., None]:

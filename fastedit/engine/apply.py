@@ -11,6 +11,9 @@ from fastedit.backbone.active import active_key, installed_on
 from fastedit.backbone.context import overridden
 from fastedit.deltas import EditDelta, Rows, accumulate, company, installed, stack
 
+#: Begins a fingerprint of names and shapes alone.
+ARCHITECTURE = "architecture:"
+
 
 @contextmanager
 def applied(
@@ -37,22 +40,34 @@ def applied(
         TypeError: something else than deltas.
         ValueError: no delta, deltas of different kinds, of another base model, or not fitted in this company.
     """
-    deltas = [delta] if isinstance(delta, EditDelta) else _listed(delta)
-    if check_model:
-        for each in deltas:
-            _check_model(model, each)
+    deltas = checked_deltas(model, delta, check_model=check_model)
     # Those that a router chooses from stay apart
     routed = _is_routed(deltas[0])
     if check_sequence and not routed:
-        _check_sequence(deltas)
-    together = _memories(deltas, check_sequence) if routed else deltas[:1] if len(deltas) == 1 else [accumulate(deltas)]
+        require_sequence(deltas)
+    together = memories(deltas, check_sequence) if routed else deltas[:1] if len(deltas) == 1 else [accumulate(deltas)]
     key = "|".join(each.id for each in together)
     with ExitStack() as entered:
         entered.enter_context(installed(model, stack(together, device=model.device), Rows(), key=key))
         for module in model.hf.modules():
             if hasattr(module, "save_pretrained"):
-                entered.enter_context(overridden(module, lambda _stock: _refuse_to_save, "save_pretrained"))
+                entered.enter_context(overridden(module, lambda _stock: refuse_to_save, "save_pretrained"))
         yield model
+
+
+def checked_deltas(
+    model: EditableModel, delta: EditDelta | Sequence[EditDelta], *, check_model: bool = True
+) -> list[EditDelta]:
+    """The deltas as a list, each of this base model.
+
+    Raises:
+        TypeError: something else than deltas. ValueError: none, or one of another model.
+    """
+    deltas = [delta] if isinstance(delta, EditDelta) else _listed(delta)
+    if check_model:
+        for each in deltas:
+            _check_model(model, each)
+    return deltas
 
 
 def check_editable(model: EditableModel) -> None:
@@ -91,6 +106,13 @@ def _is_routed(delta: EditDelta) -> bool:
 
 def _check_model(model: EditableModel, delta: EditDelta) -> None:
     fitted = delta.model_fingerprint
+    if fitted.startswith(ARCHITECTURE):
+        if fitted != model.architecture:
+            raise ValueError(
+                f"applied: the delta of request {delta.request_id!r} is bound to maps of other names or shapes (got "
+                f"delta {fitted[:24]!r}, model {model.architecture[:24]!r})"
+            )
+        return
     if not fitted or fitted == model.fingerprint:
         return
     if fitted == model.base_fingerprint:
@@ -106,7 +128,12 @@ def _check_model(model: EditableModel, delta: EditDelta) -> None:
     )
 
 
-def _check_sequence(deltas: Sequence[EditDelta]) -> None:
+def require_sequence(deltas: Sequence[EditDelta]) -> None:
+    """Refuse deltas that were not fitted on top of those before them.
+
+    Raises:
+        ValueError: names the first one and its company.
+    """
     before: list[EditDelta] = []
     for number, delta in enumerate(deltas):
         # The company of those before, as one: what it grows by is hashed once
@@ -116,20 +143,24 @@ def _check_sequence(deltas: Sequence[EditDelta]) -> None:
         before = [_as_one([*before, delta])]
 
 
-def _memories(deltas: Sequence[EditDelta], check_sequence: bool) -> list[EditDelta]:
-    """Deltas that a router chooses from; one that was fitted on top of others is added up with them."""
-    memories: list[list[EditDelta]] = []
+def memories(deltas: Sequence[EditDelta], check_sequence: bool) -> list[EditDelta]:
+    """Deltas that a router chooses from; one that was fitted on top of others is added up with them.
+
+    Raises:
+        ValueError: one was fitted on top of others that are not there.
+    """
+    grouped: list[list[EditDelta]] = []
     place_of: dict[tuple[str, ...], int] = {}
     for number, delta in enumerate(deltas):
         place = place_of.get(delta.fitted_on) if delta.fitted_on else None
         if place is None:
             if delta.fitted_on and check_sequence:
                 raise ValueError(_not_in_sequence(number, delta, len(deltas)))
-            place = len(memories)
-            memories.append([])
-        memories[place].append(delta)
-        place_of[company(memories[place])] = place
-    return [accumulate(memory) if len(memory) > 1 else memory[0] for memory in memories]
+            place = len(grouped)
+            grouped.append([])
+        grouped[place].append(delta)
+        place_of[company(grouped[place])] = place
+    return [accumulate(memory) if len(memory) > 1 else memory[0] for memory in grouped]
 
 
 def _as_one(deltas: Sequence[EditDelta]) -> EditDelta:
@@ -150,7 +181,8 @@ def _not_in_sequence(number: int, delta: EditDelta, count: int) -> str:
     )
 
 
-def _refuse_to_save(*_args: Any, **_options: Any) -> None:
+def refuse_to_save(*_args: Any, **_options: Any) -> None:
+    """Stand in for ``save_pretrained`` where edits act that are not in the weights."""
     raise ValueError(
         "save_pretrained: inside of applied the weights are still those of the base model, which would be written "
         "without the edits; save those by Run.save or fastedit.deltas.save_deltas, or leave the block to save the base"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.context import with_gradients
+from fastedit.backbone.context import on_frozen_model, with_gradients
 from fastedit.backbone.expansion import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import EditDelta, split_point
@@ -41,6 +41,7 @@ from fastedit.training import Artifact
 from fastedit.views import ViewSource
 
 
+@on_frozen_model
 @with_gradients
 def edit(
     model: EditableModel,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.context import with_gradients
+from fastedit.backbone.context import on_frozen_model, with_gradients
 from fastedit.engine.arguments import check_records
 from fastedit.engine.output import claim_result, require_room
 from fastedit.engine.preflight import check_training
@@ -25,6 +25,7 @@ from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save
 _COPIES = 9
 
 
+@on_frozen_model
 @with_gradients
 def train(
     model: EditableModel,

@@ -1,0 +1,106 @@
+"""A model that is in memory is edited and stays what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastedit
+from fastedit.backbone import EditableModel, weights_hash
+from tests.engine.conftest import make_edits
+
+
+@pytest.fixture
+def trained() -> tuple[Any, Any]:
+    """A model as a trainer holds it: in train mode, some parts with gradients."""
+    model = fastedit.load("random:llava-tiny", dtype="float64")
+    hf = model.hf.train()
+    for name, part in hf.named_parameters():
+        part.requires_grad_("layers.1" in name)
+    hf.model.language_model.layers[0].self_attn.attention_dropout = 0.5
+    return hf, model.processor
+
+
+def condition(hf: nn.Module) -> list[Any]:
+    """Everything that a call may not leave changed."""
+    modules = [(name, m.training, len(m._forward_hooks), "forward" in m.__dict__) for name, m in hf.named_modules()]
+    parts = [(name, part.requires_grad, part.grad is None) for name, part in hf.named_parameters()]
+    return [modules, parts, weights_hash(hf), hf.config.to_dict()]  # type: ignore[operator]
+
+
+def edit(model: EditableModel, **settings: Any) -> fastedit.Run:
+    options = {"steps": 4, "show_progress": False, "evaluate": False, **settings}
+    return fastedit.edit(model, make_edits(2), "odedit+lora", pool=make_edits(4)[2:], **options)
+
+
+def test_a_trainers_model_is_edited_as_if_loaded_and_stays_what_it_is(trained: tuple[Any, Any]) -> None:
+    hf, processor = trained
+    before = condition(hf)
+    model = fastedit.wrap(hf, processor)
+    run = edit(model, evaluate=True)
+    answer = model.answer(make_edits(1)[0].image, "what is it ?")
+    assert condition(hf) == before
+    loaded = fastedit.load("random:llava-tiny", dtype="float64")
+    expected = edit(loaded, evaluate=True)
+    assert [o.loss for o in run.outcomes] == [o.loss for o in expected.outcomes]
+    assert [s.strict for s in run.edit_scores] == [s.strict for s in expected.edit_scores]
+    assert answer == loaded.answer(make_edits(1)[0].image, "what is it ?")
+
+
+def test_a_failed_call_leaves_the_model_as_it_was(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, processor = trained
+    before = condition(hf)
+    model = fastedit.wrap(hf, processor)
+    monkeypatch.setattr(model, "head", lambda _hidden: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        edit(model)
+    assert condition(hf) == before
+
+
+def test_what_is_kept_of_a_model_is_dropped_once_it_was_trained_on(trained: tuple[Any, Any]) -> None:
+    hf, processor = trained
+    model = fastedit.wrap(hf, processor)
+    first, fingerprint = edit(model), model.fingerprint
+    optimizer = torch.optim.AdamW([part for part in hf.parameters() if part.requires_grad], lr=1e-2)
+    for part in hf.parameters():
+        if part.requires_grad:
+            part.grad = torch.ones_like(part)
+    optimizer.step()
+    again, fresh = edit(model), edit(fastedit.wrap(hf, processor))
+    assert [o.loss for o in again.outcomes] == [o.loss for o in fresh.outcomes]
+    assert [o.loss for o in again.outcomes] != [o.loss for o in first.outcomes]
+    assert model.fingerprint != fingerprint
+    with (
+        pytest.raises(ValueError, match="belongs to the model it was fitted on"),
+        fastedit.applied(model, first.deltas[0]),
+    ):
+        pass
+
+
+def test_a_delta_bound_by_architecture_acts_on_other_weights_of_the_same_shapes() -> None:
+    full, half = (
+        fastedit.load("random:llava-tiny", dtype="float64"),
+        fastedit.load("random:llava-tiny", dtype="bfloat16"),
+    )
+    assert full.architecture == half.architecture != full.fingerprint
+    run = edit(full, bind="architecture")
+    assert run.deltas[0].model_fingerprint == full.architecture
+    with pytest.warns(RuntimeWarning, match="fitted in float64"), fastedit.applied(half, run.deltas[0]):
+        half.answer(make_edits(1)[0].image, "what is it ?")
+    other = fastedit.load("random:qwen2vl-tiny", dtype="float64")
+    with pytest.raises(ValueError, match="other names or shapes"), fastedit.applied(other, run.deltas[0]):
+        pass
+
+
+def test_what_is_no_model_or_no_processor_is_refused(trained: tuple[Any, Any]) -> None:
+    hf, processor = trained
+    with pytest.raises(TypeError, match="must be a model of transformers"):
+        fastedit.wrap(nn.Linear(2, 2), processor)
+    with pytest.raises(TypeError, match="must have an image_processor"):
+        fastedit.wrap(hf, None)
+    hf.config.model_type = "llama"
+    with pytest.raises(ValueError, match="model_type"):
+        fastedit.wrap(hf, processor)
