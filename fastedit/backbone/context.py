@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -236,8 +236,9 @@ def on_frozen_model(function: Callable[P, Returned]) -> Callable[P, Returned]:
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> Returned:
-        model: Any = args[0] if args else kwargs["model"]
-        with model.frozen():
+        model: Any = args[0] if args else kwargs.get("model")
+        # What is no model is refused by the function itself
+        with model.frozen() if hasattr(model, "frozen") else nullcontext():
             return function(*args, **kwargs)
 
     return called

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,8 @@ class EditableModel:
         self._cache_mib = image_cache_mib, state_cache_mib
         self._fingerprint: str | None = None
         self._lock = threading.RLock()
-        self._layer_paths = _paths_of(self.hf, adapter.text.layers)
+        paths = {id(module): path for path, module in self.hf.named_modules()}
+        self._layer_paths = [paths[id(layer)] for layer in adapter.text.layers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableModel:
         """A model with weights of its own and empty caches."""
@@ -339,9 +340,3 @@ class EditableModel:
         """Refuse a layer that the decoder does not have."""
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"{self.name}: layer must be in 0..{self.n_layers - 1} (got layer={layer})")
-
-
-def _paths_of(root: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
-    """Dotted paths of some modules inside of another."""
-    known = {id(module): path for path, module in root.named_modules()}
-    return [known[id(module)] for module in modules]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from fastedit.backbone.active import active_key, installed_on
 from fastedit.backbone.context import overridden
 from fastedit.deltas import EditDelta, Rows, accumulate, company, installed, stack
 
+#: The text of a delta that says how the model was when it was fitted, where other models may have it.
+AS_FITTED = "fitted_as"
 #: Begins a fingerprint of names and shapes alone.
 ARCHITECTURE = "architecture:"
 
@@ -53,6 +56,11 @@ def applied(
             if hasattr(module, "save_pretrained"):
                 entered.enter_context(overridden(module, lambda _stock: refuse_to_save, "save_pretrained"))
         yield model
+
+
+def fitted_as(model: EditableModel) -> str:
+    """Dtype and quantization of a model, in words."""
+    return f"{str(model.dtype).removeprefix('torch.')}, quantize={model.quantize}"
 
 
 def checked_deltas(
@@ -112,6 +120,10 @@ def _check_model(model: EditableModel, delta: EditDelta) -> None:
                 f"applied: the delta of request {delta.request_id!r} is bound to maps of other names or shapes (got "
                 f"delta {fitted[:24]!r}, model {model.architecture[:24]!r})"
             )
+        before, now = delta.texts.get(AS_FITTED, "another model"), fitted_as(model)
+        if before != now:
+            message = f"applied: the delta of request {delta.request_id!r} was fitted in {before} and acts in {now}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
         return
     if not fitted or fitted == model.fingerprint:
         return

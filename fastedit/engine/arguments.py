@@ -14,6 +14,7 @@ from fastedit.views import VIEW_SOURCES
 
 MODES = ("single", "sequential")
 CONFLICTS = ("error", "last")
+BINDS = ("content", "architecture")
 
 #: Arguments of ``edit`` that are plain values, as they are annotated there.
 _TYPES: dict[str, Any] = {
@@ -22,13 +23,14 @@ _TYPES: dict[str, Any] = {
     "mode": str,
     "views": str,
     "conflicts": str,
+    "bind": str,
     "near": bool,
     "evaluate": bool,
     "show_progress": bool | None,
     "seed": int,
     "score_at": tuple[int, ...],
 }
-_CHOICES = {"mode": MODES, "conflicts": CONFLICTS}
+_CHOICES = {"mode": MODES, "conflicts": CONFLICTS, "bind": BINDS}
 
 
 def check_options(**options: Any) -> None:

@@ -14,7 +14,7 @@ from fastedit.backbone.context import overridden
 from fastedit.backbone.stock import StockCalls, generating, is_inside
 from fastedit.backbone.wrapping import wrap
 from fastedit.deltas import EditDelta, Rows, RowsHolder, accumulate, installed, stack
-from fastedit.engine.apply import checked_deltas, refuse_to_save, require_sequence
+from fastedit.engine.apply import checked_deltas, memories, refuse_to_save, require_sequence
 
 #: From the arguments of a forward to the number of the delta that acts on each row; -1 or None is none.
 Select = Callable[[dict[str, Any]], Sequence[int | None]]
@@ -115,7 +115,7 @@ def _attach(
                 f"answer or generate of the fastedit model (got the delta of request {each.request_id!r})"
             )
     routed = "router" in deltas[0].spec.options
-    together = deltas
+    together = memories(deltas, check_sequence) if routed else deltas
     if not routed and len(deltas) > 1 and (not check_sequence or any(each.fitted_on for each in deltas)):
         if check_sequence:
             require_sequence(deltas)

@@ -61,6 +61,7 @@ def edit(
     score_at: Sequence[int] = (),
     artifact: Artifact | str | Path | None = None,
     conflicts: str = "error",
+    bind: str = "content",
     overwrite: bool = False,
     **overrides: Any,
 ) -> Run:
@@ -89,6 +90,8 @@ def edit(
         conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
             edits, and each is scored by what it asked for.
         overwrite: remove the deltas that an earlier run left in ``deltas_folder``, instead of refusing it.
+        bind: "content" lets the deltas act on exactly these weights; "architecture" on any of the same names and
+            shapes, in another dtype or quantization for example, with a warning that says how they were fitted.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
@@ -102,7 +105,7 @@ def edit(
     check_arguments(
         model, edits, pool=pool, deltas_folder=deltas_folder, artifact=artifact, method=method, batch_size=batch_size,
         mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
-        score_at=score_at, conflicts=conflicts,
+        score_at=score_at, conflicts=conflicts, bind=bind,
     )  # fmt: skip
     check_editable(model)
     plan = resolve(method, overrides)
@@ -124,7 +127,7 @@ def edit(
         batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=deltas_folder is None)
     work = Work(
         model, edits, plan, spec, solver, source, timer, delta_dtype, None, batch_size,
-        seed=seed, pool=() if pool is None else pool, artifact=trained,
+        seed=seed, pool=() if pool is None else pool, artifact=trained, bind=bind,
     )  # fmt: skip
 
     if model.device.type == "cpu":

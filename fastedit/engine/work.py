@@ -16,6 +16,7 @@ from fastedit.backbone import EditableModel, held_inputs
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, company, installed, split_point, stack
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.questions import QUESTIONS
+from fastedit.engine.apply import AS_FITTED, fitted_as
 from fastedit.engine.batch import BatchProblem
 from fastedit.engine.checks import question_of
 from fastedit.engine.timing import PhaseTimer
@@ -49,6 +50,8 @@ class Work:
     seed: int = 0
     pool: Sequence[EditRequest] = ()
     artifact: Artifact | None = None
+    #: What the deltas belong to: "content" of the weights, or their "architecture".
+    bind: str = "content"
     #: Made by the method's ``setup``
     shared: Any = None
     #: Gets, at every step, how many edits the steps of those at work amount to.
@@ -117,10 +120,13 @@ def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
     """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
     finish = hook(work.plan.method, "finish")
     fitted_on = company(committed)
+    bound = work.model.fingerprint if work.bind == "content" else work.model.architecture
+    as_fitted = {} if work.bind == "content" else {AS_FITTED: fitted_as(work.model)}
 
     def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         request = work.edits[number]
-        made = replace(delta, model_fingerprint=work.model.fingerprint, request_id=request.id, fitted_on=fitted_on)
+        made = replace(delta, model_fingerprint=bound, request_id=request.id, fitted_on=fitted_on)
+        made = replace(made, texts={**made.texts, **as_fitted})
         if finish is not None:
             (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
         take(number, replace(made, texts={**made.texts, QUESTIONS: question_of(request)}), outcome)

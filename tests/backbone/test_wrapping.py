@@ -26,9 +26,15 @@ def trained() -> tuple[Any, Any]:
 
 def condition(hf: nn.Module) -> list[Any]:
     """Everything that a call may not leave changed."""
-    modules = [(name, m.training, len(m._forward_hooks), "forward" in m.__dict__) for name, m in hf.named_modules()]
+    modules = [(name, m.training, hooks(m), "forward" in m.__dict__) for name, m in hf.named_modules()]
     parts = [(name, part.requires_grad, part.grad is None) for name, part in hf.named_parameters()]
     return [modules, parts, weights_hash(hf), hf.config.to_dict()]  # type: ignore[operator]
+
+
+def hooks(module: nn.Module) -> int:
+    """Hooks on a module, without those that transformers leaves on a vision tower at its first call."""
+    every = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in every)
 
 
 def edit(model: EditableModel, **settings: Any) -> fastedit.Run:

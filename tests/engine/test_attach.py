@@ -128,7 +128,8 @@ def test_a_stock_forward_with_labels_equals_the_engines_logits(llava: EditableMo
     assert not torch.equal(edited.loss, plain.loss)
     for row, logits in enumerate(alone):
         mask = given["attention_mask"][row].bool()
-        torch.testing.assert_close(edited.logits[row][mask], logits, rtol=0, atol=1e-10)
+        # Padding on the left shifts positions, and rotary tables are float32
+        torch.testing.assert_close(edited.logits[row][mask], logits, rtol=0, atol=1e-4 if left else 1e-10)
 
 
 def test_rows_that_nothing_acts_on_are_those_of_the_base_model_to_the_bit(llava: EditableModel) -> None:
