@@ -120,11 +120,12 @@ def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
     """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
     finish = hook(work.plan.method, "finish")
     fitted_on = company(committed)
-    bound = work.model.fingerprint if work.bind == "content" else work.model.architecture
     as_fitted = {} if work.bind == "content" else {AS_FITTED: fitted_as(work.model)}
 
     def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         request = work.edits[number]
+        # Here no delta of the run acts
+        bound = work.model.fingerprint if work.bind == "content" else work.model.architecture
         made = replace(delta, model_fingerprint=bound, request_id=request.id, fitted_on=fitted_on)
         made = replace(made, texts={**made.texts, **as_fitted})
         if finish is not None:
