@@ -246,26 +246,9 @@ class EditableModel:
                 self.image_features.put((image.key, cast), copied)
         return {key: features for key, features in found.items() if features is not None}
 
-    @torch.no_grad()
     def start(self, encoded: Encoded) -> PrefixState:
-        """Return the state entering layer 0: word embeddings with image features in place."""
-        text = self.adapter.text
-        features = self.features(encoded)
-        # Image tokens are replaced below; their id may lie outside of the embedding table.
-        embeddings = text.embed(encoded.input_ids.masked_fill(encoded.image_mask, 0))
-        position_ids = self.adapter.position_ids(encoded.lengths, encoded.image_mask, encoded.images)
-        deep: dict[int, Tensor] = {}
-        for row, image in enumerate(encoded.images):
-            if image is None:
-                continue
-            marks = encoded.image_mask[row]
-            embeddings[row, marks] = features[image.key].tokens.to(embeddings)
-            for layer, part in enumerate(features[image.key].deep):
-                if layer not in deep:
-                    deep[layer] = torch.zeros_like(embeddings)
-                deep[layer][row, marks] = part.to(embeddings)
-        hidden = text.enter(embeddings, position_ids)
-        return PrefixState(hidden, position_ids, encoded.lengths, 0, "attention", deep)
+        """See `padded.start`."""
+        return padded.start(self, encoded)
 
     def prefix(self, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
         """See `padded.prefix`."""

@@ -15,6 +15,28 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+def start(model: EditableModel, encoded: Encoded) -> PrefixState:
+    """Return the state entering layer 0: word embeddings with image features in place."""
+    text = model.adapter.text
+    features = model.features(encoded)
+    # Image tokens are replaced below; their id may lie outside of the embedding table.
+    embeddings = text.embed(encoded.input_ids.masked_fill(encoded.image_mask, 0))
+    position_ids = model.adapter.position_ids(encoded.lengths, encoded.image_mask, encoded.images)
+    deep: dict[int, Tensor] = {}
+    for row, image in enumerate(encoded.images):
+        if image is None:
+            continue
+        marks = encoded.image_mask[row]
+        embeddings[row, marks] = features[image.key].tokens.to(embeddings)
+        for layer, part in enumerate(features[image.key].deep):
+            if layer not in deep:
+                deep[layer] = torch.zeros_like(embeddings)
+            deep[layer][row, marks] = part.to(embeddings)
+    hidden = text.enter(embeddings, position_ids)
+    return PrefixState(hidden, position_ids, encoded.lengths, 0, "attention", deep)
+
+
+@torch.no_grad()
 def prefix(model: EditableModel, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
     """Return the state entering a decoder layer, or entering its feed-forward block.
 

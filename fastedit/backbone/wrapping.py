@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapters import check_family, make_adapter
+from .adapters import check_configuration, make_adapter
 from .loading import _float_dtype, end_tokens
 from .model import EditableModel
 from .quantization import _stored_kind
@@ -26,14 +26,14 @@ def wrap(
     is remembered of it is dropped once its weights were changed in place, by a trainer for example.
 
     Args:
-        hf_model: an image-text model of a known family, quantized by bitsandbytes or not; or a PEFT model around one,
+        hf_model: an image-text model, quantized by bitsandbytes or not; or a PEFT model around one,
             whose active adapters are then part of the base model.
         processor: of the model, with ``image_processor`` and ``tokenizer``.
         name: for messages; None is that of the configuration.
         template, image_cache_mib, state_cache_mib: see ``fastedit.load``.
     Raises:
         TypeError: not a Hugging Face model, or no processor of one.
-        ValueError: a model of an unknown family.
+        ValueError: a model that cannot be edited; says why.
     """
     hf = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
     if not hasattr(getattr(hf, "config", None), "model_type"):
@@ -42,7 +42,7 @@ def wrap(
         if not hasattr(processor, part):
             raise TypeError(f"wrap: processor must have an {part} (got a {type(processor).__name__})")
     shown = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
-    check_family(shown, hf.config.model_type)
+    check_configuration(shown, hf.config)
     return EditableModel(
         hf,
         processor,
