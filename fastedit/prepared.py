@@ -65,7 +65,7 @@ def prepare(
     point = (*split_point(spec), spec.positions)
     active = model.active_key
     with timer.phase("prefix"):
-        states = caches.states.get_all([(active, point, _key(view.query)) for view in flat])
+        states = caches.states.get_all([(active, point, _key(model, view.query)) for view in flat])
     missing = [number for number, state in enumerate(states) if state is None]
     if missing:
         with timer.phase("encode"):
@@ -82,7 +82,7 @@ def prepare(
                 if flat[number].role >= Role.TEXT_LOCALITY:
                     # Drawn from a pool, and so likely to come again. A copy: a slice would keep the batch in memory
                     found = (found[0].map(torch.clone), found[1].clone())
-                    caches.states.put((active, point, _key(flat[number].query)), found)
+                    caches.states.put((active, point, _key(model, flat[number].query)), found)
                 states[number] = found
     known = [state for state in states if state is not None]
     out = [number for number, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY]
@@ -119,7 +119,7 @@ def _references(
     caches = model.caches
     with timer.phase("reference"):
         active = model.active_key
-        cached = caches.references.get_all([(active, _key(flat[number].query)) for number in out])
+        cached = caches.references.get_all([(active, _key(model, flat[number].query)) for number in out])
         found = dict(zip(out, cached, strict=True))
         missing = [number for number in out if found[number] is None]
         if missing:
@@ -127,11 +127,9 @@ def _references(
             logits = model.head(packed_tail(model, state))
             for number, part in zip(missing, torch.split(logits, list(state.wanted_counts)), strict=True):
                 found[number] = part.clone()
-                caches.references.put((active, _key(flat[number].query)), found[number])
+                caches.references.put((active, _key(model, flat[number].query)), found[number])
     return {number: part for number, part in found.items() if part is not None}
 
 
-def _key(query: Query) -> tuple[str, str, str]:
-    from fastedit.data.images import image_key
-
-    return query.prompt, "" if query.image is None else image_key(query.image), query.answer or ""
+def _key(model: EditableModel, query: Query) -> tuple[str, str, str]:
+    return query.prompt, model.images.identity(query.image), query.answer or ""

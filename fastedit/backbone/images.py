@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastedit.data.images import check_image, locate, open_image
+import torch
+
+from fastedit.data.images import check_image, image_key, locate, open_image
 from fastedit.data.problems import ImageError
 
+from .caches import SpillCache
 from .states import ImageInputs
 
 if TYPE_CHECKING:
@@ -24,52 +26,6 @@ Value = TypeVar("Value")
 Stamp = tuple[str, int, int]
 
 
-class BoundedCache(Generic[Value]):
-    """Values by key; the least recently used are dropped once the sizes add up to more than the budget.
-
-    Args:
-        budget_bytes: largest sum of sizes; 0 keeps nothing.
-        size: bytes of one value.
-    """
-
-    def __init__(self, budget_bytes: int, size: Callable[[Value], int]) -> None:
-        self.budget_bytes = budget_bytes
-        self.held_bytes = 0
-        self._size = size
-        self._values: OrderedDict[str, Value] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def get(self, key: str) -> Value | None:
-        """Return the value and mark it as used, or None."""
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: str, value: Value) -> None:
-        """Keep a value, dropping others if there is no room; a value over the whole budget is not kept."""
-        if key in self._values:
-            self.held_bytes -= self._size(self._values.pop(key))
-        size = self._size(value)
-        if size > self.budget_bytes:
-            return
-        self._values[key] = value
-        self.held_bytes += size
-        while self.held_bytes > self.budget_bytes:
-            _, dropped = self._values.popitem(last=False)
-            self.held_bytes -= self._size(dropped)
-
-    def clear(self) -> None:
-        """Drop everything."""
-        self._values.clear()
-        self.held_bytes = 0
-
-
 class ImageReader:
     """Opens images and runs the processor on each distinct one once.
 
@@ -80,7 +36,8 @@ class ImageReader:
 
     def __init__(self, preprocess: Callable[[Image], tuple[Any, ...]], budget_bytes: int) -> None:
         self._preprocess = preprocess
-        self._inputs: BoundedCache[ImageInputs] = BoundedCache(budget_bytes, _inputs_bytes)
+        # On the host, so that there is nowhere to move them: what does not fit is dropped
+        self._inputs: SpillCache[ImageInputs] = SpillCache(budget_bytes, 0, _inputs_bytes, lambda inputs, _to: inputs)
         # Content hash and size by (path, bytes, time of change), so that a known file is not decoded again.
         self._known_files: dict[Stamp, str] = {}
         self._sizes: dict[Stamp, tuple[int, int]] = {}
@@ -104,8 +61,15 @@ class ImageReader:
         inputs = self._inputs.get(key)
         if inputs is None:
             inputs = ImageInputs(key, *self._processed(image))
-            self._inputs.put(key, inputs)
+            self._inputs.put(key, inputs, device=torch.device("cpu"))
         return inputs
+
+    def identity(self, source: ImageSource | None) -> str:
+        """Return what tells an image from others in this process: that of a file changes with the file, "" is none."""
+        if source is None:
+            return ""
+        stamp = _file_stamp(source)
+        return image_key(source) if stamp is None else "file:{}:{}:{}".format(*stamp)
 
     def size(self, source: ImageSource) -> tuple[int, int]:
         """Return width and height of an image that `read` can open; a file that is known is not decoded again.

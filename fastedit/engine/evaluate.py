@@ -11,7 +11,6 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.encoding import answer_tokens, own_answer_tokens
 from fastedit.backbone.reader import Reader
-from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
 from fastedit.engine.memory import Halving
 from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
@@ -268,8 +267,7 @@ class Evaluator:
         return text.strip()
 
     def _key(self, query: Query) -> tuple[Hashable, str, str, int]:
-        image = "" if query.image is None else image_key(query.image)
-        return self.model.active_key, query.prompt, image, self.max_new_tokens
+        return self.model.active_key, query.prompt, self.model.images.identity(query.image), self.max_new_tokens
 
     def _forget_some(self) -> None:
         """Keep the remembered answers to a number, the newest."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save
 
 # On disk at once, of what is trained: a checkpoint of values, moments and the best, the one before it, the artifact
 _COPIES = 9
+
+
+#: Steps draw from torch's global generator, which is the process's: a second thread would change what they draw.
+_TRAINING = threading.Lock()
 
 
 @on_frozen_model
@@ -57,6 +62,7 @@ def train(
             ``out`` cannot be written to, another process writes it, or the disk has no room; before any work starts.
         FloatingPointError: training broke down; the last good state is kept beside ``out``.
         OSError: the disk is full; the last state that was written is kept beside ``out``.
+        RuntimeError: another thread of this process is training.
     """
     check_records("train", "records", records)
     plan = resolve(method, overrides)
@@ -68,7 +74,7 @@ def train(
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
     make = hook(plan.method, "task")
     assert make is not None
-    with nullcontext() if out is None else claim_result(out, field="train") as path:
+    with _alone(), nullcontext() if out is None else claim_result(out, field="train") as path:
         with progress(f"preparing {kind}", 0, show_progress):
             task: Task = make(model, plan.config, objective, list(records), settings)
         done = _done(path, model, kind, task, settings) if path is not None and resume else None
@@ -84,6 +90,19 @@ def train(
             save_artifact(artifact, path)
             state.unlink(missing_ok=True)
         return artifact
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let one thread of the process train."""
+    if not _TRAINING.acquire(blocking=False):
+        raise RuntimeError(
+            "train: one thread of a process may train at a time (got a second call while one is running)"
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
 
 
 def _parameter_bytes(task: Task) -> int:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from fastedit.backbone import load
-from fastedit.backbone.images import BoundedCache, ImageReader, content_hash, open_image
+from fastedit.backbone.caches import SpillCache
+from fastedit.backbone.images import ImageReader, content_hash, open_image
 from fastedit.data.problems import ImageError
 from fastedit.requests import Query
 
@@ -52,16 +53,16 @@ def test_without_a_budget_nothing_is_kept_and_results_stay(count_calls) -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    cache: BoundedCache[str] = BoundedCache(10, len)
-    cache.put("a", "xxxx")
-    cache.put("b", "xxxx")
+    cache: SpillCache[str] = SpillCache(10, 0, len, lambda text, _to: text)
+    cache.put("a", "xxxx", device=torch.device("cpu"))
+    cache.put("b", "xxxx", device=torch.device("cpu"))
     assert cache.get("a") == "xxxx"
-    cache.put("c", "xxxx")
+    cache.put("c", "xxxx", device=torch.device("cpu"))
     assert ("a" in cache, "b" in cache, "c" in cache) == (True, False, True)
     assert cache.held_bytes == 8
-    cache.put("a", "x")
+    cache.put("a", "x", device=torch.device("cpu"))
     assert cache.held_bytes == 5
-    cache.put("huge", "x" * 11)
+    cache.put("huge", "x" * 11, device=torch.device("cpu"))
     assert "huge" not in cache
     assert len(cache) == 2
     cache.clear()

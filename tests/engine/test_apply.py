@@ -159,6 +159,20 @@ def test_modes_without_gradients_change_nothing(edits: list[EditRequest], mode: 
     assert answers(model) == before
 
 
+def test_a_file_that_was_replaced_is_another_image(edits: list[EditRequest], tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    edit = dataclasses.replace(short(edits[0]), image=path, image_locality_image=path)
+    clean, used = (fastedit.load("random:llava-tiny", dtype="float64") for _ in range(2))
+    options: dict[str, Any] = {"evaluate": True, "views": "record"}
+    picture(1).save(path)
+    first = fitted(used, [edit], "kl+lora", **options)
+    picture(2).resize((64, 64)).save(path)
+    again, expected = (fitted(model, [edit], "kl+lora", **options) for model in (used, clean))
+    assert [o.loss for o in again.outcomes] == [o.loss for o in expected.outcomes]
+    assert [s.answers for s in again.edit_scores] == [s.answers for s in expected.edit_scores]
+    assert [o.loss for o in again.outcomes] != [o.loss for o in first.outcomes]
+
+
 # Threads
 
 

@@ -21,6 +21,11 @@ def train(model: EditableModel, method: str = "mend", **settings: Any) -> fasted
     return fastedit.train(model, method, make_edits(6), **{"trainer": BRIEF, **SMALL, **settings})
 
 
+def test_a_second_thread_does_not_train_beside_the_first(model: EditableModel) -> None:
+    with train_module._TRAINING, pytest.raises(RuntimeError, match="one thread of a process may train at a time"):
+        fastedit.train(model, "mend", make_edits(6), trainer={"steps": 1, "batch_size": 2})
+
+
 def test_what_is_trained_serves_the_method_as_spelled(model: EditableModel, tmp_path: Path) -> None:
     edits = make_edits(2)
     for name in ("mend", "odedit+mend", "kl+mend"):
