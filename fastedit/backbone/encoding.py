@@ -145,7 +145,7 @@ def _prompt_tokens(
     if image is None:
         return ids, [False] * len(ids)
     if traced is not None:
-        return traced.place_image(ids, image)
+        return traced.place_image(text, model.prompts, image)
     return adapter.place_image(ids, image if isinstance(image, int) else image.tokens)
 
 

@@ -40,12 +40,14 @@ class ImageInputs:
         tensors: what the model's vision side takes, leading dimension as the processor returns it for one image.
         tokens: how many image tokens the decoder sees.
         expansion: tokens that the processor puts in the place of an image's placeholder, where it is asked for them.
+        spelled: their text, where reading it gives those tokens again; else "".
     """
 
     key: str
     tensors: dict[str, Tensor]
     tokens: int
     expansion: tuple[int, ...] = ()
+    spelled: str = ""
 
 
 @dataclass(frozen=True, slots=True)

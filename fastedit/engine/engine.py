@@ -181,7 +181,7 @@ def _finished(work: Work, describe: Callable[[], dict[str, Any]], evaluate: bool
 def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
     spent = work.timer.total(without=("evaluation",))
     used = None
-    if peak is not None and spent and is_counted(work.spec):
+    if peak is not None and spent and is_counted(work.spec, work.model):
         roles = work.plan.build_objective(work.solver.steps).roles
         necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
         used = nfu(necessary.total, spent, peak)

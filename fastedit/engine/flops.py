@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastedit.backbone import EditableModel, Encoded, Site
+from fastedit.backbone.generic.adapter import generic
 from fastedit.backbone.products import torch_products
 from fastedit.deltas import DeltaSpec
 from fastedit.solver import FitOutcome
@@ -38,9 +39,10 @@ _FEED_IN = ("up", "gate")
 COUNTED = frozenset({"full", "low_rank"})
 
 
-def is_counted(spec: DeltaSpec) -> bool:
-    """Whether the work of a delta is counted: of a known kind, in decoder layers."""
-    return spec.kind in COUNTED and all(site.layer >= 0 for site in spec.sites)
+def is_counted(spec: DeltaSpec, model: EditableModel | None = None) -> bool:
+    """Whether the work of a delta is counted: of a known kind, in decoder layers of a family's model."""
+    known = model is None or generic(model.adapter) is None
+    return known and spec.kind in COUNTED and all(site.layer >= 0 for site in spec.sites)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ measuring peaks, see ``tests/engine/test_plan.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, Site
 from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import new_stack
@@ -74,19 +74,19 @@ class Sizes:
     @classmethod
     def of(cls, model: EditableModel, spec: DeltaSpec) -> Sizes:
         """Read off a model, with or without weights."""
-        sites = {site.name: site for site in model.sites([0], ["q", "k", "up"])}
+        sites = {site.name: site for site in model.sites([0], list(model.adapter.text.paths_of(0)))}
         first, stage = split_point(spec)
-        vision: Any = model.hf.config.vision_config
-        width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
-        feed = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-        depth = int(getattr(vision, "depth", None) or vision.num_hidden_layers)
+        vision: Any = getattr(model.hf.config, "vision_config", None)
+        width = _number(vision, "embed_dim", "hidden_size")
+        feed = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
+        depth = _number(vision, "depth", "num_hidden_layers")
         # A tower whose features come from one of its middle layers returns the outputs of all
         keeps = getattr(model.hf.config, "vision_feature_layer", None) is not None
         return cls(
             hidden=model.hidden_size,
-            query=sites["q"].d_out,
-            key=sites["k"].d_out,
-            feed=sites["up"].d_out,
+            query=_width(sites, ("q", "q_b", "qkv", "o"), model.hidden_size),
+            key=model.stored_per_token // (2 * model.n_layers),
+            feed=_width(sites, ("up", "gate_up"), 4 * model.hidden_size),
             vocabulary=model.vocab_size,
             layers=model.n_layers,
             first=first,
@@ -128,6 +128,16 @@ class Sizes:
         most = VISION_BATCH_CPU if on_cpu else VISION_BATCH
         widths = (self.vision_kept + 8) * self.vision_hidden + 2 * self.vision_feed
         return self.element * min(images, most) * patches * widths
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of these entries that a configuration has; 0 where it has none."""
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
+
+
+def _width(sites: Mapping[str, Site], names: Sequence[str], default: int) -> int:
+    """What the first of these maps that a layer has puts out."""
+    return next((sites[name].d_out for name in names if name in sites), default)
 
 
 def delta_parameters(spec: DeltaSpec) -> int:

@@ -17,12 +17,15 @@ from .features import FeatureMemory
 from .head import find_head
 from .kinds import check_kind
 from .processing import Placeholder
+from .sites import usual_sites
 from .stack import TracedStack
 from .trace import learn_returns, sample_logits, trace_decoder
 from .walker import Walker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ..prompts import PromptBuilder
 
 #: Bytes of image features kept on the device.
 FEATURES = 1 << 30
@@ -54,6 +57,9 @@ class GenericAdapter:
         self._block_types = "token_type_ids" in taken
         #: What answers a question in text only, where the whole model insists on an image.
         self.text_only = hf if _takes_text(hf) else hf.language_model
+        if self.device.type == "meta":
+            self._without_weights()
+            return
         try:
             self.walker = self._traced()
             ids = self.inputs(self.placeholder.some_ids(4), None, 4)
@@ -67,6 +73,15 @@ class GenericAdapter:
         """Leave the model as it was."""
         self.decoder.remove()
         self.features.remove()
+
+    def _without_weights(self) -> None:
+        """What can be told of a model on the meta device: shapes and names, for a plan of its memory."""
+        for trace, layer in zip(self.decoder.traces, self.decoder.layers, strict=True):
+            trace.sites = usual_sites(layer)
+            keys = [layer.get_submodule(trace.sites[name]).out_features for name in "kv" if name in trace.sites]
+            trace.stored = sum(keys) or 2 * int(self.decoder.config.hidden_size)
+        self.text = TracedStack(self.decoder)
+        self.head = self.hf.get_output_embeddings()
 
     def _traced(self) -> Walker:
         first = torch.tensor([self.placeholder.some_ids(4)], device=self.device)
@@ -91,17 +106,21 @@ class GenericAdapter:
         device: torch.device = self.hf.get_input_embeddings().weight.device
         return device
 
-    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...]]:
-        """Return the tensors of one image, how many image tokens it takes, and what its placeholder stands for."""
+    def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...], str]:
+        """Return the tensors of one image, how many image tokens it takes, which stand for it, and their text."""
         return self.placeholder.image_inputs(self.processor, image)
 
-    def place_image(self, ids: Sequence[int], image: ImageInputs | int) -> tuple[list[int], list[bool]]:
-        """Return prompt tokens with those of an image in place, and which of them are image tokens.
+    def place_image(self, text: str, prompts: PromptBuilder, image: ImageInputs | int) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a prompt with those of an image in place, and which of them are image tokens.
 
         Args:
-            ids: with one placeholder. image: or how many tokens it takes.
+            text: of the prompt, with one placeholder. image: or how many tokens it takes.
         """
-        placed = self.placeholder.placed(ids, image)
+        if isinstance(image, ImageInputs) and image.spelled:
+            # As the processor does it: tokens of text beside those of an image may depend on them
+            placed = self.placeholder.framed(prompts.ids(text.replace(self.placeholder.text, image.spelled)))
+        else:
+            placed = self.placeholder.placed(prompts.ids(text), image)
         return placed, [token == self.image_token_id for token in placed]
 
     def rows(self, encoded: Encoded) -> list[Row]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 #: Model types whose token types tell the prompt from what follows it.
 _PROMPT_TYPES = frozenset({"paligemma"})
+#: Stands behind a placeholder that a processor is asked to replace.
+_WORD = " what"
 #: Image tokens of a sample that a model is checked with when it is loaded: towers of large models take their time.
 _SAMPLE = 96
 
@@ -34,6 +36,10 @@ class Placeholder:
         self.token_id = self._token_id()
         #: What stands in a raw prompt: some processors expand another token than the one that features replace.
         self.text = self._text()
+        #: What the processor puts before and behind a prompt with an image, learned from the first image.
+        self.opening: tuple[int, ...] = ()
+        self.closing: tuple[int, ...] = ()
+        self._before: tuple[int, ...] = ()
         self.typed_id = int(self.tokenizer.convert_tokens_to_ids(self.text)) if self.text else -1
 
     def _token_id(self) -> int:
@@ -74,39 +80,56 @@ class Placeholder:
         if self.token_id < 0:
             return []
         noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
-        tensors, tokens, ids = self.image_inputs(processor, Image.fromarray(noise))
+        tensors, tokens, ids, _ = self.image_inputs(processor, Image.fromarray(noise))
         if tokens > _SAMPLE:
             return []
         return [([*self.some_ids(3), *ids, *self.some_ids(4)], ImageInputs("sample", tensors, tokens, ids))]
 
-    def image_inputs(self, processor: Any, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...]]:
-        """Return the tensors of one image, its image tokens, and the tokens that its placeholder is replaced by."""
-        batch = processor(text=[self.text], images=[image], return_tensors="pt")
-        ids = batch["input_ids"][0].tolist()
-        plain = list(self.tokenizer(self.text)["input_ids"])
-        expansion = self._expansion(plain, ids)
+    def image_inputs(self, processor: Any, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...], str]:
+        """Return the tensors of one image, its image tokens, what its placeholder is replaced by, and the text of that.
+
+        A processor is given a placeholder with a word behind it: what it puts before the word stands for the image.
+        """
+        batch = processor(text=[self.text + _WORD], images=[image], return_tensors="pt")
+        expansion = self._expansion(batch["input_ids"][0].tolist())
         tensors = {
             name: torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
             for name, value in batch.items()
             if name not in _OF_TEXT
         }
-        return tensors, sum(token == self.token_id for token in expansion), tuple(expansion)
+        spelled = self.tokenizer.decode(expansion, skip_special_tokens=False)
+        same = list(self.tokenizer(spelled, add_special_tokens=False)["input_ids"]) == expansion
+        count = sum(token == self.token_id for token in expansion)
+        return tensors, count, tuple(expansion), spelled if same else ""
 
-    def _expansion(self, plain: list[int], ids: list[int]) -> list[int]:
-        """What a prompt of nothing but a placeholder became, without what it has around it."""
+    def _expansion(self, ids: list[int]) -> list[int]:
+        """Tokens for the placeholder; learns what the processor puts around a prompt with an image."""
+        word = list(self.tokenizer(_WORD, add_special_tokens=False)["input_ids"])
+        plain = list(self.tokenizer(self.text + _WORD)["input_ids"])
         place = plain.index(self.typed_id)
-        before, after = plain[:place], plain[place + 1 :]
-        if ids[: len(before)] == before and (not after or ids[-len(after) :] == after):
-            return ids[len(before) : len(ids) - len(after)]
-        first = ids.index(self.token_id)
-        last = len(ids) - 1 - ids[::-1].index(self.token_id)
-        return ids[first : last + 1]
+        before, after = plain[:place], plain[place + 1 + len(word) :]
+        ends = [end for end in range(len(word), len(ids) + 1) if ids[end - len(word) : end] == word]
+        if not ends:
+            first = ids.index(self.token_id)
+            return ids[first : len(ids) - ids[::-1].index(self.token_id)]
+        head, rest = ids[: ends[-1] - len(word)], ids[ends[-1] :]
+        self.closing = tuple(rest[: len(rest) - len(after)] if rest[len(rest) - len(after) :] == after else rest)
+        # PaliGemma's prompts begin with their image
+        self.opening = tuple(before) if head[: len(before)] == before else ()
+        self._before = tuple(before)
+        return head[len(self.opening) :]
 
     def placed(self, ids: Sequence[int], image: ImageInputs | int) -> list[int]:
         """Return the tokens of a prompt with those of its image in the place of the placeholder."""
         place = list(ids).index(self.typed_id)
         expansion = (self.token_id,) * image if isinstance(image, int) else image.expansion
-        return [*ids[:place], *expansion, *ids[place + 1 :]]
+        return self.framed([*ids[:place], *expansion, *ids[place + 1 :]])
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """Return tokens of a prompt with an image with what the processor puts around such prompts."""
+        size = len(self._before)
+        opened = tuple(ids[:size]) == self._before
+        return [*self.opening, *ids[size if opened else 0 :], *self.closing]
 
     def token_types(self, marks: Tensor, prompt: int) -> Tensor:
         """Return the token types (1, N) of a row: its image tokens, or what follows its prompt."""

@@ -14,6 +14,41 @@ from .decoder import LayerTrace, hooked
 _GIVEN = ("q", "k", "v")
 
 
+#: Names of linear maps by the last part of their paths, for layers without weights, which cannot be traced.
+_USUAL = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "qkv_proj": "qkv",
+    "q_a_proj": "q_a",
+    "q_b_proj": "q_b",
+    "kv_a_proj_with_mqa": "kv_a",
+    "kv_b_proj": "kv_b",
+    "up_proj": "up",
+    "gate_proj": "gate",
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "fc1": "up",
+    "fc2": "down",
+    "w1": "gate",
+    "w2": "down",
+    "w3": "up",
+}
+
+
+def usual_sites(layer: nn.Module) -> dict[str, str]:
+    """Return what `find_sites` will most likely say of a layer whose weights are there."""
+    found: dict[str, str] = {}
+    for path in linear_maps(layer):
+        name = _USUAL.get(path.rsplit(".", 1)[-1])
+        if name is not None:
+            found.setdefault(name, path)
+    block = next((path for path, part in layer.named_children() if hasattr(part, "experts")), None)
+    return found if block is None or "down" in found else found | {"block": block}
+
+
 class LayerProbe:
     """One layer with a call of it that can be repeated.
 
