@@ -45,6 +45,8 @@ class SolverConfig:
             raise ValueError(f"solver: steps is not negative (got steps={self.steps!r})")
         if not self.lr > 0:
             raise ValueError(f"solver: lr is positive (got lr={self.lr!r})")
+        if not math.isfinite(self.lr):
+            raise ValueError(f"solver: lr is finite (got lr={self.lr!r})")
         for name in ("clip", "radius"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -56,16 +58,54 @@ class FitOutcome:
     """How one edit's fit ended.
 
     Args:
-        status: "converged" (stop rule met), "max_steps" or "diverged" (a loss was not finite; the parameters are those
-            before that step).
+        status: "converged" (stop rule met), "max_steps", "diverging" (all steps were taken, and it goes nowhere: see
+            below) or "diverged" (a loss or a gradient was not finite, the parameters are those before that step; or the
+            last step left parameters that are not). Of methods that fit nothing: "computed".
         steps: optimiser steps taken.
-        loss, nll: at the last evaluation before the end.
+        loss, nll: at the last evaluation before the end, which a last step of "max_steps" and "diverging" comes after.
+        first_nll, best_nll: at the first evaluation, and the smallest of all.
+
+    A fit is diverging whose target is not said at the last evaluation (its tokens are not the argmax) and whose NLL
+    lies above that of the first or far above the best; or whose parameters are beyond anything that a model's numbers
+    are (``LARGE``), whatever its NLL: one of a logarithm of the vocabulary's size says nothing, and may be less than
+    the first; or which has moved and has no gradient any more. Totals do not count: a multiplier may let them grow.
     """
 
     status: str
     steps: int
     loss: float
     nll: float
+    first_nll: float = math.nan
+    best_nll: float = math.nan
+
+
+#: How far above the first NLL the last one lies where a fit is called diverging, as a share of it and in nats; how far
+#: above the best, in nats; and the largest absolute value of a parameter.
+WORSE, LOST, LARGE = (0.01, 1e-3), 1.0, 1e5
+
+
+@dataclass
+class _Course:
+    """The losses of one place so far."""
+
+    loss: float = math.nan
+    nll: float = math.nan
+    first_nll: float = math.nan
+    best_nll: float = math.nan
+    correct: bool = False
+
+    def note(self, loss: float, nll: float, correct: bool) -> None:
+        """One more evaluation."""
+        self.loss, self.nll, self.correct = loss, nll, correct
+        self.first_nll = nll if math.isnan(self.first_nll) else self.first_nll
+        self.best_nll = nll if math.isnan(self.best_nll) else min(self.best_nll, nll)
+
+    def is_diverging(self, largest: float, gradient: float) -> bool:
+        """Whether it goes nowhere, with parameters as large and a last gradient as long as that."""
+        share, least = WORSE
+        worse = self.nll > self.first_nll * (1 + share) + least or self.nll > self.best_nll + LOST
+        stuck = gradient == 0 and self.nll != self.first_nll
+        return not self.correct and (worse or stuck or largest > LARGE)
 
 
 class Problem(Protocol):
@@ -121,12 +161,15 @@ class _Places:
         self.stacked, self.config = stacked, config
         self.active = [False] * stacked.size
         self.taken = [0] * stacked.size
-        self.last = [(math.nan, math.nan)] * stacked.size
+        self.courses = [_Course() for _ in range(stacked.size)]
         self._mask: Tensor | None = None
         with problem.phase("setup"):
             self.first = workspace(stacked.flat, stacked.flat.shape).zero_()
             self.second = workspace(stacked.flat, stacked.flat.shape).zero_()
             self.steps = torch.zeros(stacked.size, dtype=torch.long, device=stacked.flat.device)
+            #: Places whose last gradient was not finite, and which made no step for it.
+            self.broken = torch.zeros(stacked.size, dtype=torch.bool, device=stacked.flat.device)
+            self.norms = stacked.flat.new_zeros(stacked.size)
 
     def fill(self, problem: Problem) -> bool:
         """Let waiting edits enter; whether there is anything to do."""
@@ -150,8 +193,9 @@ class _Places:
             self.second[place].zero_()
             self.steps[place] = 0
             self.taken[place] = 0
-            self.last[place] = (math.nan, math.nan)
+            self.courses[place] = _Course()
             self.active[place] = self.config.steps > 0
+        self.broken[list(places)] = False
         self._mask = None
 
     @property
@@ -166,13 +210,17 @@ class _Places:
         total, stop = losses.total.detach(), self.config.stop_loss
         done = torch.zeros_like(losses.correct) if stop is None else losses.correct & (losses.nll < stop)
         # The one value of a step that the host reads
-        table = torch.stack([total.double(), losses.nll.double(), done.double()], 1).tolist()
+        columns = (total, losses.nll, losses.correct, done, self.broken)
+        table = torch.stack([column.double() for column in columns], 1).tolist()
         ended: dict[int, FitOutcome] = {}
-        for place, (value, nll, is_done) in enumerate(table):
+        for place, (value, nll, is_correct, is_done, is_broken) in enumerate(table):
             if not self.active[place]:
                 continue
-            self.last[place] = (value, nll)
-            if not math.isfinite(value):
+            if is_broken:
+                ended[place] = self._broke(place)
+                continue
+            self.courses[place].note(value, nll, bool(is_correct))
+            if not (math.isfinite(value) and math.isfinite(nll)):
                 ended[place] = self._outcome(place, "diverged")
             elif is_done:
                 ended[place] = self._outcome(place, "converged")
@@ -180,15 +228,18 @@ class _Places:
         return self.mask if any(self.active) else None
 
     def step(self, active: Tensor) -> None:
-        """One AdamW step of the places at work."""
-        adam_step_(
+        """One AdamW step of the places at work; none where the gradient is not finite."""
+        # The sum of a row tells it, in one pass that waits for nothing
+        finite = self.stacked.grad.sum(1).isfinite()
+        self.broken = active & ~finite
+        self.norms = adam_step_(
             self.stacked.flat,
             self.stacked.grad,
             self.first,
             self.second,
             self.steps,
             self.config.lr,
-            active,
+            active & finite,
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
@@ -200,10 +251,26 @@ class _Places:
         """One more step was taken; take out the edits that have had all theirs."""
         self.taken = [taken + int(busy) for taken, busy in zip(self.taken, self.active, strict=True)]
         full = [p for p, busy in enumerate(self.active) if busy and self.taken[p] >= self.config.steps]
-        self._end(problem, {place: self._outcome(place, "max_steps") for place in full})
+        if full:
+            broken, norms = self.broken.tolist(), self.norms.tolist()
+            self._end(problem, {p: self._broke(p) if broken[p] else self._full(p, norms[p]) for p in full})
+
+    def _full(self, place: int, gradient: float) -> FitOutcome:
+        """How an edit ended that has had all its steps."""
+        largest = float(torch.linalg.vector_norm(self.stacked.flat[place], math.inf))
+        if not math.isfinite(largest):
+            return self._outcome(place, "diverged")
+        diverging = self.courses[place].is_diverging(largest, gradient)
+        return self._outcome(place, "diverging" if diverging else "max_steps")
+
+    def _broke(self, place: int) -> FitOutcome:
+        """How an edit ended whose last step was not made."""
+        self.taken[place] -= 1
+        return self._outcome(place, "diverged")
 
     def _outcome(self, place: int, status: str) -> FitOutcome:
-        return FitOutcome(status, self.taken[place], *self.last[place])
+        course = self.courses[place]
+        return FitOutcome(status, self.taken[place], course.loss, course.nll, course.first_nll, course.best_nll)
 
     def _end(self, problem: Problem, ended: Mapping[int, FitOutcome]) -> None:
         if not ended:

@@ -150,7 +150,98 @@ def test_radius_keeps_the_delta_in_its_ball() -> None:
     assert problem.stacked.flat.abs().max() == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", -1), ("lr", 0.0), ("clip", 0.0), ("radius", -1.0)])
+class Rising(Queue):
+    """One task whose loss is spoiled: NLL by step, totals and gradients that are not finite from a step on."""
+
+    def __init__(self, nll: list[float], *, correct: bool = False, **first: int) -> None:
+        super().__init__(2, 2)
+        self.nll, self.correct = nll, correct
+        self.first = {"loss_from": 9, "gradient_from": 9, "flat_from": 9, **first}
+
+    def losses(self, steps: Tensor) -> Losses:
+        plain = super().losses(steps)
+        taken = int(steps[0])
+        nll = plain.nll.clone()
+        nll[0] = self.nll[taken]
+        total = plain.total
+        if taken >= self.first["flat_from"]:
+            total = total * torch.tensor([0.0, 1.0])
+        if taken >= self.first["loss_from"]:
+            total = total + torch.tensor([torch.nan, 0.0])
+        if taken >= self.first["gradient_from"]:
+            # The square root of nothing has no gradient, and no place
+            total = total + torch.stack([(total[0] - total[0].detach()).sqrt(), total[1] * 0])
+        # A multiplier may let the total grow while the target becomes likelier
+        total = total + 100.0 * taken
+        return Losses(total, nll, torch.tensor([self.correct, True]))
+
+
+@pytest.mark.parametrize(
+    ("nll", "correct", "status", "first", "best", "last"),
+    [
+        ([2.0, 1.0, 6.8], False, "diverging", 2.0, 1.0, 6.8),
+        ([9.0, 1.0, 6.8], False, "diverging", 9.0, 1.0, 6.8),
+        ([9.0, 1.0, 1.8], False, "max_steps", 9.0, 1.0, 1.8),
+        ([2.0, 6.8, 1.9], False, "max_steps", 2.0, 1.9, 1.9),
+        ([2.0, 3.0, 2.0001], False, "max_steps", 2.0, 2.0, 2.0001),
+        ([1e-5, 2e-5, 0.1], True, "max_steps", 1e-5, 1e-5, 0.1),
+        ([2.0, 1.0, 0.5], False, "max_steps", 2.0, 0.5, 0.5),
+    ],
+)
+def test_a_fit_that_ends_worse_than_it_began_is_diverging(
+    nll: list[float], correct: bool, status: str, first: float, best: float, last: float
+) -> None:
+    problem = Rising(nll, correct=correct)
+    fit(problem, problem.stacked, SolverConfig(steps=3, lr=0.03, stop_loss=None))
+    outcome = problem.found[0][0]
+    assert (outcome.status, outcome.steps) == (status, 3)
+    assert (outcome.first_nll, outcome.best_nll, outcome.nll) == pytest.approx((first, best, last))
+    assert problem.found[1][0].status == "max_steps"
+
+
+@pytest.mark.parametrize("spoiled", ["loss_from", "gradient_from"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_what_is_not_finite_takes_no_step_and_spares_the_others(spoiled: str, step: int) -> None:
+    problem = Rising([1.0, 1.0, 1.0, 1.0], **{spoiled: step})
+    fit(problem, problem.stacked, SolverConfig(steps=3, lr=0.03, stop_loss=None))
+    outcome, delta = problem.found[0]
+    assert (outcome.status, outcome.steps) == ("diverged", step)
+    assert bool(delta.isfinite().all())
+    assert bool(delta.any()) == (step > 0)
+    plain = Queue(2, 2)
+    fit(plain, plain.stacked, SolverConfig(steps=3, lr=0.03, stop_loss=None))
+    assert problem.found[1][0].status == "max_steps"
+    torch.testing.assert_close(problem.found[1][1], plain.found[1][1], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("lr", "status"), [(0.03, "max_steps"), (1e9, "diverging")])
+def test_parameters_beyond_all_numbers_of_a_model_are_diverging_whatever_the_loss(lr: float, status: str) -> None:
+    problem = Rising([9.0, 8.0])
+    fit(problem, problem.stacked, SolverConfig(steps=2, lr=lr, stop_loss=None))
+    assert problem.found[0][0].status == status
+    said = Rising([9.0, 8.0], correct=True)
+    fit(said, said.stacked, SolverConfig(steps=2, lr=lr, stop_loss=None))
+    assert said.found[0][0].status == "max_steps"
+
+
+def test_a_fit_that_moved_and_has_no_gradient_left_is_diverging() -> None:
+    for nll, status in (([9.0, 6.8], "diverging"), ([9.0, 9.0], "max_steps")):
+        problem = Rising(nll, flat_from=1)
+        fit(problem, problem.stacked, SolverConfig(steps=2, lr=0.03, stop_loss=None))
+        assert problem.found[0][0].status == status
+
+
+@pytest.mark.parametrize(("lr", "status"), [(0.03, "max_steps"), (1.7e308, "diverged")])
+def test_a_last_step_that_leaves_no_numbers_is_seen(lr: float, status: str) -> None:
+    problem = Queue(2, 2)
+    fit(problem, problem.stacked, SolverConfig(steps=1, lr=lr, stop_loss=None))
+    assert {outcome.status for outcome, _ in problem.found.values()} == {status}
+
+
+BAD = [("steps", -1), ("lr", 0.0), ("lr", float("inf")), ("clip", 0.0), ("radius", -1.0)]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
 def test_bad_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"solver: {field} .*\(got {field}="):
         SolverConfig(**{field: value})  # type: ignore[arg-type]

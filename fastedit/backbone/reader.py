@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ class Reader:
         self._behind: dict[int, list[int]] = {}
         if self._generic is not None and not self._generic.walker.stores:
             self.past = None
+        #: Rows whose answer ended because logits were not finite, until somebody empties it.
+        self.broken: set[int] = set()
         self._encoded, self._state = encoded, packed_start(model, encoded)
         if model.watching:
             self.read_below(0, VISION)
@@ -135,7 +138,8 @@ class Reader:
             first: by row, the token that comes next. most: tokens of an answer by row.
             written: by row, tokens that are answered and read already.
         Returns:
-            By row the tokens of the answer, those already written included, the end token not.
+            By row the tokens of the answer, those already written included, the end token not. It ends as well where
+            the logits are not finite; `broken` says whose.
         """
         model, ends = self.model, set(self.model.end_token_ids)
         answers = {row: list((written or {}).get(row, ())) for row in first}
@@ -152,9 +156,19 @@ class Reader:
                 break
             hidden = self.extend(going, {row: len(answers[row]) - 1 for row in going})
             with torch.no_grad():
-                chosen = model.head(hidden).argmax(dim=-1).tolist()
-            coming = dict(zip(going, chosen, strict=True))
+                chosen, sound = likeliest(model.head(hidden))
+            self.broken |= {row for row, good in zip(going, sound, strict=True) if not good}
+            coming = {row: token for row, token in zip(going, chosen, strict=True) if row not in self.broken}
         return answers
+
+
+def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The token of the largest logit of every position (T, V), and whether it is a number: no NaN, not infinite.
+
+    A logit of -inf rules its token out, and only where all are is there nothing to choose from.
+    """
+    largest, tokens = logits.max(dim=-1)
+    return tokens.tolist(), largest.isfinite().tolist()
 
 
 def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[list[int]]:
@@ -164,6 +178,11 @@ def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[
     """
     reader = Reader(model, encoded, max_new_tokens)
     with torch.no_grad():
-        first = model.head(reader.read()).argmax(dim=-1).tolist()
-    answers = reader.decode(dict(enumerate(first)), reader.rooms(max_new_tokens))
-    return [answers[row] for row in range(len(reader))]
+        first, sound = likeliest(model.head(reader.read()))
+    begun = {row: token for row, token in enumerate(first) if sound[row]}
+    answers = reader.decode(begun, reader.rooms(max_new_tokens))
+    broken = len(reader.broken) + len(first) - len(begun)
+    if broken:
+        message = f"generate: the logits were not finite in {broken} of {len(reader)} answers, which end there"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return [answers.get(row, []) for row in range(len(reader))]

@@ -28,6 +28,7 @@ from fastedit.engine.output import expected_output_bytes, open_store
 from fastedit.engine.plan import largest_batch
 from fastedit.engine.preflight import check_run
 from fastedit.engine.run import Run, Timing
+from fastedit.engine.soundness import check_finite, not_finite, warn_of
 from fastedit.engine.timing import PhaseTimer
 from fastedit.engine.utilisation import necessary_flops
 from fastedit.engine.work import Work
@@ -142,6 +143,8 @@ def edit(
         open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
         carrying(work, partial(_finished, work, describe, evaluate)),
     ):
+        with timer.phase("setup"):
+            once_more(model, lambda: check_finite(model, edits), "asking the first question")
         setup = hook(plan.method, "setup")
         if setup is not None:
             with timer.phase("setup"):
@@ -169,6 +172,8 @@ def _result(
     scored = [work.scored.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
     scores = summarise(scored, seed=work.seed) if evaluate else {}
     timing = _timing(work, outcomes, peak)
+    notes |= {"not_finite": not_finite(scored)} if evaluate else {}
+    warn_of(outcomes, scored)
     return Run(deltas, outcomes, scores, scored, timing, notes, work.checkpoints, work.artifact)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.encoding import answer_tokens, own_answer_tokens
-from fastedit.backbone.reader import Reader
+from fastedit.backbone.reader import Reader, likeliest
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
 from fastedit.engine.memory import Halving
 from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
@@ -135,7 +135,7 @@ class Evaluator:
                 after, answers = self._after(reader, fed.groups, most)
                 self._score(rows, fed, after)
                 for number, row in enumerate(rows):
-                    row.after = self._text(answers[number])
+                    row.after, row.broken_after = self._text(answers[number]), number in reader.broken
                     row.acted = None if holder.choice is None else holder.choice[number] >= 0
 
     def _ask_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], fed: _Fed, room: int) -> None:
@@ -145,7 +145,7 @@ class Evaluator:
         moved = [n for n, row in enumerate(rows) if asked[n].prompt != row.view.query.prompt]
         after = fed.by_row()
         for number, row in enumerate(rows):
-            row.after = row.before
+            row.after, row.broken_after = row.before, row.broken_before
             row.acted = None if chosen is None else chosen[number] >= 0
         if moved:
             reader = Reader(self.model, self.model.encode([asked[n] for n in moved], answers=False), room)
@@ -157,17 +157,18 @@ class Evaluator:
             states, answers = self._after(reader, groups, reader.rooms(self.max_new_tokens))
             after |= {moved[n]: state for n, state in states.items()}
             for n, old in enumerate(moved):
-                rows[old].after = self._text(answers[n])
+                rows[old].after, rows[old].broken_after = self._text(answers[n]), n in reader.broken
         self._score(rows, fed, after)
 
     def _after(
         self, reader: Reader, groups: Sequence[dict[int, tuple[int, ...]]], most: Sequence[int]
     ) -> tuple[dict[int, Tensor], dict[int, list[int]]]:
         """Ask the edited model: by row, the states that predict what is fed, and the tokens of the answer."""
+        reader.broken = set()
         last = reader.read()
         states = _merged([self._feed(reader, last, group) for group in groups], groups)
         labels = {number: tokens for group in groups for number, tokens in group.items()}
-        written, coming = self._agreed(last, states, labels, most)
+        written, coming = self._agreed(reader, last, states, labels, most)
         return _split(states, labels), {**written, **reader.decode(coming, most, written)}
 
     def _before(
@@ -176,7 +177,7 @@ class Evaluator:
         """Ask the unedited model; its own answers are fed to the rows that have none."""
         last = reader.read()
         states = self._feed(reader, last, given)
-        written, coming = self._agreed(last, states, given, most)
+        written, coming = self._agreed(reader, last, states, given, most)
         keys = [self._key(row.view.query) for row in rows]
         known = {key: self._answers[key] for key in keys if key in self._answers}
         coming = {number: token for number, token in coming.items() if keys[number] not in known}
@@ -186,9 +187,11 @@ class Evaluator:
         for number, tokens in {**written, **decoded}.items():
             if number in decoded or number not in coming:
                 known.setdefault(keys[number], self._text(tokens))
+        # Those of logits that were not finite are not remembered: what is would not say so
+        broken = {keys[number] for number in reader.broken}
         for number, row in enumerate(rows):
-            row.before = known[keys[number]]
-        self._answers.update(known)
+            row.before, row.broken_before = known[keys[number]], keys[number] in broken
+        self._answers.update({key: answer for key, answer in known.items() if key not in broken})
         own = {
             number: own_answer_tokens(
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
@@ -213,31 +216,44 @@ class Evaluator:
         return source[torch.tensor(order, device=last.device)]
 
     def _agreed(
-        self, last: Tensor, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
+        self, reader: Reader, last: Tensor, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
     ) -> tuple[dict[int, list[int]], dict[int, int]]:
         """By row: the fed tokens that greedy decoding gives as well; and the token after them, where it goes on.
 
-        Where nothing is fed, that is the token after the prompt, whose end is in ``last`` (R, d).
+        Where nothing is fed, that is the token after the prompt, whose end is in ``last`` (R, d). Rows whose logits are
+        not finite are noted with the reader, and do not go on.
         """
-        chosen, written, coming = self._argmax(states), {}, {}
+        (chosen, sound), written, coming = self._likeliest(states), {}, {}
         start = 0
         for row in sorted(answers):
             labels, own = answers[row], chosen[start : start + len(answers[row])]
+            good = all(sound[start : start + len(labels)])
             start += len(labels)
             same = next((n for n, pair in enumerate(zip(labels, own, strict=True)) if pair[0] != pair[1]), len(labels))
             # All of it, the end token included, is the whole answer
             written[row] = list(labels[: min(same, len(labels) - 1, most[row])])
-            if same < len(labels) and len(written[row]) < most[row]:
+            if not good:
+                reader.broken.add(row)
+            elif same < len(labels) and len(written[row]) < most[row]:
                 coming[row] = own[same]
         free = [row for row in range(len(last)) if row not in answers]
-        coming |= dict(zip(free, self._argmax(last[free]), strict=True)) if free else {}
+        for row, token, good in zip(free, *self._likeliest(last[free]), strict=True):
+            if good:
+                coming[row] = token
+            else:
+                reader.broken.add(row)
+                written[row] = []
         return written, coming
 
-    def _argmax(self, states: Tensor) -> list[int]:
-        """Token of the largest logit of every final hidden state (T, d)."""
-        parts = [self.model.head(part).argmax(dim=-1) for part in torch.split(states, self._tokens_at_once())]
-        found: list[int] = torch.cat(parts).tolist() if parts else []
-        return found
+    def _likeliest(self, states: Tensor) -> tuple[list[int], list[bool]]:
+        """Token of the largest logit of every final hidden state (T, d), and whether that is finite."""
+        tokens: list[int] = []
+        sound: list[bool] = []
+        for part in torch.split(states, self._tokens_at_once()) if len(states) else ():
+            chosen, good = likeliest(self.model.head(part))
+            tokens += chosen
+            sound += good
+        return tokens, sound
 
     def _score(self, rows: Sequence[AskedRow], fed: _Fed, states: Mapping[int, Tensor]) -> None:
         """Fill ``legacy`` and ``kl`` from final hidden states by row, some tokens at a time."""

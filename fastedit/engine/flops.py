@@ -262,7 +262,7 @@ class FlopCounter:
         for number, positions in enumerate(encoded.label_positions().tolist()):
             labels = [int(p) for p in positions if p >= 0]
             rows.append(self.row(int(lengths[number]), labels, self._acts_from(encoded, number)))
-        evaluations = [outcome.steps + int(outcome.status != "max_steps") for outcome in outcomes]
+        evaluations = [outcome.steps + int(outcome.status not in ("max_steps", "diverging")) for outcome in outcomes]
         return NecessaryFlops(
             vision=self.vision(encoded),
             prefix=sum(row.prefix for row in rows),

@@ -18,6 +18,9 @@ from fastedit.training import Artifact, require_artifact
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
 
+#: Numbers of a fit's outcome, in order.
+LOSSES = ("loss", "nll", "first_nll", "best_nll")
+
 
 #: Scores that say in a line how a run went.
 _HEADLINE = ("reliability", "text_locality", "image_locality")
@@ -130,7 +133,7 @@ class Run:
             edits = data["edits"]
             if [edit["id"] for edit in edits] != ids:
                 raise ValueError(f"run: scores and deltas name the same edits in one order (they differ in {folder})")
-            outcomes = [FitOutcome(e["status"], e["steps"], _number(e["loss"]), _number(e["nll"])) for e in edits]
+            outcomes = [FitOutcome(e["status"], e["steps"], *(_number(e.get(name)) for name in LOSSES)) for e in edits]
             scored = [EditScores(e["legacy"], e["strict"], e["answers"]) for e in edits if "strict" in e]
             checkpoints = {int(count): _scores(tables) for count, tables in data.get("checkpoints", {}).items()}
             run = Run(

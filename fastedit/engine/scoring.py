@@ -28,21 +28,35 @@ class AskedRow:
     kl: float | None = None
     # Whether the router let an edit act; None where there is none
     acted: bool | None = None
+    # Whether logits that were not finite came up, in what was fed or answered
+    broken_before: bool = False
+    broken_after: bool = False
+
+    @property
+    def not_finite(self) -> str | None:
+        """ "before", "after" or "both": whose logits were not finite; None where all were."""
+        if self.broken_before and self.broken_after:
+            return "both"
+        return "before" if self.broken_before else "after" if self.broken_after else None
 
 
 def token_scores(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Legacy scores and KL(before || after) of every token (T,), float64, of logits (T, V) and labels (T,)."""
+    """Legacy scores and KL(before || after) of every token (T,), float64, of logits (T, V) and labels (T,).
+
+    Where logits are not finite (NaN or inf, or all of them -inf) the edited model is never right, and what either model
+    says counts as changed: an agreement of 0, a KL of inf.
+    """
+    wrong = ~after.amax(-1).isfinite()
+    broken = wrong | ~before.amax(-1).isfinite()
     top1, top10 = topk_agreement(before, after, TOP_K)
     tokens = torch.arange(len(labels), device=labels.device)
     divergence = risk(after, before, tokens, len(labels), "forward_kl")[0].double()
-    # a diverged model is never right
-    broken = divergence.isnan()
-    right = (after.argmax(-1) == labels) & ~broken
+    right = (after.argmax(-1) == labels) & ~wrong
     return {
         "accuracy": right.double(),
-        "top1": top1,
-        "top10": top10,
-        "kl": divergence.masked_fill(broken, math.inf),
+        "top1": top1.masked_fill(broken, 0.0),
+        "top10": top10.masked_fill(broken, 0.0),
+        "kl": divergence.masked_fill(broken | divergence.isnan(), math.inf),
     }
 
 
@@ -61,25 +75,30 @@ def edit_scores(rows: Sequence[AskedRow]) -> EditScores:
     for row in rows:
         name, wanted, after = row.view.score, row.view.query.answer or "", row.after
         if row.view.changes:
-            right = float(exact_match(after, wanted))
+            right = float(exact_match(after, wanted) and not row.broken_after)
             strict.append((name, right))
             if row.view.query.kind:
                 # Portability questions of different kinds are not one score: steps the base model cannot take are 0
                 strict.append((f"{name}[{row.view.query.kind}]", right))
-            strict.append((f"{name}_f1", token_f1(after, wanted)))
+            strict.append((f"{name}_f1", 0.0 if row.broken_after else token_f1(after, wanted)))
         else:
-            strict.append((name, float(after == row.before)))
+            strict.append((name, float(after == row.before and row.not_finite is None)))
         if name in ("near", "blind") and not exact_match(row.before, target):
-            strict.append(("blindness", float(exact_match(after, target))))
+            strict.append(("blindness", float(exact_match(after, target) and not row.broken_after)))
         if row.acted is not None:
             # A router's true and false positive rates
             strict.append(("routed_in" if row.view.changes else "routed_in_wrongly", float(row.acted)))
-        if row.legacy is not None:
-            legacy += _legacy_values(row, row.legacy)
-            if not row.view.changes and row.kl is not None:
-                strict.append((f"{name}_kl", row.kl))
+        fed, divergence = row.legacy, row.kl
+        if fed is None and row.not_finite is not None:
+            # Nothing could be fed that the unedited model says
+            fed, divergence = dict.fromkeys(("accuracy", "top1", "top10"), 0.0), math.inf
+        if fed is not None:
+            legacy += _legacy_values(row, fed)
+            if not row.view.changes and divergence is not None:
+                strict.append((f"{name}_kl", divergence))
     answers: list[dict[str, Any]] = [
         ({} if row.acted is None else {"acted": row.acted})
+        | ({} if row.not_finite is None else {"not_finite": row.not_finite})
         | {
             "score": row.view.score,
             "prompt": row.view.query.prompt,

@@ -130,9 +130,18 @@ def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
         made = replace(made, texts={**made.texts, **as_fitted})
         if finish is not None:
             (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
+        made, outcome = _finite(made, outcome)
         take(number, replace(made, texts={**made.texts, QUESTIONS: question_of(request)}), outcome)
 
     return named
+
+
+def _finite(delta: EditDelta, outcome: FitOutcome) -> tuple[EditDelta, FitOutcome]:
+    """A delta with values that are not finite as one that changes nothing, of an edit that has diverged."""
+    if all(bool(tensor.isfinite().all()) for tensor in delta.tensors.values()):
+        return delta, outcome
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in delta.tensors.items()}
+    return replace(delta, tensors=nothing), replace(outcome, status="diverged")
 
 
 def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:

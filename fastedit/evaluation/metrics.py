@@ -126,7 +126,7 @@ def kl_divergence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
         before, after: (R, M, V) logits, any floating dtype.
         mask: (R, M), bool.
     Returns:
-        (R,) float64, at least 0; inf where logits are NaN, NaN where the mask is empty.
+        (R,) float64, at least 0; inf where logits are NaN or inf, NaN where the mask is empty.
     """
     _check("kl_divergence", mask, before=before[..., 0], after=after[..., 0])
     _same_shape("kl_divergence", before, after)

@@ -19,10 +19,11 @@ from fastedit.requests import EditRequest, Query
 #: What the protocols are, for provenance.
 PROTOCOLS: Mapping[str, str] = {
     "legacy": "teacher-forced token accuracy on answer positions (end token included); locality: argmax agreement, and "
-    "rank-ordered top-10 agreement as *_top10, on the positions of the reference answer",
+    "rank-ordered top-10 agreement as *_top10, on the positions of the reference answer; logits that are not finite "
+    "count as wrong and changed",
     "strict": "greedy generation; exact match after VQA normalisation; locality and probes: the generated answer is "
     "unchanged; *_kl: KL(before || after) on answer positions; blindness: share of near and blind probes answered with "
-    "the target",
+    "the target; logits that are not finite count as wrong and changed",
 }
 
 #: Scores in the order in which they are shown.
@@ -49,12 +50,18 @@ class EvaluationView:
 class EditScores:
     """One edit's values under both protocols (absent scores are absent) and its generated answers.
 
-    ``answers`` is a list of {score, prompt, wanted, before, after}.
+    ``answers`` is a list of {score, prompt, wanted, before, after}, with "acted" where a router decides, and with
+    "not_finite" where logits were not: "before" the edit, "after" it or "both". Those count as wrong and as changed.
     """
 
     legacy: Mapping[str, float]
     strict: Mapping[str, float]
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def not_finite(self) -> int:
+        """How many answers came of logits that were not finite, before or after the edit."""
+        return sum("not_finite" in answer for answer in self.answers)
 
 
 def evaluation_views(request: EditRequest) -> list[EvaluationView]:

@@ -198,7 +198,7 @@ def test_batch_reads_where_the_image_ends(model: EditableModel) -> None:
     spec = feed_forward(model, [0])
     encoded = encode(model)
     last = int(encoded.image_mask[0].nonzero().max())
-    ended = [FitOutcome("max_steps", 1, 1.0, 1.0)]
+    ended = [FitOutcome("diverging", 1, 1.0, 1.0)]
     found = FlopCounter(model, replace(spec, options={"positions": "after_image"})).batch(encoded, [0], ended)
     row = FlopCounter(model, spec).row(int(encoded.lengths[0]), labels_of(encoded), last + 1)
     assert (found.prefix, found.forward, found.backward) == (row.prefix, row.forward, row.backward)
