@@ -207,9 +207,12 @@ def _token_kernel(
         label = tl.load(labels + token)
         # a label out of range gives NaN
         known = (label >= 0) & (label < V)
-        picked = tl.where(known, _load(z + label * z_v, known, ACC, FLOOR), float("nan"))
-        risk = (top - picked) + tl.log(total)
-        slope = (top - picked) + mean
+        picked = tl.where(known, tl.load(z + label * z_v, mask=known, other=0.0).to(ACC), float("nan"))
+        # a label of probability zero has an infinite risk, save where every logit is -inf and all are alike
+        alike = (top <= tl.full((), FLOOR, dtype=ACC).to(tl.float64)) & (picked == picked)
+        lead = tl.where(alike, 0.0, top - picked)
+        risk = lead + tl.log(total)
+        slope = lead + mean
     else:
         on_u = tl.load(own + 3, mask=inside, other=0.0).to(tl.float64)
         on_w = tl.load(own + 4, mask=inside, other=0.0).to(tl.float64)

@@ -169,7 +169,7 @@ template <class A, class T>
 __device__ inline double label_logit(const RiskInput<T>& in, int64_t token) {
   const int64_t label = in.labels[token];
   if (label < 0 || label >= in.vocabulary) return ::nan("");
-  return at_least(A(widen(in.z[token * in.z_row + label * in.z_column])), kLogitFloor<A>);
+  return A(widen(in.z[token * in.z_row + label * in.z_column]));
 }
 
 template <RiskKind kind, class T, class A>

@@ -141,7 +141,8 @@ __device__ TokenRisk<A> finish_risk(const RiskSums<kind, double>& s, double labe
   stats.mean = static_cast<A>(s.top_z + mean);
   stats.fourth = stats.fifth = 0;
   if constexpr (kind == RiskKind::ce) {
-    const double lead = s.top_z - label;
+    // a label of probability zero has an infinite risk, save where every logit is -inf and all are alike
+    const double lead = s.top_z <= kLogitFloor<A> && label == label ? 0 : s.top_z - label;
     return {static_cast<A>(lead + log_sum), static_cast<A>(lead + mean)};
   } else {
     constexpr bool forward = kind == RiskKind::forward_kl;

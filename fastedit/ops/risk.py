@@ -64,7 +64,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     ODEdit, equations (2), (3) and (9), arXiv 2601.19700. The paper differentiates twice; here both outputs are
     differentiable in the logits through closed forms, so a penalty on ``env_grad`` costs no second backward:
 
-    * ``ce``: lse(z) - z_y; derivative E_p[z] - z_y.
+    * ``ce``: lse(z) - z_y; derivative E_p[z] - z_y. Both are infinite where z_y is -inf, as in cross_entropy.
     * ``forward_kl``: KL(reference || edited); derivative E_p[z] - E_q[z].
     * ``reverse_kl``: KL(edited || reference), the paper's locality risk; derivative Cov_p(z, z - r).
 

@@ -1,5 +1,7 @@
 """Definition of ``risk``: segment means of a token risk and of its derivative by a dummy scale on the logits."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,12 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
             raise ValueError(
                 f"risk: labels lie in [0, V) where segments >= 0 (got min={low}, max={high}, V={n_vocabulary})"
             )
-        picked = z.gather(-1, labels[:, None])
-        value, env_grad = lse - picked, mean - picked
+        # as it is: a label of probability zero has an infinite risk
+        picked = widen(logits[keep]).gather(-1, labels[:, None])
+        # where every logit is -inf all are alike
+        alike = (z <= _floor(z.dtype)).all(-1, keepdim=True)
+        value = torch.where(alike, math.log(logits.shape[1]), lse - picked)
+        env_grad = torch.where(alike, 0.0, mean - picked)
     elif kind == "forward_kl":
         r = _finite(target[keep])
         lse_r = torch.logsumexp(r, -1, keepdim=True)
@@ -96,7 +102,11 @@ def risk_backward(
 def _finite(logits: Tensor) -> Tensor:
     """Widen logits and lift -inf to a value of probability zero whose products with itself do not overflow."""
     wide = widen(logits)
-    return wide.clamp(min=-1e100 if wide.dtype == torch.float64 else -1e15)
+    return wide.clamp(min=_floor(wide.dtype))
+
+
+def _floor(dtype: torch.dtype) -> float:
+    return -1e100 if dtype == torch.float64 else -1e15
 
 
 def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:

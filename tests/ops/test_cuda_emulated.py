@@ -259,6 +259,25 @@ def test_rows_of_nothing_but_minus_infinity(emulated, kind, dtype):
     assert stats[:, 1].tolist() == [3001.0, 3001.0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_impossible_labels(emulated, dtype, parts):
+    """A label at -inf has an infinite risk and a gradient like any other, as in cross_entropy."""
+    logits = torch.linspace(-2, 3, 3001).repeat(3, 1).to(dtype)
+    logits[0, 3000], logits[1, 2], logits[2, 5] = -float("inf"), -1e20, float("nan")
+    labels, own = torch.tensor([3000, 2, 1]), torch.arange(3)
+    value, env, stats = emulated.risk(logits, labels, own, 3, "ce", parts)
+    leaf = logits.double().requires_grad_()
+    goal = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    assert torch.allclose(value.double(), goal, rtol=1e-3, equal_nan=True)
+    assert env.isinf().tolist() == [True, False, False]
+    assert env[2].isnan()
+    ones = torch.ones(3, dtype=value.dtype)
+    grad = emulated.risk_backward(ones, torch.zeros_like(ones), logits, labels, own, stats, "ce", parts)
+    (wanted,) = torch.autograd.grad(goal[:2].sum(), leaf)
+    assert torch.allclose(grad[:2].double(), wanted[:2], atol=4e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parts", [1, 2])

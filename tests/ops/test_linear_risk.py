@@ -270,6 +270,26 @@ def test_impossible_tokens(provider, kind, available):
 
 
 @pytest.mark.parametrize("provider", providers("linear_risk"), ids=str)
+def test_impossible_labels(provider, available):
+    """A label whose bias is -inf has an infinite risk, as in cross_entropy, and the gradient of any other."""
+    available(provider)
+    inputs = list(linear_risk_inputs(6, 12, 700, 6, "ce", torch.float32, bias=True, budget=SMALL))
+    inputs[2][[5, 600]] = -float("inf")
+    inputs[3], inputs[6] = torch.tensor([5, 7, 600, 3, 2, 1]), torch.arange(6)
+    inputs = [t.to(provider.device) if isinstance(t, torch.Tensor) else t for t in inputs]
+    hidden, weight, bias = inputs[:3]
+    value, env_grad, stats = provider.function()(*inputs)
+    leaf = hidden.double().requires_grad_()
+    goal = torch.nn.functional.cross_entropy(leaf @ weight.double().T + bias.double(), inputs[3], reduction="none")
+    assert torch.allclose(value.double(), goal, rtol=1e-5)
+    assert value.isinf().tolist() == env_grad.isinf().tolist() == [True, False, True, False, False, False]
+    on = torch.ones(6, device=provider.device), torch.zeros(6, device=provider.device)
+    grad = provider.function("linear_risk_backward")(*on, *inputs[:7], stats, *inputs[8:], [True, False, False])[0]
+    (wanted,) = torch.autograd.grad(goal.sum(), leaf)
+    assert_close(grad, wanted, length=700, name="gradient")
+
+
+@pytest.mark.parametrize("provider", providers("linear_risk"), ids=str)
 def test_ignored_tokens_touch_nothing(provider, available):
     available(provider)
     inputs = linear_risk_inputs(40, 12, 300, 2, "ce", torch.float32, device=provider.device, budget=SMALL)

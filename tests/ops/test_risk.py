@@ -1,6 +1,7 @@
 """The op risk: its definition against double backward, every implementation against its definition."""
 
 import importlib
+import math
 import mmap
 
 import pytest
@@ -171,6 +172,41 @@ def test_extreme_logits(provider, kind, available):
     assert (grad[3] == 0).all()
     assert grad[0, 3] == 0
     assert (grad[2, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("provider", providers("risk"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [5, 3001])
+def test_impossible_labels(provider, dtype, width, available):
+    """A label at -inf has an infinite risk and a gradient like any other, as in cross_entropy; so has one far below."""
+    available(provider)
+    inf, nan = float("inf"), float("nan")
+    logits = torch.linspace(-2, 3, width).repeat(5, 1).to(dtype)
+    logits[0, 3] = logits[3, 1] = -inf
+    logits[1, 2] = -1e20
+    logits[2] = -inf
+    logits[3, 4] = nan
+    labels, own = torch.tensor([3, 2, 4, 1, 0]), torch.arange(5)
+    logits, labels, own = (t.to(provider.device) for t in (logits, labels, own))
+    value, env, stats = provider.function()(logits, labels, own, 5, "ce")
+    leaf = logits.double().requires_grad_()
+    goal = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    usual = [0, 1, 3, 4]
+    assert torch.allclose(value[usual].double(), goal[usual], rtol=1e-3, equal_nan=True)
+    assert value[0] == env[0] == inf
+    assert value[3].isnan()
+    assert env[3].isnan()
+    # of a row of nothing but -inf all logits are alike
+    assert value[2] == pytest.approx(math.log(width), rel=1e-6)
+    assert env[2] == 0
+    assert torch.isfinite(stats[[0, 1, 2, 4]]).all()
+    ones, none = (torch.full((5,), fill, dtype=value.dtype, device=provider.device) for fill in (1.0, 0.0))
+    grad = provider.function("risk_backward")(ones, none, logits, labels, own, stats, "ce")
+    (wanted,) = torch.autograd.grad(goal[[0, 1, 4]].sum(), leaf)
+    assert torch.allclose(grad[[0, 1, 4]].double(), wanted[[0, 1, 4]], atol=4e-3, rtol=1e-2)
+    assert grad[0, 3] == -1
+    assert torch.isfinite(grad[2]).all()
+    assert grad[3].isnan().all()
 
 
 @pytest.mark.parametrize("provider", providers("risk"), ids=str)

@@ -181,15 +181,19 @@ TokenRisk<A> token_risk(const T* z, const T* r, int64_t label, int64_t V) {
     total.merge(block);
   }
 
-  const double sum = wide_sum(total.sum[0]), mean = wide_sum(total.sum[1]) / sum;  // about the maximum
+  double sum = wide_sum(total.sum[0]);
+  // where every logit is -inf the lanes behind the last one weigh as much
+  if (max_z <= kLogitFloor<A> && sum == sum) sum = static_cast<double>(V);
+  const double mean = wide_sum(total.sum[1]) / sum;  // about the maximum
   TokenRisk<A> token{};
   token.stats.max = max_z;
   token.stats.sum = static_cast<A>(sum);
   token.stats.mean = static_cast<A>(max_z + mean);
   if constexpr (kind == RiskKind::ce) {
     A lanes[Lanes::width];
-    load<A>(z + label, 1).store(lanes);
-    const double lead = static_cast<double>(max_z) - static_cast<double>(lanes[0]);
+    Lanes::load(z + label, 1).store(lanes);
+    // as it is: a label of probability zero has an infinite risk, save where every logit is -inf and all are alike
+    const double lead = max_z > kLogitFloor<A> ? static_cast<double>(max_z) - static_cast<double>(lanes[0]) : 0;
     token.value = static_cast<A>(lead + __builtin_log(sum));
     token.env_grad = static_cast<A>(lead + mean);
     return token;
