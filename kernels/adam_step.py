@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.reference.arguments import check_adam_step, check_adam_step_memory
+
 WARPS = 8
 TILE = 2048  # numbers of a row at a time
 PART = 8192  # numbers of a program at least
@@ -150,6 +152,8 @@ def adam_step_(
     radius: float | None,
 ) -> Tensor:
     """Update params, moments (B, P) and step (B,) in place; return the gradient norms (B,); arguments as the op's."""
+    check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius)
+    check_adam_step_memory(params, exp_avg, exp_avg_sq)
     rows, P = params.shape
     norm = exp_avg.new_empty(rows)
     if rows == 0:

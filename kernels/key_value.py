@@ -10,6 +10,8 @@ from torch import Tensor
 from fastedit.kernels.low_rank import (
     BLOCK_K,
     BLOCK_T,
+    _bounds,
+    _checked,
     _code,
     _expand,
     _product,
@@ -18,6 +20,7 @@ from fastedit.kernels.low_rank import (
     _tiles,
     _weight_gradient_kernel,
 )
+from fastedit.reference.arguments import check_key_value, check_key_value_needs, check_key_value_upstream
 
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "silu": 2}
 
@@ -46,14 +49,14 @@ def _slope(s, KIND: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, keys, bias, values, offsets, gate_keys, gate_bias, y, entering, edits, d, n, o, m,
+    x, keys, bias, values, offsets, gate_keys, gate_bias, y, entering, edits, T, d, n, o, m,
     x_t, x_k, keys_b, keys_k, keys_r, values_b, values_r, values_k, gate_b, gate_k, gate_r,
     bias_b, bias_r, gate_bias_b, gate_bias_r,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
-    edit, first, last = _tile(offsets, edits, tl.program_id(0), BLOCK_B, BLOCK_T)
+    edit, first, last = _tile(offsets, edits, T, tl.program_id(0), BLOCK_B, BLOCK_T)
     if edit >= edits:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -89,14 +92,14 @@ def _forward_kernel(
 
 @triton.jit
 def _token_gradient_kernel(
-    grad, keys, values, offsets, gate_keys, entering, grad_x, code, inner, gate_inner, edits, d, n, o, m,
+    grad, keys, values, offsets, gate_keys, entering, grad_x, code, inner, gate_inner, edits, T, d, n, o, m,
     grad_t, grad_k, keys_b, keys_k, keys_r, values_b, values_r, values_k, gate_b, gate_k, gate_r,
     GATED: tl.constexpr, KIND: tl.constexpr, NEED_X: tl.constexpr, NEED_VALUES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # inner and gate_inner (T, n): gradients of what enters the neurons; code (T, n): what they put out
-    edit, first, last = _tile(offsets, edits, tl.program_id(0), BLOCK_B, BLOCK_T)
+    edit, first, last = _tile(offsets, edits, T, tl.program_id(0), BLOCK_B, BLOCK_T)
     if edit >= edits:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -143,13 +146,12 @@ def _token_gradient_kernel(
 
 @triton.jit
 def _bias_gradient_kernel(
-    inner, offsets, out, n, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
+    inner, offsets, out, T, n, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     # out (B, n): inner (T, n) summed over the edit's own tokens in order
     edit = tl.program_id(0).to(tl.int64)
     neuron = tl.arange(0, BLOCK_R)
-    start = tl.load(offsets + edit)
-    stop = tl.load(offsets + edit + 1)
+    start, stop = _bounds(offsets, edit, edit >= 0, T)
     acc = tl.zeros((BLOCK_R,), dtype=ACC)
     for t in range(start, stop, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
@@ -172,7 +174,9 @@ def key_value(
     gate_keys: Tensor | None,
     gate_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (T, o) and what enters the neurons; arguments as the op's, offsets are trusted to cover the tokens."""
+    """Return y (T, o) and what enters the neurons; arguments as the op's, offsets as in low_rank."""
+    check_key_value(x, keys, bias, values, offsets, activation, gate_keys, gate_bias)
+    offsets = _checked("key_value", offsets, x.shape[0])
     edits, d, n = keys.shape
     o, m = values.shape[2], n if gate_keys is None else 2 * n
     y = x.new_empty((x.shape[0], o))
@@ -183,7 +187,7 @@ def key_value(
     # a part that is absent is neither read nor written: keys stand in for its pointer
     _forward_kernel[(_tiles(x.shape[0], edits, settings["BLOCK_T"]),)](
         x, keys, keys if bias is None else bias, values, offsets, keys if gate_keys is None else gate_keys,
-        keys if gate_bias is None else gate_bias, y, entering, edits, d, n, o, m,
+        keys if gate_bias is None else gate_bias, y, entering, edits, x.shape[0], d, n, o, m,
         *x.stride(), *keys.stride(), *values.stride(), *_strides(gate_keys, 3), *_strides(bias, 2),
         *_strides(gate_bias, 2), bias is not None, gate_keys is not None, gate_bias is not None,
         _ACTIVATIONS[activation], **settings,
@@ -203,6 +207,10 @@ def key_value_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by x, keys, bias, values, gate keys and gate bias; one that is not needed is empty."""
+    check_key_value(x, keys, None, values, offsets, activation, gate_keys, None)
+    check_key_value_upstream(grad, x, keys, values, entering, gate_keys is not None)
+    offsets = _checked("key_value", offsets, x.shape[0])
+    check_key_value_needs(gate_keys is not None, needs)
     tokens, (edits, d, n), o = x.shape[0], keys.shape, values.shape[2]
     gated = gate_keys is not None
     settings = _settings(x, keys, edits, n)
@@ -216,25 +224,27 @@ def key_value_backward(
     if tokens and any(needs):
         _token_gradient_kernel[(_tiles(tokens, edits, settings["BLOCK_T"]),)](
             grad, keys, values, offsets, gate_keys if gated else keys, entering.contiguous(), grad_x, code, inner,
-            gate_inner, edits, d, n, o, entering.shape[1], *grad.stride(), *keys.stride(), *values.stride(),
+            gate_inner, edits, tokens, d, n, o, entering.shape[1], *grad.stride(), *keys.stride(), *values.stride(),
             *_strides(gate_keys, 3), gated, _ACTIVATIONS[activation], needs[0], needs[3], **settings,
         )  # fmt: skip
     per_weight = {name: settings[name] for name in ("BLOCK_T", "BLOCK_K", "BLOCK_R", "ACC", "USE_DOT")}
     for out, source in ((grad_keys, inner), (grad_gate_keys, gate_inner)):
         if out.numel():
             grid = (edits, triton.cdiv(d, settings["BLOCK_K"]))
-            _weight_gradient_kernel[grid](x, source, offsets, out, d, n, *x.stride(), *out.stride(), **per_weight)
+            _weight_gradient_kernel[grid](
+                x, source, offsets, out, tokens, d, n, *x.stride(), *out.stride(), **per_weight
+            )
     if grad_values.numel():
         # grad_values is (B, n, o): neurons and columns change places
         by_edit, by_neuron, by_column = grad_values.stride()
         grid = (edits, triton.cdiv(o, settings["BLOCK_K"]))
         _weight_gradient_kernel[grid](
-            grad, code, offsets, grad_values, o, n, *grad.stride(), by_edit, by_column, by_neuron, **per_weight
+            grad, code, offsets, grad_values, tokens, o, n, *grad.stride(), by_edit, by_column, by_neuron, **per_weight
         )
     per_bias = {name: settings[name] for name in ("BLOCK_T", "BLOCK_R", "ACC")}
     for out, source in ((grad_bias, inner), (grad_gate_bias, gate_inner)):
         if out.numel():
-            _bias_gradient_kernel[(edits,)](source, offsets, out, n, **per_bias)
+            _bias_gradient_kernel[(edits,)](source, offsets, out, tokens, n, **per_bias)
     return grad_x, grad_keys, grad_bias, grad_values, grad_gate_keys, grad_gate_bias
 
 

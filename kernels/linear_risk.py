@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.reference._checks import check_labels, check_segments
+from fastedit.reference.arguments import check_linear_risk, check_risk_upstream
+
 BLOCK_V = 1024  # logits a program works on at a time
 COLUMNS = 8192  # logits of a token in a chunk at most
 FEWEST = 128  # and at least
@@ -196,6 +199,21 @@ def _count(segments: Tensor, n_segments: int, dtype: torch.dtype) -> Tensor:
     return count[:n_segments].clamp(min=1.0)
 
 
+def _or_one(per_segment: Tensor) -> Tensor:
+    # where there are no segments no token reads it
+    return per_segment if per_segment.numel() else per_segment.new_zeros(1)
+
+
+def _checked(segments: Tensor, target: Tensor, n_segments: int, kind: str, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return segments, -1 where there is no such segment, and labels, both without gaps; a reference as it is."""
+    if segments.device.type == "cpu":
+        check_segments("linear_risk", segments, n_segments)
+        if kind == "ce":
+            check_labels("linear_risk", target, segments, vocabulary)
+    segments = torch.where(segments < n_segments, segments, -1)
+    return segments.contiguous(), target.contiguous() if kind == "ce" else target
+
+
 def _finish(sums: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return value (T,), env_grad (T,) and stats (T, 5): lse, mean and, as the kind needs, two more."""
     top, sum_z, mean_a, zc, top_r, sum_r, c, u, w, a, mixed, top_u, label = sums.unbind(1)
@@ -235,12 +253,15 @@ def linear_risk(
     kind: str,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value (S,), env_grad (S,) and stats (T, 5); arguments as the op's, labels and segments are trusted."""
+    """Return value (S,), env_grad (S,) and stats (T, 5); a GPU is not asked for labels and segments."""
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
+    segments, target = _checked(segments, target, n_segments, kind, weight.shape[0])
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    segments, target = segments.contiguous(), target.contiguous() if kind == "ce" else target
     sums = torch.zeros(tokens, SUMS, dtype=wide, device=hidden.device)
     sums[:, 0] = sums[:, 3] = sums[:, 4] = sums[:, 11] = -1e15
+    # a label out of range gives NaN
+    sums[:, 12] = torch.nan
     rows, columns = _tiles(tokens, vocabulary, 1 if kind == "ce" else 2, wide.itemsize, budget)
     settings = {"KIND": _KINDS[kind], "BLOCK_V": BLOCK_V, "ACC": tl.float64 if wide == torch.float64 else tl.float32}
     for t in range(0, tokens, rows):
@@ -274,14 +295,18 @@ def linear_risk_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by hidden, weight and bias; one that is not needed is empty."""
+    n_segments = grad_value.shape[0] if grad_value.dim() else 0
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
+    check_risk_upstream("linear_risk", grad_value, grad_env, stats, hidden)
+    segments, target = _checked(segments, target, n_segments, kind, weight.shape[0])
+    stats = stats.contiguous()
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     # gradients of logits are far below what float16 resolves
     operand = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide
-    segments, target = segments.contiguous(), target.contiguous() if kind == "ce" else target
     count = _count(segments, grad_value.shape[0], wide)
     used = segments.clamp(min=0)
-    on_value, on_env = (grad_value / count)[used].contiguous(), (grad_env / count)[used].contiguous()
+    on_value, on_env = (_or_one(grad / count)[used].contiguous() for grad in (grad_value, grad_env))
     rows, columns = _tiles(tokens, vocabulary, 2 if kind == "ce" else 3, wide.itemsize, budget)
     on_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=wide)
     on_weight = weight.new_zeros(weight.shape if needs[1] else 0, dtype=wide)

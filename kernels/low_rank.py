@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.reference._checks import check_tensor, offsets_of
+from fastedit.reference.arguments import check_low_rank
+
 BLOCK_T = 32  # tokens of one edit that a program works on
 BLOCK_K = 64  # columns read or written at a time
 
@@ -21,11 +24,19 @@ def _product(a, b, acc, USE_DOT: tl.constexpr):
 
 
 @triton.jit
-def _tile(offsets, edits, pid, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
+def _bounds(offsets, index, inside, T):
+    # an edit's rows, within [0, T] whatever the offsets say: nobody waits for a GPU to look at them
+    start = tl.load(offsets + index, mask=inside, other=0)
+    stop = tl.load(offsets + index + 1, mask=inside, other=0)
+    start = tl.minimum(tl.maximum(start, 0), T)
+    return start, tl.minimum(tl.maximum(stop, start), T)
+
+
+@triton.jit
+def _tile(offsets, edits, T, pid, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
     # Tiles are counted edit by edit; every program finds its own among the cumulated counts: no host, no extra launch.
     index = tl.arange(0, BLOCK_B)
-    start = tl.load(offsets + index, mask=index < edits, other=0)
-    stop = tl.load(offsets + index + 1, mask=index < edits, other=0)
+    start, stop = _bounds(offsets, index, index < edits, T)
     tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
     until = tl.cumsum(tiles, axis=0)
     edit = tl.sum((until <= pid).to(tl.int32), axis=0)
@@ -79,11 +90,11 @@ def _expand(
 
 @triton.jit
 def _forward_kernel(
-    x, down, up, offsets, y, edits, d, r, o, x_t, x_k, down_b, down_k, down_r, up_b, up_r, up_k,
+    x, down, up, offsets, y, edits, T, d, r, o, x_t, x_k, down_b, down_k, down_r, up_b, up_r, up_k,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
-    edit, first, last = _tile(offsets, edits, tl.program_id(0), BLOCK_B, BLOCK_T)
+    edit, first, last = _tile(offsets, edits, T, tl.program_id(0), BLOCK_B, BLOCK_T)
     if edit >= edits:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -99,14 +110,14 @@ def _forward_kernel(
 
 @triton.jit
 def _token_gradient_kernel(
-    grad, x, down, up, offsets, grad_x, code, code_grad, edits, d, r, o,
+    grad, x, down, up, offsets, grad_x, code, code_grad, edits, T, d, r, o,
     grad_t, grad_k, x_t, x_k, down_b, down_k, down_r, up_b, up_r, up_k,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # code (T, r) = x down and code_grad (T, r) = grad up' for the weight gradients, grad_x = code_grad down'
-    edit, first, last = _tile(offsets, edits, tl.program_id(0), BLOCK_B, BLOCK_T)
+    edit, first, last = _tile(offsets, edits, T, tl.program_id(0), BLOCK_B, BLOCK_T)
     if edit >= edits:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -151,7 +162,7 @@ def _token_gradient_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    a, code, offsets, out, K, r, a_t, a_k, out_b, out_k, out_r,
+    a, code, offsets, out, T, K, r, a_t, a_k, out_b, out_k, out_r,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # out[edit] (K, r) = a (T, K) transposed times code (T, r), over the edit's own tokens in order
@@ -160,8 +171,7 @@ def _weight_gradient_kernel(
     inside = columns < K
     rank = tl.arange(0, BLOCK_R)
     ranks_live = rank < r
-    start = tl.load(offsets + edit)
-    stop = tl.load(offsets + edit + 1)
+    start, stop = _bounds(offsets, edit, edit >= 0, T)
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=ACC)
     for t in range(start, stop, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
@@ -196,15 +206,25 @@ def _tiles(tokens: int, edits: int, block: int) -> int:
     return triton.cdiv(tokens, block) + edits
 
 
+def _checked(op: str, offsets: Tensor, tokens: int) -> Tensor:
+    """Return offsets without gaps, looked at where that waits for nobody."""
+    if offsets.device.type == "cpu":
+        offsets_of(op, offsets, tokens, what="the number of tokens", rows_name="T")
+    return offsets.contiguous()
+
+
 def low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
-    """Return y (T, o); arguments as the op's, offsets are trusted to cover the tokens."""
+    """Return y (T, o); arguments as the op's; on a GPU offsets are only kept within the tokens."""
+    check_low_rank(x, down, up, offsets)
+    offsets = _checked("low_rank", offsets, x.shape[0])
     edits, d, r = down.shape
     y = x.new_empty((x.shape[0], up.shape[2]))
     if y.numel() == 0:
         return y
     settings = _settings(x, down, edits, r)
     _forward_kernel[(_tiles(x.shape[0], edits, settings["BLOCK_T"]),)](
-        x, down, up, offsets, y, edits, d, r, up.shape[2], *x.stride(), *down.stride(), *up.stride(), **settings
+        x, down, up, offsets, y, edits, x.shape[0], d, r, up.shape[2],
+        *x.stride(), *down.stride(), *up.stride(), **settings,
     )  # fmt: skip
     return y
 
@@ -213,6 +233,9 @@ def low_rank_backward(
     grad: Tensor, x: Tensor, down: Tensor, up: Tensor, offsets: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by x, down and up; one that is not needed is empty."""
+    check_low_rank(x, down, up, offsets)
+    check_tensor("low_rank", "grad", grad, x.dtype, (x.shape[0], up.shape[2]), x.device)
+    offsets = _checked("low_rank", offsets, x.shape[0])
     tokens, (edits, d, r), o = x.shape[0], down.shape, up.shape[2]
     need_x, need_down, need_up = needs
     settings = _settings(x, down, edits, r)
@@ -224,21 +247,21 @@ def low_rank_backward(
     code_grad = x.new_empty((tokens if need_down else 0, r), dtype=wide)
     if tokens and any(needs):
         _token_gradient_kernel[(_tiles(tokens, edits, settings["BLOCK_T"]),)](
-            grad, x, down, up, offsets, grad_x, code, code_grad, edits, d, r, o,
+            grad, x, down, up, offsets, grad_x, code, code_grad, edits, tokens, d, r, o,
             *grad.stride(), *x.stride(), *down.stride(), *up.stride(), need_x, need_down, need_up, **settings,
         )  # fmt: skip
     per_weight = {name: settings[name] for name in ("BLOCK_T", "BLOCK_K", "BLOCK_R", "ACC", "USE_DOT")}
     if grad_down.numel():
         grid = (edits, triton.cdiv(d, settings["BLOCK_K"]))
         _weight_gradient_kernel[grid](
-            x, code_grad, offsets, grad_down, d, r, *x.stride(), *grad_down.stride(), **per_weight
+            x, code_grad, offsets, grad_down, tokens, d, r, *x.stride(), *grad_down.stride(), **per_weight
         )
     if grad_up.numel():
         # grad_up is (B, r, o): rank and columns change places
         by_edit, by_rank, by_column = grad_up.stride()
         grid = (edits, triton.cdiv(o, settings["BLOCK_K"]))
         _weight_gradient_kernel[grid](
-            grad, code, offsets, grad_up, o, r, *grad.stride(), by_edit, by_column, by_rank, **per_weight
+            grad, code, offsets, grad_up, tokens, o, r, *grad.stride(), by_edit, by_column, by_rank, **per_weight
         )
     return grad_x, grad_down, grad_up
 

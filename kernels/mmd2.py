@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastedit.kernels.low_rank import _product, _tile, _tiles
+from fastedit.kernels.low_rank import _bounds, _product, _tile, _tiles
+from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
+from fastedit.reference.mmd2 import mmd2_offsets
 
 BLOCK_T = 16  # rows of one sample that a program works on, and rows they are compared with at a time
 BLOCK_D = 32  # features read at a time
@@ -52,7 +54,7 @@ def _distances(
 
 @triton.jit
 def _centre_kernel(
-    x, y, x_offsets, y_offsets, centre, d, x_t, x_k, y_t, y_k,
+    x, y, x_offsets, y_offsets, centre, N, M, d, x_t, x_k, y_t, y_k,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # centre (G, d): mean of a group's rows of x and y
@@ -60,15 +62,13 @@ def _centre_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
-    x_start = tl.load(x_offsets + group)
-    x_stop = tl.load(x_offsets + group + 1)
+    x_start, x_stop = _bounds(x_offsets, group, group >= 0, N)
     for first in range(x_start, x_stop, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T)
         mask = (rows < x_stop)[:, None] & inside[None, :]
         value = tl.load(x + rows[:, None] * x_t + column[None, :] * x_k, mask=mask, other=0.0)
         acc += tl.sum(value.to(ACC), axis=0)
-    y_start = tl.load(y_offsets + group)
-    y_stop = tl.load(y_offsets + group + 1)
+    y_start, y_stop = _bounds(y_offsets, group, group >= 0, M)
     for first in range(y_start, y_stop, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T)
         mask = (rows < y_stop)[:, None] & inside[None, :]
@@ -80,19 +80,19 @@ def _centre_kernel(
 
 @triton.jit
 def _sums_kernel(
-    a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, d, scales, beta_g, a_t, a_k, b_t, b_k,
+    a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, N, M, d, scales, beta_g, a_t, a_k, b_t, b_k,
     CROSS: tl.constexpr, UNBIASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # Per row of a: its part of the group's value and derivative, pairs within a and, where CROSS, with b.
-    group, first, last = _tile(a_offsets, groups, tl.program_id(0), BLOCK_B, BLOCK_T)
+    group, first, last = _tile(a_offsets, groups, N, tl.program_id(0), BLOCK_B, BLOCK_T)
     if group >= groups:
         return
     rows = first + tl.arange(0, BLOCK_T)
     live = rows < last
-    count_a = last - tl.load(a_offsets + group)
-    b_start = tl.load(b_offsets + group)
-    b_stop = tl.load(b_offsets + group + 1)
+    a_start, a_stop = _bounds(a_offsets, group, group >= 0, N)
+    count_a = a_stop - a_start
+    b_start, b_stop = _bounds(b_offsets, group, group >= 0, M)
     value = tl.zeros((BLOCK_T,), dtype=ACC)
     env = tl.zeros((BLOCK_T,), dtype=ACC)
     for side in tl.static_range(2 if CROSS else 1):
@@ -135,19 +135,20 @@ def _sums_kernel(
 
 @triton.jit
 def _group_kernel(
-    x_values, x_envs, y_values, y_envs, x_offsets, y_offsets, value, env, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    x_values, x_envs, y_values, y_envs, x_offsets, y_offsets, value, env, N, M,
+    BLOCK_T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # sums of the rows' parts, in order
     group = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_T,), dtype=ACC)
     slope = tl.zeros((BLOCK_T,), dtype=ACC)
-    stop = tl.load(x_offsets + group + 1)
-    for first in range(tl.load(x_offsets + group), stop, BLOCK_T):
+    start, stop = _bounds(x_offsets, group, group >= 0, N)
+    for first in range(start, stop, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T)
         total += tl.load(x_values + rows, mask=rows < stop, other=0.0)
         slope += tl.load(x_envs + rows, mask=rows < stop, other=0.0)
-    stop = tl.load(y_offsets + group + 1)
-    for first in range(tl.load(y_offsets + group), stop, BLOCK_T):
+    start, stop = _bounds(y_offsets, group, group >= 0, M)
+    for first in range(start, stop, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T)
         total += tl.load(y_values + rows, mask=rows < stop, other=0.0)
         slope += tl.load(y_envs + rows, mask=rows < stop, other=0.0)
@@ -157,22 +158,22 @@ def _group_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    a, b, a_offsets, b_offsets, centre, beta, on_value, on_env, space, grad, groups, d, scales, beta_g,
+    a, b, a_offsets, b_offsets, centre, beta, on_value, on_env, space, grad, groups, N, M, d, scales, beta_g,
     a_t, a_k, b_t, b_k,
     UNBIASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # Gradient of rows of a: sum_j W(D_ij) (a_i - b_j) over both samples. Weighted sums of the others' features are
     # collected in space (N, d), which only this program touches for its rows.
-    group, first, last = _tile(a_offsets, groups, tl.program_id(0), BLOCK_B, BLOCK_T)
+    group, first, last = _tile(a_offsets, groups, N, tl.program_id(0), BLOCK_B, BLOCK_T)
     if group >= groups:
         return
     rows = first + tl.arange(0, BLOCK_T)
     live = rows < last
     mine = space + rows[:, None] * d
-    count_a = last - tl.load(a_offsets + group)
-    b_start = tl.load(b_offsets + group)
-    b_stop = tl.load(b_offsets + group + 1)
+    a_start, a_stop = _bounds(a_offsets, group, group >= 0, N)
+    count_a = a_stop - a_start
+    b_start, b_stop = _bounds(b_offsets, group, group >= 0, M)
     some = b_stop > b_start
     slope = tl.load(on_value + group) + 2.0 * tl.load(on_env + group)
     bend = 2.0 * tl.load(on_env + group)
@@ -261,14 +262,25 @@ def _prepare(
     shared = {name: settings[name] for name in ("BLOCK_T", "BLOCK_D", "ACC")}
     if centre.numel():
         grid = (groups, triton.cdiv(d, settings["BLOCK_D"]))
-        _centre_kernel[grid](x, y, x_offsets, y_offsets, centre, d, *x.stride(), *y.stride(), **shared)
+        _centre_kernel[grid](
+            x, y, x_offsets, y_offsets, centre, x.shape[0], y.shape[0], d, *x.stride(), *y.stride(), **shared
+        )  # fmt: skip
     return centre, beta, 0 if beta.dim() == 1 else beta.shape[1], settings
+
+
+def _checked(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return offsets without gaps, looked at where that waits for nobody."""
+    if x.device.type == "cpu":
+        mmd2_offsets(x, y, x_offsets, y_offsets)
+    return x_offsets.contiguous(), y_offsets.contiguous()
 
 
 def mmd2(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return value (G,) and env_grad (G,); arguments as the op's, offsets are trusted to cover the rows."""
+    """Return value (G,) and env_grad (G,); arguments as the op's, on a GPU offsets are only kept within the rows."""
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
+    x_offsets, y_offsets = _checked(x, y, x_offsets, y_offsets)
     centre, beta, beta_g, settings = _prepare(x, y, x_offsets, y_offsets, bandwidths, unbiased)
     groups, scales = centre.shape[0], beta.shape[-1]
     value, env = (x.new_empty(groups, dtype=centre.dtype) for _ in range(2))
@@ -278,14 +290,16 @@ def mmd2(
         values, envs = (x.new_empty(a.shape[0], dtype=centre.dtype) for _ in range(2))
         if a.shape[0]:
             _sums_kernel[(_tiles(a.shape[0], groups, settings["BLOCK_T"]),)](
-                a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, x.shape[1], scales, beta_g,
+                a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, a.shape[0],
+                b.shape[0], x.shape[1], scales, beta_g,
                 *a.stride(), *b.stride(), CROSS=cross, **settings,
             )  # fmt: skip
         parts += [values, envs]
     if groups:
         _group_kernel[(groups,)](
-            *parts, x_offsets, y_offsets, value, env, BLOCK_T=settings["BLOCK_T"], ACC=settings["ACC"]
-        )
+            *parts, x_offsets, y_offsets, value, env, x.shape[0], y.shape[0],
+            BLOCK_T=settings["BLOCK_T"], ACC=settings["ACC"],
+        )  # fmt: skip
     return value, env
 
 
@@ -294,6 +308,9 @@ def mmd2_backward(
     bandwidths: Tensor, unbiased: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients by x and y of ``<grad_value, value> + <grad_env, env_grad>``."""
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
+    check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
+    x_offsets, y_offsets = _checked(x, y, x_offsets, y_offsets)
     centre, beta, beta_g, settings = _prepare(x, y, x_offsets, y_offsets, bandwidths, unbiased)
     on = [t.to(centre.dtype).contiguous() for t in (grad_value, grad_env)]
     grads = []
@@ -302,8 +319,8 @@ def mmd2_backward(
         space = a.new_zeros(a.shape, dtype=centre.dtype).contiguous()
         if grad.numel():
             _gradient_kernel[(_tiles(a.shape[0], centre.shape[0], settings["BLOCK_T"]),)](
-                a, b, a_offsets, b_offsets, centre, beta, *on, space, grad, centre.shape[0], x.shape[1],
-                beta.shape[-1], beta_g, *a.stride(), *b.stride(), **settings,
+                a, b, a_offsets, b_offsets, centre, beta, *on, space, grad, centre.shape[0],
+                a.shape[0], b.shape[0], x.shape[1], beta.shape[-1], beta_g, *a.stride(), *b.stride(), **settings,
             )  # fmt: skip
         grads.append(grad)
     return grads[0], grads[1]

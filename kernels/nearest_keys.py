@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastedit.kernels.low_rank import _product
+from fastedit.reference._checks import fail
+from fastedit.reference.arguments import check_nearest_keys
 
 BLOCK_Q = 16  # queries of a program
 BLOCK_K = 64  # keys scored at a time
@@ -149,6 +151,9 @@ def _constants(wide: bool, metric: str, k: int, operand: Any) -> dict[str, Any]:
 
 def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     """Return values (Q, k) and indices (Q, k); arguments as the op's, fewer than 2^31 keys."""
+    check_nearest_keys(queries, keys, k, metric)
+    if keys.shape[0] >= 2**31:
+        fail("nearest_keys", "keys are fewer than 2^31", K=keys.shape[0])
     (count, d), stored = queries.shape, keys.shape[0]
     wide = queries.dtype == torch.float64
     # operands as stored; the interpreter multiplies no bfloat16

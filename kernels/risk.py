@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.reference._checks import check_labels, check_segments
+from fastedit.reference.arguments import check_risk, check_risk_upstream
+
 WARPS = 8
 LANES = 32 * WARPS  # columns of a tile: a thread's own logits are one, it has a maximum and sums of its own
 ROWS = 16  # logits of a lane in a tile; of float64 a quarter, they fill the registers
@@ -334,8 +337,17 @@ def _parts(tokens: int, vocabulary: int, processors: int, tile: int) -> tuple[in
     return triton.cdiv(vocabulary, part), part
 
 
+def _check_values(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str) -> None:
+    if logits.device.type == "cpu":
+        check_segments("risk", segments, n_segments)
+        if kind == "ce":
+            check_labels("risk", target, segments, logits.shape[1])
+
+
 def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value (S,), env_grad (S,) and stats (T, 5); arguments as the op's, labels and segments are trusted."""
+    """Return value (S,), env_grad (S,) and stats (T, 5); a GPU is not asked for labels and segments."""
+    check_risk(logits, target, segments, n_segments, kind)
+    _check_values(logits, target, segments, n_segments, kind)
     tokens, vocabulary = logits.shape
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     segments, target = segments.contiguous(), target.contiguous() if kind == "ce" else target
@@ -368,6 +380,9 @@ def risk_backward(
     grad_value: Tensor, grad_env: Tensor, logits: Tensor, target: Tensor, segments: Tensor, stats: Tensor, kind: str
 ) -> Tensor:
     """Return the gradient by logits (T, V), contiguous; arguments as the op's."""
+    check_risk(logits, target, segments, grad_value.shape[0] if grad_value.dim() else 0, kind)
+    check_risk_upstream("risk", grad_value, grad_env, stats, logits)
+    _check_values(logits, target, segments, grad_value.shape[0], kind)
     (tokens, vocabulary), n_segments = logits.shape, grad_value.shape[0]
     grad = logits.new_empty(logits.shape)
     if tokens == 0:

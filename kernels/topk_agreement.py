@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.reference.arguments import check_topk_agreement
+
 BLOCK_V = 2048  # logits looked at at a time
 
 
@@ -76,6 +78,7 @@ def _agreement_kernel(
 
 def topk_agreement(before: Tensor, after: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return top1 (T,) and topk_ranked (T,); arguments as the op's."""
+    check_topk_agreement(before, after, k)
     tokens, vocabulary = before.shape
     top1 = before.new_empty(tokens, dtype=torch.float64)
     ranked = before.new_empty(tokens, dtype=torch.float64)

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/adam_step.h"
@@ -146,13 +146,12 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
 Tensor adam_step_(Tensor& params, const Tensor& grads, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& step,
                   const Tensor& lr, const Tensor& active, double beta1, double beta2, double eps, double weight_decay,
                   std::optional<double> clip, std::optional<double> radius) {
+  check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius);
   const Settings settings{beta1, beta2, eps, weight_decay, clip, radius};
   Tensor norm = at::zeros({params.size(0)}, exp_avg.options());
   dispatch(params.scalar_type(), "adam_step_", [&]<class T, class A>() {
     const bool same = grads.scalar_type() == params.scalar_type();
     if constexpr (std::is_same_v<T, A>) {
-      FASTEDIT_CHECK(same, "adam_step_", "grads have the dtype of params", "grads=", grads.scalar_type(),
-                     ", params=", params.scalar_type());
       run<T, T, A>(params, grads, exp_avg, exp_avg_sq, step, lr, active, settings, norm);
     } else if (same) {
       run<T, T, A>(params, grads, exp_avg, exp_avg_sq, step, lr, active, settings, norm);

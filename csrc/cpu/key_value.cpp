@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/low_rank.h"
@@ -31,8 +31,7 @@ enum class Activation { relu, gelu, silu };
 Activation activation_of(c10::string_view name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  FASTEDIT_CHECK(false, "key_value", "activation is one of relu, gelu, silu", "activation=", name);
+  return Activation::silu;
 }
 
 struct Piece {
@@ -135,6 +134,7 @@ void forward(const Tensor& x, const Tensor& keys, const Tensor& bias, const Tens
 std::tuple<Tensor, Tensor> key_value(const Tensor& x_in, const Tensor& keys, const std::optional<Tensor>& bias,
                                      const Tensor& values, const Tensor& offsets_in, c10::string_view activation,
                                      const std::optional<Tensor>& gate_keys, const std::optional<Tensor>& gate_bias) {
+  check_key_value(x_in, keys, bias, values, offsets_in, activation, gate_keys, gate_bias);
   const Shapes s = shapes_of(x_in, keys, values, gate_keys.has_value());
   const Activation kind = activation_of(activation);
   const Tensor offsets_there = offsets_in.contiguous();
@@ -245,11 +245,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> key_value_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& keys, const Tensor& values, const Tensor& offsets_in,
     const Tensor& entering, c10::string_view activation, const std::optional<Tensor>& gate_keys,
     std::array<bool, 6> needs) {
+  check_key_value(x_in, keys, std::nullopt, values, offsets_in, activation, gate_keys, std::nullopt);
+  check_key_value_upstream(grad_in, x_in, keys, values, entering, gate_keys.has_value());
   const Shapes s = shapes_of(x_in, keys, values, gate_keys.has_value());
   const Activation kind = activation_of(activation);
   const Tensor offsets_there = offsets_in.contiguous();
   const int64_t* offsets =
       checked_offsets(offsets_there, s.tokens, "key_value", "offsets", "the number of tokens", "T");
+  check_key_value_needs(gate_keys.has_value(), needs);
   const Tensor x = with_unit_stride(x_in), grad = with_unit_stride(grad_in);
   Gradients out;
   dispatch(x.scalar_type(), "key_value", [&]<class T, class A>() {

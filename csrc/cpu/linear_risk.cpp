@@ -22,7 +22,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/products.h"
@@ -32,22 +32,20 @@ namespace fastedit {
 namespace {
 
 using at::Tensor;
-using Maybe = std::optional<Tensor>;
+using Maybe = MaybeTensor;
 
 constexpr int64_t kTokens = 1024;      // tokens of a chunk at most
 constexpr int64_t kColumns = 2048;     // logits of a token in a chunk at most: a chunk stays in the caches
 constexpr int64_t kFewest = 128;       // and at least
 constexpr int64_t kSpare = 16;         // columns after a chunk's: the first takes what risk writes at a label elsewhere
 constexpr int64_t kRoom = 16LL << 20;  // a smaller budget has no room for the library's own buffers
-constexpr int kStats = 5;
-constexpr double kFar = 60;  // drifts apart by more are compared by their log-sum-exps
+constexpr double kFar = 60;            // drifts apart by more are compared by their log-sum-exps
 
 template <class Body>
 void with_kind(std::string_view kind, Body&& body) {
   if (kind == "ce") return body.template operator()<RiskKind::ce>();
   if (kind == "forward_kl") return body.template operator()<RiskKind::forward_kl>();
-  if (kind == "reverse_kl") return body.template operator()<RiskKind::reverse_kl>();
-  FASTEDIT_CHECK(false, "linear_risk", "kind is one of ce, forward_kl, reverse_kl", "kind=", std::string(kind));
+  return body.template operator()<RiskKind::reverse_kl>();
 }
 
 // The tokens that a segment has, and how many each segment has.
@@ -317,17 +315,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_risk(const Tensor& hidden, const Tenso
                                                const Tensor& target_in, const Maybe& target_weight,
                                                const Maybe& target_bias, const Tensor& segments, int64_t n_segments,
                                                std::string_view kind, int64_t budget) {
+  check_linear_risk(hidden, weight, bias, target_in, target_weight, target_bias, segments, n_segments, kind, budget);
+  // the results first: memory that is not there is told before any work
+  const auto options = hidden.options().dtype(accumulation_type(hidden.scalar_type()));
+  Tensor value = at::empty({n_segments}, options), env_grad = at::empty({n_segments}, options);
+  Tensor stats = at::zeros({hidden.size(0), kStats}, options);
   const Tokens kept(segments, n_segments);
   const Tensor target = target_in.dim() == 1 ? target_in.contiguous() : target_in;
   const int64_t* labels = checked_labels(kept, target, weight.size(0));
-  Tensor value, env_grad, stats;
   dispatch(hidden.scalar_type(), "linear_risk", [&]<class T, class A>() {
     static_assert(sizeof(RiskStats<A>) == kStats * sizeof(A));
     const auto wide = c10::CppTypeToScalarType<A>::value;
-    const auto options = hidden.options().dtype(wide);
-    value = at::empty({n_segments}, options);
-    env_grad = at::empty({n_segments}, options);
-    stats = at::zeros({hidden.size(0), kStats}, options);
     Work work(kept, hidden, weight, bias, target, target_weight, target_bias, wide, budget);
     with_kind(kind, [&]<RiskKind k>() { forward<k, A>(work, kept, labels, value, env_grad, stats); });
   });
@@ -385,6 +383,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_risk_backward(const Tensor& grad_value
                                                         const Maybe& target_bias, const Tensor& segments,
                                                         const Tensor& stats, std::string_view kind, int64_t budget,
                                                         std::array<bool, 3> needs) {
+  check_linear_risk(hidden, weight, bias, target_in, target_weight, target_bias, segments, segments_of(grad_value),
+                    kind, budget);
+  check_risk_upstream("linear_risk", grad_value, grad_env, stats, hidden);
   const Tokens kept(segments, grad_value.size(0));
   const Tensor target = target_in.dim() == 1 ? target_in.contiguous() : target_in;
   const int64_t* labels = checked_labels(kept, target, weight.size(0));

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/low_rank.h"
@@ -66,6 +66,7 @@ void forward(const Tensor& x, const Tensor& down_t, const Tensor& up, const int6
 }
 
 Tensor low_rank(const Tensor& x_in, const Tensor& down, const Tensor& up, const Tensor& offsets_in) {
+  check_low_rank(x_in, down, up, offsets_in);
   const Shapes s = shapes_of(x_in, down, up);
   const Tensor offsets_there = offsets_in.contiguous();
   const int64_t* offsets = checked_offsets(offsets_there, s.tokens, "low_rank", "offsets", "the number of tokens", "T");
@@ -141,6 +142,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& down_t, const T
 std::tuple<Tensor, Tensor, Tensor> low_rank_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& down,
                                                      const Tensor& up, const Tensor& offsets_in,
                                                      std::array<bool, 3> needs) {
+  check_low_rank(x_in, down, up, offsets_in);
+  check_tensor(grad_in, "low_rank", "grad", x_in.scalar_type(), {x_in.size(0), up.size(2)}, x_in.device());
   const Shapes s = shapes_of(x_in, down, up);
   const Tensor offsets_there = offsets_in.contiguous();
   const int64_t* offsets = checked_offsets(offsets_there, s.tokens, "low_rank", "offsets", "the number of tokens", "T");

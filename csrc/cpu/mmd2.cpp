@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/gemm.h"
@@ -330,13 +330,10 @@ void with_inputs(const Tensor& x_in, const Tensor& y_in, const Tensor& x_offsets
   });
 }
 
-at::ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<Tensor, Tensor> mmd2(const Tensor& x, const Tensor& y, const Tensor& x_offsets, const Tensor& y_offsets,
                                 const Tensor& bandwidths, bool unbiased) {
-  Tensor value = at::zeros({x_offsets.numel() - 1}, x.options().dtype(accumulation_type(x)));
+  check_mmd2(x, y, x_offsets, y_offsets, bandwidths);
+  Tensor value = at::zeros({x_offsets.numel() - 1}, x.options().dtype(accumulation_type(x.scalar_type())));
   Tensor env = at::zeros_like(value);
   with_inputs(x, y, x_offsets, y_offsets, bandwidths, unbiased, [&]<class T, class A>(const Inputs<T, A>& in) {
     A *value_data = value.mutable_data_ptr<A>(), *env_data = env.mutable_data_ptr<A>();
@@ -350,9 +347,11 @@ std::tuple<Tensor, Tensor> mmd2(const Tensor& x, const Tensor& y, const Tensor& 
 std::tuple<Tensor, Tensor> mmd2_backward(const Tensor& grad_value_in, const Tensor& grad_env_in, const Tensor& x,
                                          const Tensor& y, const Tensor& x_offsets, const Tensor& y_offsets,
                                          const Tensor& bandwidths, bool unbiased) {
+  check_mmd2(x, y, x_offsets, y_offsets, bandwidths);
+  check_mmd2_upstream(grad_value_in, grad_env_in, x, x_offsets);
   Tensor grad_x = x.new_empty(x.sizes()), grad_y = y.new_empty(y.sizes());
-  const Tensor grad_value = grad_value_in.to(accumulation_type(x)).contiguous();
-  const Tensor grad_env = grad_env_in.to(accumulation_type(x)).contiguous();
+  const at::ScalarType wide = accumulation_type(x.scalar_type());
+  const Tensor grad_value = grad_value_in.to(wide).contiguous(), grad_env = grad_env_in.to(wide).contiguous();
   with_inputs(x, y, x_offsets, y_offsets, bandwidths, unbiased, [&]<class T, class A>(const Inputs<T, A>& in) {
     const int64_t d = x.size(1);
     T *x_data = data<T>(grad_x), *y_data = data<T>(grad_y);

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/gemm.h"
@@ -205,9 +205,8 @@ struct Search {
 
 std::tuple<Tensor, Tensor> nearest_keys(const Tensor& queries_in, const Tensor& keys_in, int64_t k,
                                         std::string_view metric) {
+  check_nearest_keys(queries_in, keys_in, k, metric);
   const Tensor queries = with_unit_stride(queries_in), keys = with_unit_stride(keys_in);
-  FASTEDIT_CHECK(k >= 1 && k <= keys.size(0), "nearest_keys", "k is between 1 and the number of keys", "k=", k,
-                 ", K=", keys.size(0));
   const Metric by = metric == "cosine" ? Metric::cosine : metric == "l2" ? Metric::l2 : Metric::dot;
   const bool wide = queries.scalar_type() == at::kDouble;
   Tensor values = at::empty({queries.size(0), k}, queries.options().dtype(wide ? at::kDouble : at::kFloat));

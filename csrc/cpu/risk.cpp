@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
@@ -29,8 +29,7 @@ template <class Body>
 void with_kind(std::string_view kind, Body&& body) {
   if (kind == "ce") return body.template operator()<RiskKind::ce>();
   if (kind == "forward_kl") return body.template operator()<RiskKind::forward_kl>();
-  if (kind == "reverse_kl") return body.template operator()<RiskKind::reverse_kl>();
-  FASTEDIT_CHECK(false, "risk", "kind is one of ce, forward_kl, reverse_kl", "kind=", std::string(kind));
+  return body.template operator()<RiskKind::reverse_kl>();
 }
 
 // The inputs as the passes read them: rows contiguous, any stride between them.
@@ -93,7 +92,7 @@ void forward(const Inputs& in, Tensor& value, Tensor& env_grad, Tensor& stats) {
       const int64_t t = in.tokens[i];
       risks[i] = FASTEDIT_SIMD(token_risk, (kind, T, A), data<const T>(in.logits) + t * in.logits.stride(0),
                                in.reference<kind, T>(t), in.label<kind>(t), V);
-      std::memcpy(stats_data + t * 5, &risks[i].stats, sizeof(RiskStats<A>));
+      std::memcpy(stats_data + t * kStats, &risks[i].stats, sizeof(RiskStats<A>));
     }
   });
   std::vector<double> value_sum(in.count.size(), 0), env_sum(in.count.size(), 0);
@@ -111,14 +110,14 @@ void forward(const Inputs& in, Tensor& value, Tensor& env_grad, Tensor& stats) {
 
 std::tuple<Tensor, Tensor, Tensor> risk(const Tensor& logits, const Tensor& target, const Tensor& segments,
                                         int64_t n_segments, std::string_view kind) {
+  check_risk(logits, target, segments, n_segments, kind);
+  // the results first: memory that is not there is told before any work
+  const auto wide = logits.options().dtype(accumulation_type(logits.scalar_type()));
+  Tensor value = at::empty({n_segments}, wide), env_grad = at::empty({n_segments}, wide);
+  Tensor stats = at::zeros({logits.size(0), kStats}, wide);
   const Inputs in(logits, target, segments, n_segments);
-  Tensor value, env_grad, stats;
   dispatch(logits.scalar_type(), "risk", [&]<class T, class A>() {
-    static_assert(sizeof(RiskStats<A>) == 5 * sizeof(A));
-    const auto options = logits.options().dtype(c10::CppTypeToScalarType<A>::value);
-    value = at::empty({n_segments}, options);
-    env_grad = at::empty({n_segments}, options);
-    stats = at::zeros({logits.size(0), 5}, options);
+    static_assert(sizeof(RiskStats<A>) == kStats * sizeof(A));
     with_kind(kind, [&]<RiskKind k>() { forward<k, T, A>(in, value, env_grad, stats); });
   });
   return {value, env_grad, stats};
@@ -135,7 +134,7 @@ void backward(const Inputs& in, const Tensor& on_value, const Tensor& on_env, co
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = in.tokens[i], s = in.segment_of[t];
       RiskStats<A> own;
-      std::memcpy(&own, stats_data + t * 5, sizeof(own));
+      std::memcpy(&own, stats_data + t * kStats, sizeof(own));
       const A share = static_cast<A>(in.count[s]);
       FASTEDIT_SIMD(token_gradient, (kind, T, A), data<const T>(in.logits) + t * in.logits.stride(0),
                     in.reference<kind, T>(t), in.label<kind>(t), V, own, value_data[s] / share, env_data[s] / share,
@@ -152,6 +151,8 @@ void backward(const Inputs& in, const Tensor& on_value, const Tensor& on_env, co
 
 Tensor risk_backward(const Tensor& grad_value, const Tensor& grad_env, const Tensor& logits, const Tensor& target,
                      const Tensor& segments, const Tensor& stats, std::string_view kind) {
+  check_risk(logits, target, segments, segments_of(grad_value), kind);
+  check_risk_upstream("risk", grad_value, grad_env, stats, logits);
   const Inputs in(logits, target, segments, grad_value.size(0));
   Tensor grad = recycled(logits.sizes(), logits.options());
   dispatch(logits.scalar_type(), "risk", [&]<class T, class A>() {

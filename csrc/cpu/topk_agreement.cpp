@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
 #include "cpu/simd/topk_agreement.h"
@@ -36,6 +37,7 @@ void agree(const Tensor& before, const Tensor& after, int64_t k, double* top1, d
 }
 
 std::tuple<Tensor, Tensor> topk_agreement(const Tensor& before_in, const Tensor& after_in, int64_t k) {
+  check_topk_agreement(before_in, after_in, k);
   const Tensor before = with_unit_stride(before_in), after = with_unit_stride(after_in);
   const auto options = before.options().dtype(at::kDouble);
   Tensor top1 = at::empty({before.size(0)}, options), ranked = at::empty({before.size(0)}, options);

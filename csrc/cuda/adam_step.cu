@@ -7,6 +7,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "arguments.h"
 #include "cuda/adam_step_kernels.h"
 #include "cuda/launch.h"
 // registration is no matter of the device's passes of the compiler, which would read all of torch for it
@@ -53,6 +54,7 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
                                    Tensor& step, const Tensor& lr, const Tensor& active, double beta1, double beta2,
                                    double eps, double weight_decay, std::optional<double> clip,
                                    std::optional<double> radius) {
+  check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius);
   const c10::cuda::CUDAGuard guard(params.device());
   constexpr double none = std::numeric_limits<double>::infinity();
   const AdamSettings settings{beta1, beta2, eps, weight_decay, clip.value_or(none), radius.value_or(none)};
@@ -63,8 +65,6 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
       run<T, G, A>(params, grads, exp_avg, exp_avg_sq, step, lr, active, settings, clip.has_value(), norm);
     };
     if constexpr (std::is_same_v<T, A>) {
-      FASTEDIT_CHECK(same, "adam_step_", "grads have the dtype of params", "grads=", grads.scalar_type(),
-                     ", params=", params.scalar_type());
       go.template operator()<T>();
     } else if (same) {
       go.template operator()<T>();

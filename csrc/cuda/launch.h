@@ -13,12 +13,15 @@
 
 namespace fastedit::gpu {
 
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
 // Runs blocks of kThreads on a stream.
 struct StreamLaunch {
   cudaStream_t stream;
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
+    FASTEDIT_CHECK(blocks <= kMostBlocks, "fastedit", "a kernel runs at most 2^31 - 1 blocks", "blocks=", blocks);
     kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "arguments.h"
 #include "cuda/launch.h"
 #include "cuda/risk_kernels.h"
 // registration is no matter of the device's passes of the compiler, which would read all of torch for it
@@ -27,8 +28,7 @@ template <class Body>
 void with_kind(std::string_view kind, Body&& body) {
   if (kind == "ce") return body.template operator()<RiskKind::ce>();
   if (kind == "forward_kl") return body.template operator()<RiskKind::forward_kl>();
-  if (kind == "reverse_kl") return body.template operator()<RiskKind::reverse_kl>();
-  FASTEDIT_CHECK(false, "risk", "kind is one of ce, forward_kl, reverse_kl", "kind=", std::string(kind));
+  return body.template operator()<RiskKind::reverse_kl>();
 }
 
 // segments and labels are contiguous; the rest may have any strides.
@@ -57,6 +57,7 @@ RiskInput<T> input(const Tensor& logits, const Tensor& target, const Tensor& seg
 [[maybe_unused]] std::tuple<Tensor, Tensor, Tensor> risk(const Tensor& logits, const Tensor& target_in,
                                                          const Tensor& segments_in, int64_t n_segments,
                                                          std::string_view kind) {
+  check_risk(logits, target_in, segments_in, n_segments, kind);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Tensor segments = segments_in.contiguous(), target = target_in.dim() == 1 ? target_in.contiguous() : target_in;
   Tensor value, env_grad, stats;
@@ -79,6 +80,8 @@ RiskInput<T> input(const Tensor& logits, const Tensor& target, const Tensor& seg
 [[maybe_unused]] Tensor risk_backward(const Tensor& grad_value_in, const Tensor& grad_env_in, const Tensor& logits,
                                       const Tensor& target_in, const Tensor& segments_in, const Tensor& stats_in,
                                       std::string_view kind) {
+  check_risk(logits, target_in, segments_in, segments_of(grad_value_in), kind);
+  check_risk_upstream("risk", grad_value_in, grad_env_in, stats_in, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Tensor segments = segments_in.contiguous(), target = target_in.dim() == 1 ? target_in.contiguous() : target_in;
   const Tensor grad_value = grad_value_in.contiguous(), grad_env = grad_env_in.contiguous();

@@ -1,4 +1,15 @@
-"""Fused ops: one public function each, over one torch.library op. Importing this module registers them."""
+"""Fused ops: one public function each, over one torch.library op. Importing this module registers them.
+
+Every entry checks its arguments, torch.ops.fastedit included, and raises ValueError before any work. A GPU is not asked
+for offsets, segments and labels, that would wait for it: its kernels stay within the tensors whatever these say.
+
+Under torch.autocast ``low_rank``, ``key_value`` and ``linear_risk``, which multiply matrices, cast all features and
+parameters but float64 to autocast's dtype, as torch's own products do. ``risk``, ``mmd2``, ``nearest_keys`` and
+``topk_agreement``, whose results are float32 in any case, take their two features to the wider dtype of them where they
+disagree. ``adam_step_`` and ``workspace`` are as without. Gradients come in the dtypes of what was given.
+
+torch.func differentiates through the public functions, once.
+"""
 
 from fastedit import _native as _native  # registers the compiled kernels
 from fastedit.ops._library import implementations

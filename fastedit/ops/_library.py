@@ -1,11 +1,15 @@
-"""How an op enters torch: its schema, its default kernel (the reference) and the kernels of single devices."""
+"""How an op enters torch: its schema, its default kernel (the reference) and the kernels of single devices.
+
+What arguments must be is checked by every kernel, so also where torch.ops.fastedit is called without the public
+functions.
+"""
 
 import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -19,14 +23,72 @@ if _PREFERRED not in ("csrc", "triton"):
     raise ValueError(f"{PREFER} is csrc or triton (got {PREFER}={_PREFERRED})")
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+# What torch.autocast does to an op's features: casts all to its dtype, as it does for products; the first two arguments
+# to the wider one of them, as it does where results are exact anyway; or nothing.
+Autocast = Literal["lower", "widest", "keep"]
+
+# op -> what differentiates it under torch.func; filled as _TRITON is
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def define(
+    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any], autocast: Autocast = "keep"
+) -> None:
     """Define ``fastedit::name``: the reference is the kernel of every device that gets no other, fake tells shapes."""
     torch.library.define(f"fastedit::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"fastedit::{name}", "CompositeExplicitAutograd", reference)
     torch.library.register_fake(f"fastedit::{name}", fake)
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        torch.library.impl(f"fastedit::{name}", key, _autocast_kernel(name, device, key, autocast))
     if name.endswith("_backward"):
-        torch.library.register_autograd(f"fastedit::{name}", _refuse_second_backward)
+        differentiate(name, _save_nothing, _refuse_second_backward)
     _TRITON[name] = set()
+
+
+def _autocast_kernel(name: str, device: str, key: str, autocast: Autocast) -> Callable[..., Any]:
+    op = getattr(torch.ops.fastedit, name).default
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*arguments: Any) -> Any:
+        # what a kernel computes with torch's ops is not for autocast either
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*_cast(arguments, device, autocast))
+
+    return kernel
+
+
+def _cast(arguments: tuple[Any, ...], device: str, autocast: Autocast) -> tuple[Any, ...]:
+    if autocast == "keep":
+        return arguments
+    count = 2 if autocast == "widest" else len(arguments)
+    features = [one for one in arguments[:count] if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    if autocast == "widest":
+        if len({one.dtype for one in features}) < 2:
+            return arguments
+        dtype = torch.promote_types(*(one.dtype for one in features))
+    else:
+        dtype = torch.get_autocast_dtype(device)
+        # as torch's own ops: float64 is left as it is
+        features = [one for one in features if one.dtype != torch.float64]
+    chosen = {id(one) for one in features}
+    return tuple(one.to(dtype) if id(one) in chosen else one for one in arguments)
+
+
+def differentiate(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give ``fastedit::name`` a gradient: ``save(ctx, inputs, output)`` keeps what ``backward(ctx, *grads)`` needs."""
+    torch.library.register_autograd(f"fastedit::{name}", backward, setup_context=save)
+    op = getattr(torch.ops.fastedit, name).default
+    parts = {"forward": op.__call__, "setup_context": save, "backward": backward}
+    members = {part: staticmethod(function) for part, function in parts.items()}
+    _FUNCTIONS[name] = type(f"{name}_function", (torch.autograd.Function,), members)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call ``fastedit::name``, also under torch.func's transforms, which do not take what register_autograd made."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return getattr(torch.ops.fastedit, name).default(*arguments)
+    return _FUNCTIONS[name].apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def serve_with_triton(name: str, stem: str) -> None:
@@ -51,6 +113,10 @@ def _compiled(name: str, device: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastedit::{name}", device.upper()))
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
 def _refuse_second_backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
     raise RuntimeError("the gradients of fastedit's ops are closed forms that are not differentiable again")
 
@@ -68,23 +134,3 @@ def _server(name: str, device: str) -> str:
     if device in _TRITON[name]:
         return "triton"
     return "csrc" if _compiled(name, device) else "reference"
-
-
-def fail(op: str, rule: str, **got: object) -> NoReturn:
-    """Raise ValueError ``op: rule (got name=value, ...)``."""
-    listed = ", ".join(f"{name}={value}" for name, value in got.items())
-    raise ValueError(f"{op}: {rule} (got {listed})")
-
-
-def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Raise unless the tensor has a dtype that the ops compute with."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        fail(op, f"{name} is float32, bfloat16, float16 or float64", **{name: tensor.dtype})
-
-
-def check_index(op: str, name: str, tensor: torch.Tensor, length: int | torch.SymInt, device: torch.device) -> None:
-    """Raise unless the tensor is a vector of int64 of that length on that device."""
-    if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.shape[0] != length:
-        fail(op, f"{name} is int64 of shape ({length},)", **{name: f"{tensor.dtype} {tuple(tensor.shape)}"})
-    if tensor.device != device:
-        fail(op, f"{name} is on the device of the features", **{name: tensor.device, "features": device})

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, define, fail, serve_with_triton
+from fastedit.ops._library import define, serve_with_triton
 from fastedit.reference import adam_step as reference
-from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference._checks import fail
+from fastedit.reference.arguments import check_adam_step
 
 _OP = "adam_step_"
 
@@ -25,6 +26,7 @@ def _fake(
     clip: float | None,
     radius: float | None,
 ) -> Tensor:
+    check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius)
     return exp_avg.new_empty(params.shape[0])
 
 
@@ -76,9 +78,7 @@ def adam_step_(
     Raises:
         ValueError: shapes, dtypes or devices disagree, a setting is out of its range.
     """
-    _check(params, grads, exp_avg, exp_avg_sq, step, active)
-    _check_settings(betas, eps=eps, weight_decay=weight_decay, clip=clip, radius=radius)
-    rows = params.shape[0]
+    rows = params.shape[0] if params.dim() else 0
     if isinstance(lr, Tensor):
         if lr.shape != (rows,) or lr.device != params.device:
             fail(_OP, f"lr is a number or of shape ({rows},) beside params", lr=f"{tuple(lr.shape)} {lr.device}")
@@ -90,35 +90,3 @@ def adam_step_(
             params, grads, exp_avg, exp_avg_sq, step, rates, active, *betas, eps, weight_decay, clip, radius
         )
     return norm
-
-
-def _check(params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, active: Tensor) -> None:
-    check_floating(_OP, "params", params)
-    if params.dim() != 2:
-        fail(_OP, "params is (B, P)", params=tuple(params.shape))
-    state_dtype = accumulation_dtype(params.dtype)
-    matrices = {"params": params, "grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, tensor in matrices.items():
-        allowed = {"params": (params.dtype,), "grads": (params.dtype, state_dtype)}.get(name, (state_dtype,))
-        if tensor.shape != params.shape:
-            fail(_OP, f"{name} has the shape of params", **{name: tuple(tensor.shape), "params": tuple(params.shape)})
-        if tensor.dtype not in allowed:
-            fail(
-                _OP, f"{name} is {' or '.join(str(dtype) for dtype in dict.fromkeys(allowed))}", **{name: tensor.dtype}
-            )
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            fail(_OP, f"{name} has unit stride along P", **{name: tensor.stride()})
-        if tensor.device != params.device:
-            fail(_OP, f"{name} is on the device of params", **{name: tensor.device, "params": params.device})
-    for name, tensor, dtype in (("step", step, torch.int64), ("active", active, torch.bool)):
-        if tensor.shape != (params.shape[0],) or tensor.dtype != dtype or tensor.device != params.device:
-            got = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
-            fail(_OP, f"{name} is {dtype} of shape ({params.shape[0]},) beside params", **{name: got})
-
-
-def _check_settings(betas: tuple[float, float], **numbers: float | None) -> None:
-    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-        fail(_OP, "betas lie in [0, 1)", betas=betas)
-    for name, number in numbers.items():
-        if number is not None and not number >= 0.0:
-            fail(_OP, f"{name} is not negative", **{name: number})

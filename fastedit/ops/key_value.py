@@ -2,12 +2,12 @@
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
+from fastedit.ops._library import call, define, differentiate, serve_with_triton
 from fastedit.reference import key_value as reference
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import check_key_value, check_key_value_needs, check_key_value_upstream
 
 Activation = Literal["relu", "gelu", "silu"]
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "silu")
@@ -23,6 +23,7 @@ def _fake(
     gate_keys: Tensor | None,
     gate_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_key_value(x, keys, bias, values, offsets, activation, gate_keys, gate_bias)
     width = keys.shape[2] if gate_keys is None else 2 * keys.shape[2]
     entering = x.new_empty((x.shape[0], width), dtype=accumulation_dtype(x.dtype))
     return x.new_empty((x.shape[0], values.shape[2])), entering
@@ -39,6 +40,9 @@ def _fake_backward(
     gate_keys: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_key_value(x, keys, None, values, offsets, activation, gate_keys, None)
+    check_key_value_upstream(grad, x, keys, values, entering, gate_keys is not None)
+    check_key_value_needs(gate_keys is not None, needs)
     vector = (keys.shape[0], keys.shape[2])
     like = (x, keys, keys, values, keys, keys)
     shapes = (x.shape, keys.shape, vector, values.shape, keys.shape, vector)
@@ -56,9 +60,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, keys, values, offsets, entering, gate_keys = ctx.saved_tensors
     # places of x, keys, bias, values, gate keys and gate bias among the inputs
     needs = [ctx.needs_input_grad[place] for place in (0, 1, 2, 3, 6, 7)]
-    made = torch.ops.fastedit.key_value_backward.default(
-        grad, x, keys, values, offsets, entering, ctx.activation, gate_keys, needs
-    )
+    made = call("key_value_backward", grad, x, keys, values, offsets, entering, ctx.activation, gate_keys, needs)
     on_x, on_keys, on_bias, on_values, on_gate, on_gate_bias = (
         g if need else None for g, need in zip(made, needs, strict=True)
     )
@@ -71,6 +73,7 @@ define(
     "Tensor? gate_bias) -> (Tensor, Tensor)",
     reference.key_value,
     _fake,
+    "lower",
 )
 define(
     "key_value_backward",
@@ -81,7 +84,7 @@ define(
 )
 serve_with_triton("key_value", "key_value")
 serve_with_triton("key_value_backward", "key_value")
-torch.library.register_autograd("fastedit::key_value", _backward, setup_context=_save)
+differentiate("key_value", _save, _backward)
 
 
 def key_value(
@@ -114,40 +117,5 @@ def key_value(
             cover the tokens (a GPU is not asked, that would wait for it).
     """
     gate_keys, gate_bias = gate if gate is not None else (None, None)
-    parameters = {"keys": keys, "bias": bias, "values": values, "gate_keys": gate_keys, "gate_bias": gate_bias}
-    given = {name: tensor for name, tensor in parameters.items() if tensor is not None}
-    if activation not in ACTIVATIONS:
-        fail("key_value", f"activation is one of {', '.join(ACTIVATIONS)}", activation=activation)
-    if not _shapes_fit(x, **parameters):
-        shapes = {"x": tuple(x.shape)} | {name: tuple(tensor.shape) for name, tensor in given.items()}
-        rule = "x is (T, d), keys and gate_keys are (B, d, n), bias and gate_bias are (B, n), values is (B, n, o)"
-        fail("key_value", rule, **shapes)
-    check_floating("key_value", "x", x)
-    dtypes = {name: tensor.dtype for name, tensor in given.items()}
-    if len(set(dtypes.values())) > 1 or keys.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
-        fail("key_value", "the parameters have the dtype of x or are float32", x=x.dtype, **dtypes)
-    devices = {name: tensor.device for name, tensor in given.items()}
-    if set(devices.values()) != {x.device}:
-        fail("key_value", "x and the parameters are on one device", x=x.device, **devices)
-    check_index("key_value", "offsets", offsets, keys.shape[0] + 1, x.device)
-    out: Tensor = torch.ops.fastedit.key_value.default(
-        x, keys, bias, values, offsets, activation, gate_keys, gate_bias
-    )[0]
+    out: Tensor = call("key_value", x, keys, bias, values, offsets, activation, gate_keys, gate_bias)[0]
     return out
-
-
-def _shapes_fit(
-    x: Tensor,
-    keys: Tensor | None,
-    bias: Tensor | None,
-    values: Tensor | None,
-    gate_keys: Tensor | None,
-    gate_bias: Tensor | None,
-) -> bool:
-    if keys is None or values is None or x.dim() != 2 or keys.dim() != 3 or values.dim() != 3:
-        return False
-    edits, d, n = keys.shape
-    if d != x.shape[1] or values.shape[:2] != (edits, n) or (gate_keys is None and gate_bias is not None):
-        return False
-    vectors = all(t is None or t.shape == (edits, n) for t in (bias, gate_bias))
-    return vectors and (gate_keys is None or gate_keys.shape == keys.shape)

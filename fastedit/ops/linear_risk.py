@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
-from fastedit.ops.risk import KINDS, Kind
+from fastedit.ops._library import call, define, differentiate, serve_with_triton
+from fastedit.ops.risk import Kind
 from fastedit.reference import linear_risk as reference
+from fastedit.reference._checks import fail
 from fastedit.reference._precision import accumulation_dtype
-from fastedit.reference.risk import STATS
+from fastedit.reference.arguments import STATS, check_linear_risk, check_risk_upstream
 
 # Extra memory that a call may take, in bytes, unless told otherwise.
 BUDGET = 32 * 2**20
@@ -27,6 +28,7 @@ def _fake(
     kind: str,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
     dtype = accumulation_dtype(hidden.dtype)
     value = hidden.new_empty(n_segments, dtype=dtype)
     return value, torch.empty_like(value), hidden.new_empty((hidden.shape[0], STATS), dtype=dtype)
@@ -47,6 +49,9 @@ def _fake_backward(
     budget: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n_segments = grad_value.shape[0] if grad_value.dim() else 0
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
+    check_risk_upstream("linear_risk", grad_value, grad_env, stats, hidden)
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -62,9 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_value: Tensor, grad_env: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.fastedit.linear_risk_backward.default(
-        grad_value, grad_env, *ctx.saved_tensors, ctx.kind, ctx.budget, needs
-    )
+    grads = call("linear_risk_backward", grad_value, grad_env, *ctx.saved_tensors, ctx.kind, ctx.budget, needs)
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None, None, None, None, None
 
@@ -75,6 +78,7 @@ define(
     "Tensor segments, SymInt n_segments, str kind, int budget) -> (Tensor, Tensor, Tensor)",
     reference.linear_risk,
     _fake,
+    "lower",
 )
 define(
     "linear_risk_backward",
@@ -86,7 +90,7 @@ define(
 )
 serve_with_triton("linear_risk", "linear_risk")
 serve_with_triton("linear_risk_backward", "linear_risk")
-torch.library.register_autograd("fastedit::linear_risk", _backward, setup_context=_save)
+differentiate("linear_risk", _save, _backward)
 
 
 def linear_risk(
@@ -123,25 +127,13 @@ def linear_risk(
     Raises:
         ValueError: shapes, dtypes or devices disagree, a label or a segment is out of range.
     """
-    if kind not in KINDS:
-        fail("linear_risk", f"kind is one of {', '.join(KINDS)}", kind=kind)
     target, target_weight, target_bias = _split(target)
-    if n_segments < 0 or budget <= 0:
-        fail("linear_risk", "n_segments is not negative and budget positive", n_segments=n_segments, budget=budget)
-    _check_head("hidden", hidden, "weight", weight, "bias", bias)
-    check_floating("linear_risk", "hidden", hidden)
-    check_index("linear_risk", "segments", segments, hidden.shape[0], hidden.device)
-    if kind == "ce":
-        if target_weight is not None:
-            fail("linear_risk", "target of ce is labels (T,)", target=f"a reference of {tuple(target.shape)}")
-        check_index("linear_risk", "target", target, hidden.shape[0], hidden.device)
-    else:
-        _check_reference(hidden, weight, target, target_weight, target_bias)
+    if kind != "ce":
         target = target.detach()
         target_weight = None if target_weight is None else target_weight.detach()
         target_bias = None if target_bias is None else target_bias.detach()
-    value, env_grad, _ = torch.ops.fastedit.linear_risk.default(
-        hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget
+    value, env_grad, _ = call(
+        "linear_risk", hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget
     )
     return value, env_grad
 
@@ -154,36 +146,3 @@ def _split(
     if len(target) not in (2, 3):
         fail("linear_risk", "target is a tensor, or hidden states, head and bias", target=f"{len(target)} parts")
     return target[0], target[1], target[2] if len(target) == 3 else None
-
-
-def _check_head(
-    name: str, hidden: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
-) -> None:
-    given = {name: hidden, weight_name: weight} | ({} if bias is None else {bias_name: bias})
-    fits = hidden.dim() == 2 and weight.dim() == 2 and weight.shape[0] > 0 and hidden.shape[1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = {part: tuple(tensor.shape) for part, tensor in given.items()}
-        fail("linear_risk", f"{name} is (T, d), {weight_name} is (V, d) with V > 0, {bias_name} is (V,)", **shapes)
-    if len({tensor.dtype for tensor in given.values()}) > 1:
-        dtypes = {part: tensor.dtype for part, tensor in given.items()}
-        fail("linear_risk", "hidden states, head and bias have one dtype", **dtypes)
-    if len({tensor.device for tensor in given.values()}) > 1:
-        devices = {part: tensor.device for part, tensor in given.items()}
-        fail("linear_risk", "hidden states, head and bias are on one device", **devices)
-
-
-def _check_reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, target_weight: Tensor | None, target_bias: Tensor | None
-) -> None:
-    if target_weight is not None:
-        _check_head("target", target, "target_weight", target_weight, "target_bias", target_bias)
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    columns = vocabulary if target_weight is None else target.shape[1]
-    head = vocabulary if target_weight is None else target_weight.shape[0]
-    if target.shape != (tokens, columns) or head != vocabulary or target.dtype != hidden.dtype:
-        got = {"target": f"{target.dtype} {tuple(target.shape)}", "hidden": f"{hidden.dtype} {tuple(hidden.shape)}"}
-        if target_weight is not None:
-            got["target_weight"] = f"{tuple(target_weight.shape)}"
-        fail("linear_risk", f"a reference gives logits (T, {vocabulary}) and has the dtype of hidden", **got)
-    if target.device != hidden.device:
-        fail("linear_risk", "target is on the device of hidden", target=target.device, hidden=hidden.device)

@@ -2,21 +2,24 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
+from fastedit.ops._library import call, define, differentiate, serve_with_triton
 from fastedit.reference import low_rank as reference
-from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference._checks import check_tensor
+from fastedit.reference.arguments import check_low_rank
 
 
 def _fake(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
+    check_low_rank(x, down, up, offsets)
     return x.new_empty((x.shape[0], up.shape[2]))
 
 
 def _fake_backward(
     grad: Tensor, x: Tensor, down: Tensor, up: Tensor, offsets: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_low_rank(x, down, up, offsets)
+    check_tensor("low_rank", "grad", grad, x.dtype, (x.shape[0], up.shape[2]), x.device)
     grads = [t.new_empty(t.shape if need else (0,)) for t, need in zip((x, down, up), needs, strict=True)]
     return grads[0], grads[1], grads[2]
 
@@ -27,11 +30,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.fastedit.low_rank_backward.default(grad, *ctx.saved_tensors, needs)
+    grads = call("low_rank_backward", grad, *ctx.saved_tensors, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
-define("low_rank", "(Tensor x, Tensor down, Tensor up, Tensor offsets) -> Tensor", reference.low_rank, _fake)
+define("low_rank", "(Tensor x, Tensor down, Tensor up, Tensor offsets) -> Tensor", reference.low_rank, _fake, "lower")
 define(
     "low_rank_backward",
     "(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor offsets, bool[3] needs) -> (Tensor, Tensor, Tensor)",
@@ -40,7 +43,7 @@ define(
 )
 serve_with_triton("low_rank", "low_rank")
 serve_with_triton("low_rank_backward", "low_rank")
-torch.library.register_autograd("fastedit::low_rank", _backward, setup_context=_save)
+differentiate("low_rank", _save, _backward)
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
@@ -60,15 +63,5 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices disagree; on the CPU also where offsets do not cover the tokens (a GPU is
             not asked, that would wait for it).
     """
-    ranked = x.dim() == 2 and down.dim() == 3 and up.dim() == 3
-    if not ranked or down.shape != (up.shape[0], x.shape[1], up.shape[1]):
-        shapes = {"x": tuple(x.shape), "down": tuple(down.shape), "up": tuple(up.shape)}
-        fail("low_rank", "x is (T, d), down is (B, d, r), up is (B, r, o)", **shapes)
-    check_floating("low_rank", "x", x)
-    if down.dtype != up.dtype or down.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
-        fail("low_rank", "down and up have the dtype of x or are float32", x=x.dtype, down=down.dtype, up=up.dtype)
-    if down.device != x.device or up.device != x.device:
-        fail("low_rank", "x, down and up are on one device", x=x.device, down=down.device, up=up.device)
-    check_index("low_rank", "offsets", offsets, down.shape[0] + 1, x.device)
-    out: Tensor = torch.ops.fastedit.low_rank.default(x, down, up, offsets)
+    out: Tensor = call("low_rank", x, down, up, offsets)
     return out

@@ -5,14 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
+from fastedit.ops._library import call, define, differentiate, serve_with_triton
 from fastedit.reference import mmd2 as reference
+from fastedit.reference._checks import fail
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
 
 
 def _fake(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
     value = x.new_empty(x_offsets.shape[0] - 1, dtype=accumulation_dtype(x.dtype))
     return value, torch.empty_like(value)
 
@@ -27,6 +30,8 @@ def _fake_backward(
     bandwidths: Tensor,
     unbiased: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
+    check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
@@ -37,7 +42,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_value: Tensor, grad_env: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grad_x, grad_y = torch.ops.fastedit.mmd2_backward.default(grad_value, grad_env, *saved, ctx.unbiased)
+    grad_x, grad_y = call("mmd2_backward", grad_value, grad_env, *saved, ctx.unbiased)
     return grad_x, grad_y, None, None, None, None
 
 
@@ -46,6 +51,7 @@ define(
     "(Tensor x, Tensor y, Tensor x_offsets, Tensor y_offsets, Tensor bandwidths, bool unbiased) -> (Tensor, Tensor)",
     reference.mmd2,
     _fake,
+    "widest",
 )
 define(
     "mmd2_backward",
@@ -56,7 +62,7 @@ define(
 )
 serve_with_triton("mmd2", "mmd2")
 serve_with_triton("mmd2_backward", "mmd2")
-torch.library.register_autograd("fastedit::mmd2", _backward, setup_context=_save)
+differentiate("mmd2", _save, _backward)
 
 
 def mmd2(
@@ -84,22 +90,7 @@ def mmd2(
     Raises:
         ValueError: shapes, dtypes or devices disagree, bandwidths require a gradient, offsets do not cover the rows.
     """
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        fail("mmd2", "x is (N, d) and y is (M, d)", x=tuple(x.shape), y=tuple(y.shape))
-    check_floating("mmd2", "x", x)
-    if x.dtype != y.dtype or x.device != y.device:
-        fail("mmd2", "x and y have the same dtype and device", x=f"{x.dtype} {x.device}", y=f"{y.dtype} {y.device}")
-    if x_offsets.dim() != 1 or x_offsets.shape[0] < 1:
-        fail("mmd2", "x_offsets is (G + 1,)", x_offsets=tuple(x_offsets.shape))
-    check_index("mmd2", "x_offsets", x_offsets, x_offsets.shape[0], x.device)
-    check_index("mmd2", "y_offsets", y_offsets, x_offsets.shape[0], x.device)
-    check_floating("mmd2", "bandwidths", bandwidths)
-    groups = x_offsets.shape[0] - 1
-    if bandwidths.dim() not in (1, 2) or (bandwidths.dim() == 2 and bandwidths.shape[0] != groups):
-        fail("mmd2", "bandwidths is (Q,) or (G, Q)", bandwidths=tuple(bandwidths.shape), G=groups)
-    if bandwidths.device != x.device:
-        fail("mmd2", "bandwidths is on the device of the features", bandwidths=bandwidths.device, features=x.device)
     if bandwidths.requires_grad:
         fail("mmd2", "bandwidths are constants: detach them", requires_grad=True)
-    value, env_grad = torch.ops.fastedit.mmd2.default(x, y, x_offsets, y_offsets, bandwidths, unbiased)
+    value, env_grad = call("mmd2", x, y, x_offsets, y_offsets, bandwidths, unbiased)
     return value, env_grad

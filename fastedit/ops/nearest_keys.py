@@ -5,16 +5,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, define, fail, serve_with_triton
+from fastedit.ops._library import define, serve_with_triton
 from fastedit.reference import nearest_keys as reference
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import check_nearest_keys
 
 Metric = Literal["cosine", "dot", "l2"]
-METRICS = ("cosine", "dot", "l2")
-MOST = 64
 
 
 def _fake(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    check_nearest_keys(queries, keys, k, metric)
     values = queries.new_empty((queries.shape[0], k), dtype=accumulation_dtype(queries.dtype))
     return values, queries.new_empty((queries.shape[0], k), dtype=torch.int64)
 
@@ -24,6 +24,7 @@ define(
     "(Tensor queries, Tensor keys, int k, str metric) -> (Tensor, Tensor)",
     reference.nearest_keys,
     _fake,
+    "widest",
 )
 serve_with_triton("nearest_keys", "nearest_keys")
 
@@ -45,17 +46,5 @@ def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: Metric = "cosine
     Raises:
         ValueError: shapes, dtypes or devices disagree, k is out of range, or the metric is unknown.
     """
-    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
-        fail(
-            "nearest_keys", "queries is (Q, d) and keys is (K, d)", queries=tuple(queries.shape), keys=tuple(keys.shape)
-        )
-    check_floating("nearest_keys", "queries", queries)
-    if queries.dtype != keys.dtype or queries.device != keys.device:
-        own, other = f"{queries.dtype} {queries.device}", f"{keys.dtype} {keys.device}"
-        fail("nearest_keys", "queries and keys have the same dtype and device", queries=own, keys=other)
-    if metric not in METRICS:
-        fail("nearest_keys", f"metric is one of {', '.join(METRICS)}", metric=metric)
-    if not 1 <= k <= MOST or k > keys.shape[0]:
-        fail("nearest_keys", f"k is between 1 and the number of keys, at most {MOST}", k=k, K=keys.shape[0])
     values, indices = torch.ops.fastedit.nearest_keys.default(queries.detach(), keys.detach(), k, metric)
     return values, indices

@@ -5,9 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, check_index, define, fail, serve_with_triton
+from fastedit.ops._library import call, define, differentiate, serve_with_triton
 from fastedit.reference import risk as reference
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import STATS, check_risk, check_risk_upstream
 
 Kind = Literal["ce", "forward_kl", "reverse_kl"]
 KINDS: tuple[Kind, ...] = ("ce", "forward_kl", "reverse_kl")
@@ -16,15 +17,18 @@ KINDS: tuple[Kind, ...] = ("ce", "forward_kl", "reverse_kl")
 def _fake(
     logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_risk(logits, target, segments, n_segments, kind)
     dtype = accumulation_dtype(logits.dtype)
     value = logits.new_empty(n_segments, dtype=dtype)
-    stats = logits.new_empty((logits.shape[0], reference.STATS), dtype=dtype)
+    stats = logits.new_empty((logits.shape[0], STATS), dtype=dtype)
     return value, torch.empty_like(value), stats
 
 
 def _fake_backward(
     grad_value: Tensor, grad_env: Tensor, logits: Tensor, target: Tensor, segments: Tensor, stats: Tensor, kind: str
 ) -> Tensor:
+    check_risk(logits, target, segments, grad_value.shape[0] if grad_value.dim() else 0, kind)
+    check_risk_upstream("risk", grad_value, grad_env, stats, logits)
     return logits.new_empty(logits.shape)
 
 
@@ -36,7 +40,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_value: Tensor, grad_env: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
     logits, target, segments, stats = ctx.saved_tensors
-    grad = torch.ops.fastedit.risk_backward.default(grad_value, grad_env, logits, target, segments, stats, ctx.kind)
+    grad = call("risk_backward", grad_value, grad_env, logits, target, segments, stats, ctx.kind)
     return grad, None, None, None, None
 
 
@@ -45,6 +49,7 @@ define(
     "(Tensor logits, Tensor target, Tensor segments, SymInt n_segments, str kind) -> (Tensor, Tensor, Tensor)",
     reference.risk,
     _fake,
+    "widest",
 )
 define(
     "risk_backward",
@@ -55,7 +60,7 @@ define(
 )
 serve_with_triton("risk", "risk")
 serve_with_triton("risk_backward", "risk")
-torch.library.register_autograd("fastedit::risk", _backward, setup_context=_save)
+differentiate("risk", _save, _backward)
 
 
 def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: Kind = "ce") -> tuple[Tensor, Tensor]:
@@ -84,25 +89,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
         ValueError: shapes, dtypes or devices disagree; on the CPU also where a label or a segment is out of range (a
             GPU is not asked, that would wait for it).
     """
-    if kind not in KINDS:
-        fail("risk", f"kind is one of {', '.join(KINDS)}", kind=kind)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        fail("risk", "logits are (T, V) with V > 0", logits=tuple(logits.shape))
-    check_floating("risk", "logits", logits)
-    if n_segments < 0:
-        fail("risk", "n_segments is not negative", n_segments=n_segments)
-    check_index("risk", "segments", segments, logits.shape[0], logits.device)
-    if kind == "ce":
-        check_index("risk", "target", target, logits.shape[0], logits.device)
-    else:
-        if target.shape != logits.shape or target.dtype != logits.dtype:
-            shapes = {
-                "target": f"{target.dtype} {tuple(target.shape)}",
-                "logits": f"{logits.dtype} {tuple(logits.shape)}",
-            }
-            fail("risk", f"target of {kind} has the shape and dtype of logits", **shapes)
-        if target.device != logits.device:
-            fail("risk", "target is on the device of logits", target=target.device, logits=logits.device)
+    if kind != "ce":
         target = target.detach()
-    value, env_grad, _ = torch.ops.fastedit.risk.default(logits, target, segments, n_segments, kind)
+    value, env_grad, _ = call("risk", logits, target, segments, n_segments, kind)
     return value, env_grad

@@ -3,19 +3,24 @@
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import check_floating, define, fail, serve_with_triton
+from fastedit.ops._library import define, serve_with_triton
 from fastedit.reference import topk_agreement as reference
-
-# Largest k; a token's candidates stay in registers.
-MOST = 64
+from fastedit.reference.arguments import check_topk_agreement
 
 
 def _fake(before: Tensor, after: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check_topk_agreement(before, after, k)
     top1 = before.new_empty(before.shape[0], dtype=torch.float64)
     return top1, torch.empty_like(top1)
 
 
-define("topk_agreement", "(Tensor before, Tensor after, int k) -> (Tensor, Tensor)", reference.topk_agreement, _fake)
+define(
+    "topk_agreement",
+    "(Tensor before, Tensor after, int k) -> (Tensor, Tensor)",
+    reference.topk_agreement,
+    _fake,
+    "widest",
+)
 serve_with_triton("topk_agreement", "topk_agreement")
 
 
@@ -34,13 +39,5 @@ def topk_agreement(before: Tensor, after: Tensor, k: int = 10) -> tuple[Tensor, 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or k is out of range.
     """
-    if before.dim() != 2 or before.shape != after.shape:
-        fail("topk_agreement", "before and after are (T, V)", before=tuple(before.shape), after=tuple(after.shape))
-    check_floating("topk_agreement", "before", before)
-    if before.dtype != after.dtype or before.device != after.device:
-        got = {"before": f"{before.dtype} on {before.device}", "after": f"{after.dtype} on {after.device}"}
-        fail("topk_agreement", "before and after have one dtype and are on one device", **got)
-    if not 1 <= k <= MOST or k > before.shape[1]:
-        fail("topk_agreement", f"k is 1 to V, at most {MOST}", k=k, V=before.shape[1])
     top1, ranked = torch.ops.fastedit.topk_agreement.default(before.detach(), after.detach(), k)
     return top1, ranked

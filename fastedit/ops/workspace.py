@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastedit import _native
-from fastedit.ops._library import define, fail
+from fastedit.ops._library import define
 from fastedit.reference import workspace as reference
+from fastedit.reference._checks import fail
 
 MALLOC = "FASTEDIT_MALLOC"
 
@@ -28,8 +29,6 @@ def workspace(like: Tensor, size: Sequence[int]) -> Tensor:
     Raises:
         ValueError: a negative size.
     """
-    if any(length < 0 for length in size):
-        fail("workspace", "sizes are not negative", size=tuple(size))
     made: Tensor = torch.ops.fastedit.workspace.default(like, list(size))
     return made
 

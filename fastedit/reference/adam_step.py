@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastedit.reference._precision import widen
+from fastedit.reference.arguments import check_adam_step, check_adam_step_memory
 
 
 def adam_step_(
@@ -22,6 +23,8 @@ def adam_step_(
     radius: float | None,
 ) -> Tensor:
     """Update params, moments (B, P) and step (B,) in place; return the gradient norms (B,), 0 where not active."""
+    check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius)
+    check_adam_step_memory(params, exp_avg, exp_avg_sq)
     rows = active.nonzero()[:, 0]
     norm = exp_avg.new_zeros(params.shape[0])
     step[rows] += 1

@@ -5,7 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastedit.reference._checks import offsets_of
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import check_key_value, check_key_value_needs, check_key_value_upstream
 
 
 def key_value(
@@ -19,6 +21,7 @@ def key_value(
     gate_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) in the dtype of x, and what enters the neurons: (T, n), with a gate (T, 2n), its half last."""
+    check_key_value(x, keys, bias, values, offsets, activation, gate_keys, gate_bias)
     dtype = accumulation_dtype(x.dtype)
     n = keys.shape[2]
     entering = x.new_zeros((x.shape[0], n if gate_keys is None else 2 * n), dtype=dtype)
@@ -43,6 +46,10 @@ def key_value_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by x, keys, bias, values, gate keys and gate bias; one that is not needed is empty."""
+    check_key_value(x, keys, None, values, offsets, activation, gate_keys, None)
+    check_key_value_upstream(grad, x, keys, values, entering, gate_keys is not None)
+    edits = _rows(x, offsets)
+    check_key_value_needs(gate_keys is not None, needs)
     dtype = accumulation_dtype(x.dtype)
     n = keys.shape[2]
     vectors = (keys.shape[0], n)
@@ -52,7 +59,7 @@ def key_value_backward(
     grad_values = values.new_zeros(values.shape if needs[3] else 0)
     grad_gate_keys = keys.new_zeros(keys.shape if needs[4] else 0)
     grad_gate_bias = keys.new_zeros(vectors if needs[5] else 0)
-    for edit, rows in enumerate(_rows(x, offsets)):
+    for edit, rows in enumerate(edits):
         x_edit, grad_edit = x[rows].to(dtype), grad[rows].to(dtype)
         # (n', m): gradient of what enters the neurons
         inner = _neurons_backward(grad_edit @ values[edit].to(dtype).T, entering[rows], n, activation)
@@ -110,9 +117,5 @@ def _neurons_backward(grad: Tensor, entering: Tensor, n: int, activation: str) -
 
 
 def _rows(x: Tensor, offsets: Tensor) -> list[slice]:
-    starts: list[int] = offsets.tolist()
-    if starts[0] != 0 or starts[-1] != x.shape[0] or sorted(starts) != starts:
-        raise ValueError(
-            f"key_value: offsets rise from 0 to the number of tokens (got offsets={starts}, T={x.shape[0]})"
-        )
+    starts = offsets_of("key_value", offsets, x.shape[0], what="the number of tokens", rows_name="T")
     return [slice(start, stop) for start, stop in pairwise(starts)]

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from fastedit.reference import risk as token_risk
+from fastedit.reference._checks import check_labels, check_segments
 from fastedit.reference._precision import widen
+from fastedit.reference.arguments import check_linear_risk, check_risk_upstream
 
 
 def linear_risk(
@@ -20,6 +22,8 @@ def linear_risk(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return value (S,), env_grad (S,) and stats (T, 5), all in the accumulation dtype."""
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
+    _check_values(target, segments, n_segments, weight.shape[0])
     logits = _logits(hidden, weight, bias)
     return token_risk.risk(logits, _target(target, target_weight, target_bias), segments, n_segments, kind)
 
@@ -40,6 +44,10 @@ def linear_risk_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by hidden, weight and bias; one that is not needed is an empty tensor."""
+    n_segments = grad_value.shape[0] if grad_value.dim() else 0
+    check_linear_risk(hidden, weight, bias, target, target_weight, target_bias, segments, n_segments, kind, budget)
+    check_risk_upstream("linear_risk", grad_value, grad_env, stats, hidden)
+    _check_values(target, segments, n_segments, weight.shape[0])
     logits = _logits(hidden, weight, bias)
     reference = _target(target, target_weight, target_bias)
     # (T, V), in the accumulation dtype
@@ -52,6 +60,12 @@ def linear_risk_backward(
         on_logits.sum(0).to(weight.dtype) if needs[2] else weight.new_empty(0),
     ]
     return grads[0], grads[1], grads[2]
+
+
+def _check_values(target: Tensor, segments: Tensor, n_segments: int, vocabulary: int) -> None:
+    check_segments("linear_risk", segments, n_segments)
+    if target.dim() == 1:
+        check_labels("linear_risk", target, segments, vocabulary)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,11 +4,14 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from fastedit.reference._checks import check_tensor, offsets_of
 from fastedit.reference._precision import accumulation_dtype
+from fastedit.reference.arguments import check_low_rank
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
     """Return y (T, o) in the dtype of x; row t of edit b is x[t] @ down[b] @ up[b]."""
+    check_low_rank(x, down, up, offsets)
     dtype = accumulation_dtype(x.dtype)
     out = x.new_zeros((x.shape[0], up.shape[2]))
     for edit, rows in enumerate(_rows(x, offsets)):
@@ -20,6 +23,8 @@ def low_rank_backward(
     grad: Tensor, x: Tensor, down: Tensor, up: Tensor, offsets: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by x, down and up; one that is not needed is an empty tensor."""
+    check_low_rank(x, down, up, offsets)
+    check_tensor("low_rank", "grad", grad, x.dtype, (x.shape[0], up.shape[2]), x.device)
     dtype = accumulation_dtype(x.dtype)
     grad_x = x.new_zeros(x.shape if needs[0] else 0)
     grad_down = down.new_zeros(down.shape if needs[1] else 0)
@@ -39,9 +44,5 @@ def low_rank_backward(
 
 
 def _rows(x: Tensor, offsets: Tensor) -> list[slice]:
-    starts: list[int] = offsets.tolist()
-    if starts[0] != 0 or starts[-1] != x.shape[0] or sorted(starts) != starts:
-        raise ValueError(
-            f"low_rank: offsets rise from 0 to the number of tokens (got offsets={starts}, T={x.shape[0]})"
-        )
+    starts = offsets_of("low_rank", offsets, x.shape[0], what="the number of tokens", rows_name="T")
     return [slice(start, stop) for start, stop in pairwise(starts)]

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastedit.reference._checks import offsets_of
 from fastedit.reference._precision import accumulation_dtype, widen
+from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
 
 
 class _Group(NamedTuple):
@@ -26,6 +28,7 @@ def mmd2(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
     """Return value (G,) and env_grad (G,) in the accumulation dtype."""
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
     value = x.new_zeros(x_offsets.shape[0] - 1, dtype=accumulation_dtype(x.dtype))
     env_grad = torch.zeros_like(value)
     for index, group in enumerate(_groups(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
@@ -55,6 +58,8 @@ def mmd2_backward(
     unbiased: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients by x and y of ``<grad_value, value> + <grad_env, env_grad>``."""
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
+    check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
     grad_x, grad_y = x.new_zeros(x.shape), y.new_zeros(y.shape)
     for index, group in enumerate(_groups(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
         upstream = (grad_value[index], grad_env[index])
@@ -71,12 +76,7 @@ def mmd2_backward(
 def _groups(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
 ) -> Iterator[_Group]:
-    starts_x, starts_y = x_offsets.tolist(), y_offsets.tolist()
-    for name, starts, rows in (("x", starts_x, x.shape[0]), ("y", starts_y, y.shape[0])):
-        if starts[0] != 0 or starts[-1] != rows or sorted(starts) != starts:
-            raise ValueError(
-                f"mmd2: {name}_offsets rise from 0 to the rows of {name} (got {name}_offsets={starts}, rows={rows})"
-            )
+    starts_x, starts_y = mmd2_offsets(x, y, x_offsets, y_offsets)
     beta = 0.5 / widen(bandwidths).to(accumulation_dtype(x.dtype)).square()
     for index in range(len(starts_x) - 1):
         rows_x = slice(starts_x[index], starts_x[index + 1])
@@ -93,6 +93,13 @@ def _groups(
         weight_x = _within_weight(n, unbiased)
         weight_y = _within_weight(m, unbiased)
         yield _Group(rows_x, rows_y, group_x - centre, group_y - centre, own_beta, weight_x, weight_y, -2.0 / (n * m))
+
+
+def mmd2_offsets(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor) -> tuple[list[int], list[int]]:
+    """Return both offsets as numbers; raise unless they rise from 0 to the rows."""
+    starts_x = offsets_of("mmd2", x_offsets, x.shape[0], name="x_offsets", what="the rows of x", rows_name="rows")
+    starts_y = offsets_of("mmd2", y_offsets, y.shape[0], name="y_offsets", what="the rows of y", rows_name="rows")
+    return starts_x, starts_y
 
 
 def _within_weight(count: int, unbiased: bool) -> float:

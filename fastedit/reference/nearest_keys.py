@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastedit.reference._precision import widen
+from fastedit.reference.arguments import check_nearest_keys
 
 # Below this norm a vector has no direction: its cosine with anything is 0.
 SMALLEST_NORM = 1e-12
@@ -11,6 +12,7 @@ SMALLEST_NORM = 1e-12
 
 def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     """Return values (Q, k) in the accumulation dtype and indices (Q, k)."""
+    check_nearest_keys(queries, keys, k, metric)
     queries, keys = widen(queries), widen(keys)
     if metric == "cosine":
         queries = queries / queries.norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM)

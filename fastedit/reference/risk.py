@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from fastedit.reference._checks import check_labels, check_segments
 from fastedit.reference._precision import accumulation_dtype, widen
+from fastedit.reference.arguments import STATS as STATS
+from fastedit.reference.arguments import check_risk, check_risk_upstream
 
 # Columns of ``stats``, what backward needs of a token: max z, sum exp(z - max z) and E_p[z], p = softmax(z), and
 #   forward_kl  the max and the sum of the reference logits (any pair that gives the same softmax)
 #   reverse_kl  E_p[z - r] and h = Cov_p(z, z - r)
-STATS = 5
 
 # exp(60) is still finite in float32 with room for a sum; beyond it the two log-sum-exps are as accurate.
 _MAX_EXPONENT = 60.0
@@ -18,12 +20,9 @@ _MAX_EXPONENT = 60.0
 
 def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return value (S,), env_grad (S,) and stats (T, 5), all in the accumulation dtype."""
-    n_tokens, n_vocabulary = logits.shape
+    check_risk(logits, target, segments, n_segments, kind)
+    check_segments("risk", segments, n_segments)
     dtype = accumulation_dtype(logits.dtype)
-    if n_tokens and not bool((segments < n_segments).all()):
-        raise ValueError(
-            f"risk: segments are below n_segments (got max={int(segments.max())}, n_segments={n_segments})"
-        )
     keep = segments >= 0
     z = _finite(logits[keep])
     # (T', V), (T', 1): probabilities and logits centred so that E_p[a] = 0
@@ -33,12 +32,8 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     extra = torch.zeros_like(mean).expand(-1, 2)
 
     if kind == "ce":
+        check_labels("risk", target, segments, logits.shape[1])
         labels = target[keep]
-        if labels.numel() and not bool(((labels >= 0) & (labels < n_vocabulary)).all()):
-            low, high = int(labels.min()), int(labels.max())
-            raise ValueError(
-                f"risk: labels lie in [0, V) where segments >= 0 (got min={low}, max={high}, V={n_vocabulary})"
-            )
         # as it is: a label of probability zero has an infinite risk
         picked = widen(logits[keep]).gather(-1, labels[:, None])
         # where every logit is -inf all are alike
@@ -60,7 +55,7 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
         env_grad = (p * (z - mean) * (v - v_mean)).sum(-1, keepdim=True)
         extra = torch.cat([v_mean, env_grad], -1)
 
-    stats = logits.new_zeros((n_tokens, STATS), dtype=dtype)
+    stats = logits.new_zeros((logits.shape[0], STATS), dtype=dtype)
     stats[keep] = torch.cat([*_max_and_sum(z), mean, extra], -1)
     chosen = segments[keep]
     count = _count(chosen, n_segments, dtype)
@@ -73,6 +68,12 @@ def risk_backward(
     grad_value: Tensor, grad_env: Tensor, logits: Tensor, target: Tensor, segments: Tensor, stats: Tensor, kind: str
 ) -> Tensor:
     """Return the gradient by logits (T, V) of ``<grad_value, value> + <grad_env, env_grad>``."""
+    n_segments = grad_value.shape[0] if grad_value.dim() else 0
+    check_risk(logits, target, segments, n_segments, kind)
+    check_risk_upstream("risk", grad_value, grad_env, stats, logits)
+    check_segments("risk", segments, n_segments)
+    if kind == "ce":
+        check_labels("risk", target, segments, logits.shape[1])
     keep = segments >= 0
     chosen = segments[keep]
     z = _finite(logits[keep])
