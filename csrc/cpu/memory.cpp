@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -9,12 +10,15 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
 #include <new>
 #include <unordered_map>
 #include <vector>
+
+#include "check.h"
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -144,25 +148,26 @@ class Recycler final : public at::Allocator {
     default_copy_data(target, source, count);
   }
 
-  static Recycler* installed;
+  static std::atomic<Recycler*> installed;
 
  private:
   // Of either kind: small blocks without an owner come here as well.
   static void give_back(void* begin) {
     if (begin == nullptr) return;
     Block block{begin, 0};
+    Recycler* self = installed.load(std::memory_order_acquire);
     {
-      const std::lock_guard lock(installed->mutex_);
-      const auto found = installed->given_.find(begin);
-      if (found != installed->given_.end()) {
+      const std::lock_guard lock(self->mutex_);
+      const auto found = self->given_.find(begin);
+      if (found != self->given_.end()) {
         block.bytes = found->second;
-        installed->given_.erase(found);
+        self->given_.erase(found);
       }
     }
     if (block.bytes > 0) {
       Kept::get().give(block);
     } else {
-      installed->small_->raw_deleter()(begin);
+      self->small_->raw_deleter()(begin);
     }
   }
 
@@ -172,14 +177,19 @@ class Recycler final : public at::Allocator {
 };
 
 // never destroyed, and never uninstalled: what it gave out comes back to it
-Recycler* Recycler::installed = nullptr;
+std::atomic<Recycler*> Recycler::installed{nullptr};
 
 }  // namespace
 
 at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
   int64_t bytes = static_cast<int64_t>(options.dtype().itemsize());
-  for (int64_t size : sizes) bytes *= size;
-  if (bytes < kLeast) return at::empty(sizes, options);
+  bool fits = true;
+  for (int64_t size : sizes) {
+    FASTEDIT_CHECK(size >= 0, "workspace", "sizes are not negative", "size=", shown(sizes));
+    fits = !c10::mul_overflows(bytes, size, &bytes) && fits;
+  }
+  // a size that cannot be is torch's to refuse
+  if (!fits || bytes < kLeast) return at::empty(sizes, options);
   const Block block = Kept::get().take(bytes);
   at::Tensor made = at::from_blob(block.begin, sizes, [block](void*) { Kept::get().give(block); }, options);
   const auto& context = at::globalContext();
@@ -200,10 +210,12 @@ int64_t release_kept_memory() {
 
 void keep_freed_memory(int64_t bytes) {
   Kept::get().limit(bytes);
-  if (Recycler::installed == nullptr) {
-    Recycler::installed = new Recycler(at::getCPUAllocator());
-    c10::SetCPUAllocator(Recycler::installed, 1);
-  }
+  static std::once_flag once;
+  std::call_once(once, [] {
+    Recycler* recycler = new Recycler(at::getCPUAllocator());
+    Recycler::installed.store(recycler, std::memory_order_release);
+    c10::SetCPUAllocator(recycler, 1);
+  });
 }
 
 TORCH_LIBRARY_IMPL(fastedit, CPU, m) {
