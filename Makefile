@@ -12,7 +12,7 @@ RUN := $(VENV)/.fastedit-run$(if $(EXTRAS),-$(EXTRAS))
 TEST := $(VENV)/.fastedit-test
 CHECK := $(VENV)/.fastedit-check
 
-.PHONY: run tradeoff test check bench clean install
+.PHONY: run tradeoff test sanitize check bench clean install
 
 install: $(RUN)
 
@@ -48,6 +48,14 @@ tradeoff: install
 
 test: $(RUN) $(TEST)
 	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+# What the ops make of wrong arguments and of threads, on a library built with AddressSanitizer: it ends the process at the
+# first access beyond a buffer. It and libstdc++ are loaded before Python, which has neither.
+sanitize: $(RUN) $(TEST)
+	FASTEDIT_BUILD=cpu FASTEDIT_SANITIZE=address $(BIN)/python setup.py --quiet build_ext
+	FASTEDIT_LIBRARY=build/address FASTEDIT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_arguments.py tests/ops/test_threads.py -k "not triton"
 
 check: $(RUN) $(CHECK)
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 FASTEDIT_BUILD says what is built: ``auto`` (default) takes the most that this machine can make, ``python`` nothing
 compiled, ``cpu`` the C++ kernels, ``cuda`` the CUDA kernels as well. Only ``auto`` may choose less; a named build that
 cannot be made stops with the reason. The build uses the torch that is installed: pip install --no-build-isolation.
+
+FASTEDIT_SANITIZE=address builds the library with AddressSanitizer, for tests, beside the one that serves: in
+build/address, where FASTEDIT_LIBRARY=build/address lets fastedit/_native.py look (make sanitize).
 """
 
 import importlib.util
@@ -22,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILDS = ("auto", "python", "cpu", "cuda")
+SANITIZERS = ("", "address")
 
 
 class BuildError(RuntimeError):
@@ -139,11 +143,24 @@ def library_name(torch_version: str, torch_cuda: str | None) -> str:
     return f"_C-torch{torch_version}-{cuda}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
+def sanitizer(environment: Mapping[str, str]) -> str:
+    """Return the sanitizer to build with, or nothing.
+
+    Raises:
+        BuildError: a sanitizer was named that the build does not know.
+    """
+    wanted = environment.get("FASTEDIT_SANITIZE", "")
+    if wanted not in SANITIZERS:
+        raise BuildError(f"FASTEDIT_SANITIZE is address or nothing (got FASTEDIT_SANITIZE={wanted})")
+    return wanted
+
+
 class CMakeBuild(build_ext):
     """Builds the one library with CMake and Ninja, in the package folder of the wheel or, editable, of the tree."""
 
     machine: Machine
     chosen: str
+    sanitizer: str
 
     def get_ext_filename(self, fullname: str) -> str:
         # fullname is fastedit._C, or _C alone where setuptools asks within the package's folder
@@ -155,11 +172,14 @@ class CMakeBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve() / "cmake"
+        if self.sanitizer:
+            output = ROOT / "build" / self.sanitizer / output.name
+            work = output.parent / "cmake"
         cache = work / "CMakeCache.txt"
         if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):
             shutil.rmtree(work)  # the tree was copied or moved with its build folder
         work.mkdir(parents=True, exist_ok=True)
-        if not self.inplace:
+        if not self.inplace and not self.sanitizer:
             for other in output.parent.glob("_C-torch*"):  # of an earlier build; the wheel would carry it along
                 other.unlink()
         includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
@@ -171,6 +191,7 @@ class CMakeBuild(build_ext):
             "FASTEDIT_TORCH_LIBRARY": Path(torch.__file__).parent / "lib",
             "FASTEDIT_TORCH_VERSION": torch.__version__,
             "FASTEDIT_CUDA_VERSION": self.machine.torch_cuda if self.chosen == "cuda" else "",
+            "FASTEDIT_SANITIZE": self.sanitizer,
             "FASTEDIT_CXX11_ABI": int(torch._C._GLIBCXX_USE_CXX11_ABI),
         }
         ninja = _tools("ninja")
@@ -188,7 +209,8 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, object]:
     print(f"fastedit: building {chosen}: {reason}", file=sys.stderr)
     if chosen == "python":
         return {}
-    command = type("build_ext", (CMakeBuild,), {"machine": machine, "chosen": chosen})
+    members = {"machine": machine, "chosen": chosen, "sanitizer": sanitizer(environment)}
+    command = type("build_ext", (CMakeBuild,), members)
     return {"ext_modules": [Extension("fastedit._C", sources=[])], "cmdclass": {"build_ext": command}}
 
 

@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 
 REQUIRE = "FASTEDIT_REQUIRE_NATIVE"
+# A folder to look for the library in instead of the package's, for a library built for tests.
+FOLDER = "FASTEDIT_LIBRARY"
 
 
 def library_name() -> str:
@@ -57,7 +59,9 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-LIBRARY = load(Path(__file__).parent, require=os.environ.get(REQUIRE, "0") not in ("", "0"))
+LIBRARY = load(
+    Path(os.environ.get(FOLDER) or Path(__file__).parent), require=os.environ.get(REQUIRE, "0") not in ("", "0")
+)
 
 
 def build_info() -> dict[str, str]:

@@ -72,6 +72,13 @@ def test_a_named_build_that_cannot_be_made_stops(setup_module_, request_, change
         setup_module_.choose(request_, setup_module_.Machine(**{**FULL, **changed}))
 
 
+def test_sanitizers(setup_module_):
+    assert setup_module_.sanitizer({}) == ""
+    assert setup_module_.sanitizer({"FASTEDIT_SANITIZE": "address"}) == "address"
+    with pytest.raises(setup_module_.BuildError, match=r"is address or nothing \(got FASTEDIT_SANITIZE=thread\)"):
+        setup_module_.sanitizer({"FASTEDIT_SANITIZE": "thread"})
+
+
 def test_another_cuda_major_builds_for_the_cpu(setup_module_):
     chosen, reason = setup_module_.choose("auto", setup_module_.Machine(**{**FULL, "nvcc": "12.8"}))
     assert chosen == "cpu"
@@ -118,6 +125,21 @@ def test_required_library_reaches_the_import(tmp_path):
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert (done.returncode, done.stdout) == expected, done.stderr
+
+
+@pytest.mark.skipif(_native.LIBRARY is None, reason="no compiled library")
+def test_the_library_of_another_folder(tmp_path):
+    """FASTEDIT_LIBRARY: a library built for tests, in place of the package's."""
+    source = Path(_native.__file__).parent / _native.library_name()
+    program = "from fastedit import _native; print(_native.LIBRARY and _native.LIBRARY.__file__)"
+    for there in (True, False):
+        if there:
+            shutil.copy(source, tmp_path)
+        else:
+            (tmp_path / source.name).unlink()
+        environment = {**os.environ, "FASTEDIT_LIBRARY": str(tmp_path), "FASTEDIT_REQUIRE_NATIVE": "0"}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == (str(tmp_path / source.name) if there else "None"), done.stderr
 
 
 @pytest.mark.skipif(_native.LIBRARY is None, reason="no compiled library")
