@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import on_frozen_model, with_gradients
 from fastedit.engine.arguments import check_records
+from fastedit.engine.memory import is_out_of_memory, release_memory
 from fastedit.engine.output import claim_result, require_room
 from fastedit.engine.preflight import check_training
 from fastedit.methods import METHODS, EditPlan, resolve
@@ -61,6 +64,8 @@ def train(
         ValueError: a method without trained parts, a setting that does not exist, or records that do not suffice; or
             ``out`` cannot be written to, another process writes it, or the disk has no room; before any work starts.
         FloatingPointError: training broke down; the last good state is kept beside ``out``.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out twice in one step; the state of the last
+            checkpoint is kept beside ``out``. A smaller ``batch_size`` takes less, and begins anew.
         OSError: the disk is full; the last state that was written is kept beside ``out``.
         RuntimeError: another thread of this process is training.
     """
@@ -83,13 +88,28 @@ def train(
         if path is not None:
             require_room(path.parent, _COPIES * _parameter_bytes(task), "train")
         state = None if path is None else path.with_name(path.name + ".training")
-        made = train_task(task, settings, checkpoint=state, resume=resume, show_progress=show_progress)
+        made = train_task(
+            task, settings, checkpoint=state, resume=resume, show_progress=show_progress,
+            recover=partial(_recover, model, kind, settings, state),
+        )  # fmt: skip
         metrics = {**made.metrics, "task": getattr(task, "fingerprint", ""), "trainer": asdict(settings)}
         artifact = replace(made, kind=kind, metrics=metrics)
         if path is not None and state is not None:
             save_artifact(artifact, path)
             state.unlink(missing_ok=True)
         return artifact
+
+
+def _recover(
+    model: EditableModel, kind: str, settings: TrainerConfig, state: Path | None, error: BaseException
+) -> Callable[[], None] | None:
+    """What gives a step that ran out of memory room; None for other errors."""
+    if not is_out_of_memory(error):
+        return None
+    kept = "" if state is None or not state.is_file() else f"; the state of the last checkpoint is kept in {state}"
+    told = f"train {kind}: memory ran out in a step of batch_size={settings.batch_size}"
+    warnings.warn(f"{told}; trying once more with all caches emptied{kept}", RuntimeWarning, stacklevel=5)
+    return partial(release_memory, model)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from fastedit.training.artifact import Artifact, load_artifact, require_artifact, save_artifact
 from fastedit.training.config import TrainerConfig
-from fastedit.training.trainer import Task, train_task
+from fastedit.training.state import Task
+from fastedit.training.trainer import train_task
 
 __all__ = [
     "Artifact",

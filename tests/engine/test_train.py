@@ -104,3 +104,35 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
         fastedit.train(model, "mend", [])
     with pytest.raises(ValueError, match=r"field 'ranks' is not known; did you mean 'rank'"):
         train(model, ranks=3)
+
+
+@pytest.mark.parametrize("method", ["mend", "serac"])
+def test_memory_that_runs_out_in_a_step_changes_nothing(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    own = SMALL if method == "mend" else {"valid_records": 2}
+
+    def made(**settings: Any) -> fastedit.Artifact:
+        return fastedit.train(model, method, make_edits(6), trainer=BRIEF, **own, **settings)
+
+    from fastedit.training import trainer
+
+    expected, real = made(), trainer._step
+    for failures in (1, 2):
+        calls: list[int] = []
+
+        def step(*args: Any, failures: int = failures, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if 2 <= len(calls) < 2 + failures:
+                raise RuntimeError("CUDA error: out of memory")
+            return real(*args)
+
+        monkeypatch.setattr(trainer, "_step", step)
+        warned = pytest.warns(RuntimeWarning, match=f"train {method}: memory ran out in a step of batch_size=2; trying")
+        if failures == 1:
+            with warned:
+                assert made().id == expected.id
+            assert len(calls) == 4
+        else:
+            with warned, pytest.raises(RuntimeError, match="out of memory"):
+                made(out=tmp_path / "part")

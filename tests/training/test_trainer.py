@@ -334,3 +334,81 @@ def test_parameters_that_broke_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     with pytest.raises(FloatingPointError, match=r"got step=20, slope with values .* kept in .*state\.safetensors"):
         train_task(Breaks(), TrainerConfig(steps=60, valid_every=None, checkpoint_every=10, clip=None), checkpoint=path)
+
+
+class Short(Line):
+    """A line for which there is no room at some calls of ``loss``, after the buffer was changed, or of ``validate``."""
+
+    def __init__(self, calls: set[int], *, validations: set[int] | None = None) -> None:
+        super().__init__()
+        self.calls, self.validations, self.losses, self.validated = calls, validations or set(), 0, 0
+
+    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+        found = super().loss(step)
+        self.losses += 1
+        if self.losses in self.calls:
+            raise MemoryError("std::bad_alloc")
+        return found
+
+    def validate(self) -> Mapping[str, float]:
+        self.validated += 1
+        if self.validated in self.validations:
+            raise MemoryError("std::bad_alloc")
+        return super().validate()
+
+
+def test_a_step_that_can_be_recovered_from_is_made_once_more() -> None:
+    whole, released = train_task(Line(), CONFIG), []
+
+    def recover(error: BaseException) -> Any:
+        return (lambda: released.append(error)) if isinstance(error, MemoryError) else None
+
+    made = train_task(Short({3, 20, 33}, validations={2}), CONFIG, recover=recover)
+    assert made.id == whole.id
+    assert made.metrics["validation"] == whole.metrics["validation"]
+    assert len(released) == 4
+    # Once only, and not without anyone to ask
+    with pytest.raises(MemoryError):
+        train_task(Short({3, 4}), CONFIG, recover=recover)
+    with pytest.raises(MemoryError):
+        train_task(Short({3}), CONFIG)
+
+
+class Climbing(Line):
+    """Losses that grow by the step."""
+
+    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+        error, told = super().loss(step)
+        return error * 0 + 1.0 + step, told
+
+
+def test_training_that_goes_nowhere_says_so(tmp_path: Path) -> None:
+    assert train_task(Line(), CONFIG).metrics["status"] == "max_steps"
+    stopped = TrainerConfig(steps=500, lr=0.05, valid_every=10, patience=2)
+    assert train_task(Line(scores=[0.1, 0.9, 0.5, 0.4]), stopped).metrics["status"] == "early_stop"
+    message = "mean loss of 5.5 over the first 10 steps, 55.5 over the last"
+    with pytest.warns(RuntimeWarning, match=message):
+        made = train_task(Climbing(scores=[0.5, 0.4, 0.3]), CONFIG)
+    assert made.metrics["status"] == "diverging"
+    # A multiplier may let the loss grow while validation gets better
+    assert train_task(Climbing(scores=[0.3, 0.4, 0.5]), CONFIG).metrics["status"] == "max_steps"
+    # What was broken off knows its first losses
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_task(Climbing(scores=[0.5, 0.4], break_at=45), CONFIG, checkpoint=path)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert train_task(Climbing(scores=[0.3]), CONFIG, checkpoint=path).metrics["status"] == "diverging"
+
+
+def test_parameters_and_scores_that_are_no_numbers_make_no_artifact() -> None:
+    with pytest.raises(FloatingPointError, match="no finite score in 2 validations"):
+        train_task(Line(scores=[float("nan"), float("inf")]), TrainerConfig(steps=20, valid_every=10))
+
+    class Spoiled(Line):
+        def validate(self) -> Mapping[str, float]:
+            with torch.no_grad():
+                self.slope[0] = torch.nan
+            return {"score": 1.0}
+
+    with pytest.raises(FloatingPointError, match="slope with values that are not finite"):
+        train_task(Spoiled(), TrainerConfig(steps=10, valid_every=10))
