@@ -16,6 +16,9 @@ import torch
 # op -> the devices that Triton serves; filled while the op modules are imported and constant afterwards
 _TRITON: dict[str, set[str]] = {}
 
+# op -> its definition in plain torch
+_REFERENCES: dict[str, Callable[..., Any]] = {}
+
 # Who serves CUDA tensors where both can: csrc, the compiled library, or triton. Read when the ops are imported.
 PREFER = "FASTEDIT_CUDA"
 _PREFERRED = os.environ.get(PREFER, "csrc")
@@ -44,6 +47,7 @@ def define(
     if name.endswith("_backward"):
         differentiate(name, _save_nothing, _refuse_second_backward)
     _TRITON[name] = set()
+    _REFERENCES[name] = reference
 
 
 def _autocast_kernel(name: str, device: str, key: str, autocast: Autocast) -> Callable[..., Any]:
@@ -100,13 +104,32 @@ def serve_with_triton(name: str, stem: str) -> None:
         return
 
     def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"fastedit.kernels.{stem}"), name)(*arguments)
+        return launched(name, getattr(importlib.import_module(f"fastedit.kernels.{stem}"), name), *arguments)
 
     with warnings.catch_warnings():
         # taking the compiled kernel's place was asked for
         warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
         torch.library.impl(f"fastedit::{name}", "cuda", launch)
     _TRITON[name].add("cuda")
+
+
+def launched(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """What a Triton kernel gives, or where a block of it is too large for the GPU the reference, with a warning.
+
+    That is about shared memory or registers of one block, which follow from ranks and widths: fewer edits at a time
+    would not help. It is found out before the kernel runs. An op that changes its arguments is not begun again.
+    """
+    try:
+        return kernel(*arguments)
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":
+            raise
+        schema = getattr(torch.ops.fastedit, name).default._schema
+        if schema.is_mutable:
+            raise RuntimeError(f"{name}: a block of the Triton kernel fits the GPU (got {error})") from error
+        told = f"{name}: a block of the Triton kernel is too large for this GPU; plain torch serves the call ({error})"
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return _REFERENCES[name](*arguments)
 
 
 def _compiled(name: str, device: str) -> bool:

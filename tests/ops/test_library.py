@@ -58,3 +58,28 @@ def test_the_choice_is_read_at_the_import(chosen, served):
     assert done.stdout.strip() == served, done.stderr
     if not served:
         assert "ValueError: FASTEDIT_CUDA is csrc or triton (got FASTEDIT_CUDA=cuda)" in done.stderr
+
+
+def test_what_a_block_has_no_room_for_is_served_by_the_reference():
+    from triton.runtime.errors import OutOfResources
+
+    def kernel(*_):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    x = torch.randn(3, 8)
+    down, up, offsets = torch.randn(1, 8, 2), torch.randn(1, 2, 5), torch.tensor([0, 3])
+    with pytest.warns(RuntimeWarning, match=r"low_rank: a block .* too large for this GPU; .*Required: 300000"):
+        found = _library.launched("low_rank", kernel, x, down, up, offsets)
+    torch.testing.assert_close(found, x @ down[0] @ up[0])
+    # Halfway done it cannot be begun again
+    with pytest.raises(
+        RuntimeError, match=r"adam_step_: a block of the Triton kernel fits the GPU \(got out of resource"
+    ):
+        _library.launched("adam_step_", kernel)
+
+    def broken(*_):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        _library.launched("low_rank", broken, x)
+    assert _library.launched("low_rank", lambda *given: len(given), x, down) == 2
