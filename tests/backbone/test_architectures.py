@@ -100,7 +100,11 @@ def test_logits_equal_the_stock_models(key: str, record_property: Any) -> None:
     for layer, stage in ((0, "attention"), (0, "ffn"), (2, "ffn"), (3, "attention"), (3, "ffn")):
         state = packed_prefix(model, start, layer, stage)
         worst = max(worst, float((model.head(packed_tail(model, state)) - expected).abs().max()))
-    record_property("logits", worst)
+    record_property("logits", f"{worst:.0e}")
+    record_property("decoder", model.adapter.text.config.model_type)
+    adapter = generic(model.adapter)
+    assert adapter is not None
+    record_property("keys", "stored" if adapter.walker.stores else "read again")
     assert worst <= ROUNDING.get(key, 1e-12)
 
 
@@ -151,7 +155,7 @@ def test_edits_converge_and_leave_the_base_alone(key: str, record_property: Any)
             assert model.answer(request.image, request.prompt, max_new_tokens=6) == request.target
     assert torch.equal(packed_tail(model, packed_start(model, encoded)), before)
     assert all(torch.equal(weight, old) for weight, old in zip(model.hf.parameters(), weights, strict=True))
-    record_property("edits", "converge")
+    record_property("edits", " ".join(options["names"]))
 
 
 @pytest.mark.parametrize("key", ["qwen3_vl_moe", "gemma3", "qwen3_5", "llava+pixtral"])

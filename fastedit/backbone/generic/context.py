@@ -29,7 +29,12 @@ class Walk(Protocol):
         """Stand for a decoder layer."""
 
     def part(self, role: str, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stand for a part of a layer: its "mixer", or "entry", the module that reads the residual stream after it."""
+        """Stand for a part of a layer.
+
+        Args:
+            role: "mixer"; "entry", the module that reads the residual stream after it; or "token", a linear map inside
+                of the mixer whose output at a token is for that token alone.
+        """
 
     def root(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand for the decoder."""
@@ -61,18 +66,15 @@ class Instruments:
 
     def root(self, module: nn.Module) -> None:
         """Let the decoder ask."""
-        stock = module.forward
-        self._put(module, lambda walk, args, kwargs: walk.root(stock, args, kwargs))
+        self._put(module, lambda walk, stock, args, kwargs: walk.root(stock, args, kwargs))
 
     def layer(self, module: nn.Module, index: int) -> None:
         """Let a layer ask."""
-        stock = module.forward
-        self._put(module, lambda walk, args, kwargs: walk.layer(index, stock, args, kwargs))
+        self._put(module, lambda walk, stock, args, kwargs: walk.layer(index, stock, args, kwargs))
 
     def part(self, module: nn.Module, role: str, index: int) -> None:
         """Let a part of a layer ask."""
-        stock = module.forward
-        self._put(module, lambda walk, args, kwargs: walk.part(role, index, stock, args, kwargs))
+        self._put(module, lambda walk, stock, args, kwargs: walk.part(role, index, stock, args, kwargs))
 
     def remove(self) -> None:
         """Put back what was there."""
@@ -84,12 +86,16 @@ class Instruments:
                     module.forward = before
         self._changed.clear()
 
-    def _put(self, module: nn.Module, ask: Callable[[Walk, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        stock = module.forward
+    def _put(self, module: nn.Module, ask: Callable[[Walk, Forward, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        before = module.__dict__.get("forward")
+
+        def stock(*args: Any, **kwargs: Any) -> Any:
+            # Looked up anew: the class of a quantized map changes while its weight is written out
+            return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             walk = CURRENT.get()
-            return stock(*args, **kwargs) if walk is None else ask(walk, args, kwargs)
+            return stock(*args, **kwargs) if walk is None else ask(walk, stock, args, kwargs)
 
-        self._changed.append((module, module.__dict__.get("forward"), forward))
+        self._changed.append((module, before, forward))
         module.forward = forward

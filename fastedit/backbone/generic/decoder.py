@@ -75,7 +75,9 @@ class Decoder:
     def instrument_parts(self) -> None:
         """Let the mixers and entries that were traced ask the walk."""
         for index, trace in enumerate(self.traces):
-            for role, path in (("mixer", trace.mixer), ("entry", trace.entry)):
+            sites = trace.sites or {}
+            token = [] if trace.padded else [("token", sites.get(name, "")) for name in ("q", "o")]
+            for role, path in (("mixer", trace.mixer), ("entry", trace.entry), *token):
                 if path:
                     self._instruments.part(self.layers[index].get_submodule(path), role, index)
 

@@ -108,6 +108,8 @@ class PackedWalk:
         """Stand for a mixer or an entry."""
         if index != self.index:
             return stock(*args, **kwargs)
+        if role == "token":
+            return self._asked(stock, args, kwargs)
         if role == "entry":
             if self._catch_entry:
                 raise _Reached(args[0] if args else next(iter(kwargs.values())))
@@ -127,6 +129,14 @@ class PackedWalk:
         if self._catch_mixer:
             raise _Mixed(output[0] if isinstance(output, tuple) else output)
         return output
+
+    def _asked(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a linear map of the last layer's mixer on the wanted tokens alone; what it says of others is dropped."""
+        given = args[0] if args else None
+        if not self._catch_mixer or self.wanted is None or given is None or given.shape[:2] != (1, self.tokens):
+            return stock(*args, **kwargs)
+        output = stock(given[:, self.wanted])
+        return output.new_zeros(1, self.tokens, output.shape[-1]).index_copy(1, self.wanted, output)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, options: dict[str, Any]
