@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.active import installing, is_installed
 from fastedit.backbone.context import overridden, scoped_hooks
+from fastedit.backbone.generic.context import is_walking
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
@@ -266,7 +267,8 @@ def _refuse_stock(holder: RowsHolder) -> Callable[[Callable[..., Any]], Callable
 
     def make(stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if holder.acts:
+            # A model without a family is entered by its stock forward
+            if holder.acts and not is_walking():
                 raise ValueError(
                     f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate "
                     "cannot do; call generate or answer of the fastedit model (got a stock forward)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from torch import Tensor
 import fastedit
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.generic.adapter import generic
+from fastedit.backbone.made_up import _MARKED_CHAT, made_up_tokenizer
+from fastedit.backbone.processors import PartsProcessor
 from fastedit.backbone.walk import packed_prefix, packed_start, packed_tail
 from fastedit.requests import EditRequest, Query
 
-from .architectures import ARCHITECTURES, TEXTS, make_editable, make_stock
+from .architectures import ARCHITECTURES, TEXTS, VOCABULARY, make_editable, make_stock
 from .conftest import picture
 
 #: Stock models that round to float32 inside, whatever their type: attention weights, positions, routers.
@@ -34,6 +38,7 @@ REFUSED = {
     "gpt2": "must have its layers in 'layers' beside its word embeddings",
     "instructblip": "qformer_input_ids",
 }
+EDGES = ("shortest_edge", "longest_edge")
 WALKED = [key for key in (*ARCHITECTURES, *TEXTS) if key not in REFUSED]
 
 
@@ -167,6 +172,36 @@ def test_objective_of_odedit(key: str) -> None:
     ).deltas
     with fastedit.applied(model, delta):
         assert model.answer(asked[0].image, asked[0].prompt, max_new_tokens=4) == asked[0].target
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_folder_loads_and_is_edited_behind_its_images(tmp_path: Path, quantize: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    make_stock("qwen3_vl_moe", torch.float32).save_pretrained(tmp_path)
+    images = importlib.import_module("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, "size": dict.fromkeys(EDGES, 4096)}
+    words = made_up_tokenizer(VOCABULARY, end="<|im_end|>", opens=False)
+    PartsProcessor(images.Qwen2VLImageProcessorPil(**sizes), words, _MARKED_CHAT).save_pretrained(tmp_path)
+    model = fastedit.load(tmp_path, quantize=quantize)
+    assert generic(model.adapter) is not None
+    asked = requests("qwen3_vl_moe")
+    names = feed_forward_names(model)
+    options: dict[str, Any] = {"names": names, "lr": 1e-2, "steps": 100, "views": "record", "evaluate": False}
+    deltas = fastedit.edit(model, asked, method="lora", positions="after_image", **options).deltas
+    for request, delta in zip(asked, deltas, strict=True):
+        with fastedit.applied(model, delta):
+            assert model.answer(request.image, request.prompt, max_new_tokens=6) == request.target
+
+
+def test_a_folder_of_text_alone_loads(tmp_path: Path) -> None:
+    hf = make_stock("llama", torch.float32)
+    hf.save_pretrained(tmp_path)
+    made_up_tokenizer(VOCABULARY, end="</s>", opens=True).save_pretrained(tmp_path)
+    model = fastedit.load(tmp_path)
+    ids = model.encode([Query("what is it?")], answers=False).input_ids
+    told = hf.generate(ids, do_sample=False, max_new_tokens=5, eos_token_id=list(model.end_token_ids))
+    answer = model.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert model.answer(None, "what is it?", max_new_tokens=5) == answer
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))

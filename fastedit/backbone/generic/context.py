@@ -58,6 +58,11 @@ def walking(walk: Walk | None) -> Iterator[None]:
         CURRENT.reset(before)
 
 
+def is_walking() -> bool:
+    """Whether the running context walks a decoder by its own forward."""
+    return CURRENT.get() is not None
+
+
 class Instruments:
     """Lets modules ask the walk of the running context; `remove` takes that back."""
 
