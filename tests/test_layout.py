@@ -119,4 +119,5 @@ def test_repository_stays_small() -> None:
         if path.is_file() and not path.is_symlink() and not skipped & set(path.relative_to(ROOT).parts)
         and path.suffix not in (".so", ".pyc")
     )  # fmt: skip
-    assert total < 15 * 2**20, f"{total / 2**20:.1f} MiB"
+    # A checkout and what is built in it travel to a machine with a GPU in at most 64 MiB
+    assert total < 40 * 2**20, f"{total / 2**20:.1f} MiB"

@@ -57,7 +57,8 @@ def test_trained_edits_act_in_their_scope_only(
 def test_an_edit_is_text_and_a_place(model: EditableModel, edits: list[EditRequest], artifact: Artifact) -> None:
     run = fastedit.edit(model, edits[:2], "serac", artifact=artifact, evaluate=False, **CONFIG)
     for edit, delta in zip(edits, run.deltas, strict=False):
-        assert delta.texts == {"template": f"{edit.prompt} {edit.target}\n{{prompt}}"}
+        assert delta.texts["template"] == f"{edit.prompt} {edit.target}\n{{prompt}}"
+        assert set(delta.texts) == {"template", "questions"}
         assert {name: tuple(tensor.shape) for name, tensor in delta.tensors.items()} == {"scope": (17,)}
         assert delta.spec.options["artifact"] == artifact.id
     alone = fastedit.edit(model, edits[1:2], "serac", artifact=artifact, evaluate=False, **CONFIG)

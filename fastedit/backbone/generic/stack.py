@@ -42,6 +42,21 @@ class TracedStack:
         embeddings: Tensor = self.root.embed_tokens(input_ids)
         return embeddings
 
+    def feed_forward_entry(self, index: int) -> nn.Module:
+        """Return the module that reads the residual stream where the feed-forward block begins.
+
+        Raises:
+            ValueError: there is none that reads it alone.
+        """
+        trace = self.decoder.traces[index]
+        if not trace.entry:
+            raise ValueError(
+                f"feed_forward: a block must read the residual stream alone (got layer={index} of the text model "
+                f"{self.config.model_type!r})"
+            )
+        module: nn.Module = self.layers[index].get_submodule(trace.entry)
+        return module
+
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream (1, T, d) after a feed-forward block.
 
