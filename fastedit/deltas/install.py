@@ -260,14 +260,13 @@ def installed(
 
 
 def _refuse_stock(holder: RowsHolder) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The stock forward knows neither prompts nor questions, so that such deltas would do nothing there, or wrong."""
+    """The stock forward knows neither prompts nor questions: such deltas act in it where a walk goes through it."""
     spec = holder.stacked.spec
     way = "asks another question" if holder.asks else f"acts with router={spec.options.get('router')!r}, "
     way += "" if holder.asks else f"positions={spec.positions!r}"
 
     def make(stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # A model without a family is entered by its stock forward
             if holder.acts and not is_walking():
                 raise ValueError(
                     f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate "
