@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageEnhance
 
 from fastedit.data import open_image
+from fastedit.data.images import image_key
+from fastedit.data.report import question_key
 from fastedit.objectives import Role
 from fastedit.requests import EditRequest, ImageSource, Query
 
@@ -73,7 +76,9 @@ class ViewSource:
                 self._paraphrases[_normal(record.rephrase)].append(record.prompt)
 
     def check(self, roles: Sequence[Role]) -> None:
-        """Say before any work that locality views cannot be made.
+        """Say before any work that locality views cannot be made; warn of views that no edit will have.
+
+        A term of an objective over views that are absent is 0: without a word it would pass for one that is satisfied.
 
         Raises:
             ValueError: "heldout" locality views with nothing to draw from.
@@ -88,6 +93,26 @@ class ViewSource:
                 "views: locality views are drawn from a pool or from other edits; give pool=..., or views='record' to "
                 f"use the record's own locality questions (got edits={len(self.edits)}, pool=None)"
             )
+        lacking = [role.name.lower() for role in sorted(roles) if not self._can_fill(role)]
+        if lacking:
+            message = (
+                f"views: no record has what {', '.join(lacking)} views are made of; the objective goes without them "
+                f"(got views={self.source!r}, edits={len(self.edits)}, pool={None if self.own else len(self.pool)})"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def _can_fill(self, role: Role) -> bool:
+        """Whether any edit may have a view of the role."""
+        if self.source == "record":
+            return any(self._record(edit, role) is not None for edit in self.edits)
+        if role is Role.IMAGE_REPHRASE:
+            return any(edit.image is not None for edit in self.edits)
+        if role is Role.TEXT_LOCALITY:
+            return any(_text_locality(record) is not None for record in self.pool)
+        if role is Role.IMAGE_LOCALITY:
+            drawn = any(_image_locality(record) is not None for record in self.pool)
+            return drawn or (self.near and any(r.image is not None and r.prediction for r in self.pool))
+        return True
 
     def views(self, index: int, roles: Sequence[Role]) -> list[TrainingView]:
         """Views of edit number ``index``, sorted by role; a role that cannot be filled is absent."""
@@ -136,16 +161,23 @@ class ViewSource:
                 return Query(edit.prompt, record.image, record.prediction)
         return None
 
-    def _draw(self, part: object, index: int, rng: random.Random) -> Query | None:
+    def _draw(self, part: Callable[[EditRequest], Query | None], index: int, rng: random.Random) -> Query | None:
         """The given locality question of a random record other than the edit itself."""
         edit = self.edits[index]
+        own = _text_locality(edit), _image_locality(edit)
+
+        def of(chosen: int) -> Query | None:
+            query: Query | None = part(self.pool[chosen])
+            fits = query is not None and not (self.own and chosen == index) and query not in own
+            return query if fits and not _asks(query, edit) else None
+
         for _ in range(64):
-            chosen = rng.randrange(len(self.pool))
-            query = part(self.pool[chosen])  # type: ignore[operator]
-            own = _text_locality(edit), _image_locality(edit)
-            if query is not None and not (self.own and chosen == index) and query not in own:
-                return query  # type: ignore[no-any-return]
-        return None
+            query = of(rng.randrange(len(self.pool)))
+            if query is not None:
+                return query
+        # Few records have such a question, or none has
+        found = [query for query in map(of, range(len(self.pool))) if query is not None]
+        return rng.choice(found) if found else None
 
 
 def _text_locality(record: EditRequest) -> Query | None:
@@ -167,7 +199,14 @@ def _normal(text: str) -> str:
 
 
 def _same_image(a: ImageSource | None, b: ImageSource | None) -> bool:
-    return a is b or (isinstance(a, str) and isinstance(b, str) and a == b)
+    return a is b or (a is not None and b is not None and image_key(a) == image_key(b))
+
+
+def _asks(query: Query | None, edit: EditRequest) -> bool:
+    """Whether a question is the edit's own, which is to change: it cannot stand for what must stay."""
+    if query is None or question_key(query.prompt) != question_key(edit.prompt):
+        return False
+    return _same_image(query.image, edit.image)
 
 
 def jittered(image: ImageSource, rng: random.Random) -> Image.Image:

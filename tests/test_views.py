@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,3 +100,66 @@ def test_jitter_keeps_the_picture_recognisable_and_is_reproducible() -> None:
 def test_unknown_source_is_named(edits: list[EditRequest]) -> None:
     with pytest.raises(ValueError, match=r"views: source is one of .* \(got views='test'\)"):
         ViewSource(edits, None, source="test")
+
+
+def test_what_few_records_have_is_found(edits: list[EditRequest]) -> None:
+    bare = [EditRequest(f"Question {n}?", "red", picture(n)) for n in range(500)]
+    source = ViewSource(edits, [*bare, make_edits(9)[8]], near=False)
+    for index in range(len(edits)):
+        found = by_role(source, index)
+        assert found[Role.TEXT_LOCALITY].prompt == "What is the capital of country 8?"  # type: ignore[attr-defined]
+        assert Role.IMAGE_LOCALITY in found
+
+
+@pytest.mark.parametrize("kind", ["path", "text", "pixels"])
+def test_the_edits_own_question_never_stands_for_what_must_stay(tmp_path: Path, kind: str) -> None:
+    def image(seed: int) -> Any:
+        if kind == "pixels":
+            return picture(seed)
+        picture(seed).save(tmp_path / f"{seed}.png")
+        return tmp_path / f"{seed}.png" if kind == "path" else str(tmp_path / f"{seed}.png")
+
+    edit = EditRequest("Which colour is it?", "blue", image(1))
+    same = EditRequest("Which colour is it?", "red", image(1), prediction="red")
+    asked = EditRequest(
+        "What is it?", "cat", image(2), image_locality_prompt="which colour is it", image_locality_image=image(1),
+        image_locality_answer="red", locality_prompt="Which colour is it?", locality_answer="any",
+    )  # fmt: skip
+    found = by_role(ViewSource([edit], [same, asked]), 0)
+    assert Role.IMAGE_LOCALITY not in found
+    # In text it is another question
+    assert found[Role.TEXT_LOCALITY].answer == "any"  # type: ignore[attr-defined]
+    other = dataclasses.replace(same, image=image(3))
+    near = by_role(ViewSource([edit], [same, other]), 0)[Role.IMAGE_LOCALITY]
+    assert near.image == other.image  # type: ignore[attr-defined]
+
+
+NO_IMAGE_LOCALITY = dict.fromkeys(("image_locality_image", "image_locality_prompt", "image_locality_answer"))
+TEXT_ONLY = {"image": None, "image_rephrase": None, "probes": (), **NO_IMAGE_LOCALITY}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "lacking"),
+    [
+        ("heldout", {"locality_prompt": None, "locality_answer": None}, "text_locality"),
+        ("heldout", {"image_locality_answer": None, "prediction": None}, "image_locality"),
+        ("record", {"rephrase": None, "image_rephrase": None}, "text_rephrase, image_rephrase"),
+        ("record", NO_IMAGE_LOCALITY, "image_locality"),
+        (
+            "heldout",
+            {"image": None, "image_rephrase": None, "probes": (), **NO_IMAGE_LOCALITY},
+            "image_rephrase, image_locality",
+        ),
+    ],
+)
+def test_views_that_no_edit_will_have_are_told(
+    edits: list[EditRequest], source: str, changes: dict[str, Any], lacking: str
+) -> None:
+    bare = [dataclasses.replace(edit, **changes) for edit in edits]
+    with pytest.warns(RuntimeWarning, match=rf"views: no record has what {lacking} views are made of;"):
+        ViewSource(bare, None, source=source).check(ROLES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ViewSource(bare, None, source=source).check((Role.EDIT,))
+        # One that has it is enough
+        ViewSource([*bare, edits[0]], None, source=source).check(ROLES)
