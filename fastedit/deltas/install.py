@@ -19,7 +19,7 @@ from fastedit.backbone.generic.context import is_walking
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
-from fastedit.deltas.questions import newest, questions_of
+from fastedit.deltas.questions import latest_best
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.requests import Query
 from fastedit.routers import Router, make_router
@@ -146,12 +146,7 @@ class RowsHolder:
         else:
             # The largest of what is left over its edit's own threshold
             allowed = torch.where(scores >= threshold, scores, -torch.inf)
-            best = allowed.amax(dim=1)
-            # Of several that are as near the latest, and of answers to one question the latest
-            number = torch.arange(allowed.shape[1], device=allowed.device)
-            edit = torch.where(allowed == best[:, None], number, -1).amax(dim=1)
-            later = torch.tensor(newest([questions_of(texts) for texts in self.stacked.texts]), device=edit.device)
-            chosen = torch.where(best > -torch.inf, later[edit], -1)
+            chosen = latest_best(allowed, self.stacked.texts)
         self.choice = chosen.tolist()
 
     def ask(self, queries: Sequence[Query]) -> list[Query]:

@@ -41,3 +41,15 @@ def standing(texts: Sequence[Mapping[str, str]], entries: int) -> Tensor:
     later = newest([[question] for question in questions])
     marks = torch.tensor([float(number == edit) for edit, number in enumerate(later)])
     return marks.repeat_interleave(entries // len(questions))
+
+
+def latest_best(scores: Tensor, texts: Sequence[Mapping[str, str]]) -> Tensor:
+    """(R,) the delta with the largest of the scores (R, B), or -1 where all are -inf.
+
+    Of equal ones it is the latest, and of those that answer one question the newest.
+    """
+    best = scores.amax(dim=1)
+    number = torch.arange(scores.shape[1], device=scores.device)
+    chosen = torch.where(scores == best[:, None], number, -1).amax(dim=1)
+    later = torch.tensor(newest([questions_of(each) for each in texts]), device=scores.device)
+    return torch.where(best > -torch.inf, later[chosen], -1)
