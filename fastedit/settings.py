@@ -160,5 +160,8 @@ def check_fit(owner: str, config: Any) -> None:
     )
     check_ranges(owner, config, at_least={"layers": 1} if "layers" in has else {})
     for name in ("layers", "names"):
-        if name in has and getattr(config, name) == ():
+        given = getattr(config, name, None)
+        if given == ():
             raise ValueError(f"{owner}: {name} names at least one (got {name}=())")
+        if isinstance(given, tuple) and len(set(given)) != len(given):
+            raise ValueError(f"{owner}: {name} names each once (got {name}={given!r})")

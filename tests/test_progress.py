@@ -198,3 +198,10 @@ def test_training_moves_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None
     settings = TrainerConfig(steps=3, batch_size=2, valid_every=None)
     fastedit.train(model, "mend", make_edits(6), trainer=settings, layers=1, rank=4, valid_records=2)
     assert fractions == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_what_comes_before_the_first_step_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
+    model = fastedit.load("random:llava-tiny")
+    fastedit.edit(model, make_edits(3), "grace", steps=1, pool=make_edits(6)[3:], evaluate=False, show_progress=True)
+    labels = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert labels == ["checking the records", "setting up grace", "editing"]

@@ -62,9 +62,12 @@ def status_of(error: BaseException) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, without the names of Python."""
+    """What an error says, without the names of Python; of a fault of ours, its kind and how to see more."""
     from fastedit.engine.memory import is_out_of_memory
 
+    if not is_expected(error):
+        told = f"{type(error).__name__}: {str(error).strip():.300}".rstrip(": ")
+        return f"a fault in fastedit, {told}; {DEBUG}=1 shows the traceback"
     if isinstance(error, OSError) and error.strerror and type(error).__str__ is OSError.__str__:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     text = str(error).strip()
@@ -101,10 +104,7 @@ def run(app: typer.Typer) -> int:
     except Ended as ended:
         return _say(str(ended), ended.status, ended)
     except Exception as error:
-        if is_expected(error):
-            return _say(sentence(error), REFUSED, error)
-        told = f"{type(error).__name__}: {str(error).strip():.300}".rstrip(": ")
-        return _say(f"a fault in fastedit, {told}; {DEBUG}=1 shows the traceback", BROKEN, error)
+        return _say(sentence(error), status_of(error), error)
     return 0
 
 

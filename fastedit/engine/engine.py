@@ -36,6 +36,7 @@ from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.methods import resolve
 from fastedit.methods.base import Resources, hook
 from fastedit.ops import keep_freed_memory
+from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.solver import FitOutcome
 from fastedit.training import Artifact
@@ -119,7 +120,8 @@ def edit(
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
     if hook(plan.method, "write") is None:
         source.check(plan.build_objective(solver.steps).roles)
-    check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
+    with progress("checking the records", 0, show_progress):
+        check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
     if mode == "sequential" and conflicts == "error":
         check_conflicts(edits)
     delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -147,7 +149,7 @@ def edit(
             once_more(model, lambda: check_finite(model, edits), "asking the first question")
         setup = hook(plan.method, "setup")
         if setup is not None:
-            with timer.phase("setup"):
+            with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
                 resources = Resources(work.pool, trained, seed, plan.prefix)
                 work.shared = once_more(model, lambda: setup(model, plan.config, resources), "setting up the method")
         with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():

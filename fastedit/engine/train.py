@@ -73,7 +73,8 @@ def train(
     plan = resolve(method, overrides)
     kind = trained_kind(plan)
     settings = trainer_settings(plan, trainer)
-    check_training(model, records, plan)
+    with progress("checking the records", 0, show_progress):
+        check_training(model, records, plan)
     if model.device.type == "cpu":
         keep_freed_memory()
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None

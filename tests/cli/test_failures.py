@@ -88,6 +88,8 @@ BAD = {
     "check folder": "folder: must be a regular file",
     "check typo.json": "typo.json",
     "check broken.jsonl": "broken.jsonl",
+    "check edits.jsonl --model typo": "name_or_path must be an embedded model",
+    "check edits.jsonl --template Answer: --model random:llava-tiny": "template must hold {} exactly once",
     "check edits.jsonl --images nowhere": "images must be an existing folder",
     "info nobody": "info: model is one of",
     "export nothing folder": "nothing",

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import fastedit
+from fastedit.cli.failures import Ended
 from fastedit.cli.main import app, parse_settings
 from fastedit.data import write_jsonl
 from tests.engine.conftest import make_edits
@@ -113,3 +116,71 @@ def test_settings_are_read_as_values() -> None:
     assert parsed == {"steps": 3, "lr": 1e-3, "names": ("up",), "penalty": "paper", "clip": None}
     with pytest.raises(ValueError, match=r"--set: field=value \(got 'steps'\)"):
         parse_settings(["steps"])
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``fastedit.load`` and ``fastedit.edit`` that a command line comes to."""
+    calls: list[dict[str, Any]] = []
+    real = fastedit.load
+
+    def load(_name: str, **settings: Any) -> Any:
+        calls.append(settings)
+        return real("random:llava-tiny", **settings)
+
+    def edit(_model: Any, _edits: Any, method: str, **settings: Any) -> None:
+        calls.append({"method": method, **settings})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastedit, "load", load)
+    monkeypatch.setattr(fastedit, "edit", edit)
+    done = runner.invoke(app, list(arguments))
+    assert isinstance(done.exception, Ended), done.exception
+    return calls[0], calls[1]
+
+
+def test_every_option_reaches_the_library(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = tmp_path / "pool.jsonl"
+    write_jsonl(make_edits(5)[3:], pool, images=tmp_path)
+    given = ["--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent)]
+    loading, edit = asked(
+        monkeypatch, "edit", *given, "--method", "odedit+lora", "--mode", "sequential", "--score-at", "1,2",
+        "--conflicts", "last", "--views", "record", "--no-near", "--seed", "7", "--no-evaluate", "--pool", str(pool),
+        "--deltas-folder", str(tmp_path / "deltas"), "--template", "Q: {} A:", "--out", str(tmp_path / "out"),
+        "--overwrite", "--batch-size", "2", "--set", "rank=2",
+    )  # fmt: skip
+    assert loading == {"quantize": "none", "template": "Q: {} A:"}
+    assert [record.prompt for record in edit.pop("pool")] == [record.prompt for record in make_edits(5)[3:]]
+    assert edit == {
+        "method": "odedit+lora", "mode": "sequential", "score_at": (1, 2), "conflicts": "last", "views": "record",
+        "near": False, "seed": 7, "evaluate": False, "deltas_folder": tmp_path / "deltas", "overwrite": True,
+        "batch_size": 2, "rank": 2, "artifact": None,
+    }  # fmt: skip
+    _, edit = asked(monkeypatch, "edit", *given, "--set", "seed=3", "--set", "evaluate=false", "--out", str(tmp_path))
+    assert (edit["seed"], edit["evaluate"], edit["pool"]) == (3, False, None)
+    _, edit = asked(
+        monkeypatch, "compare", *given, "--methods", "ft", "--seed", "7", "--no-near", "--views", "record",
+        "--conflicts", "last", "--pool", str(pool), "--out", str(tmp_path / "c"),
+    )  # fmt: skip
+    assert len(edit.pop("pool")) == 2
+    assert (edit["seed"], edit["near"], edit["views"], edit["conflicts"]) == (7, False, "record", "last")
+
+
+def test_a_run_is_overwritten_only_where_that_is_asked_for(records: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent), "--out", str(out)]
+    given += ["--set", "steps=1", "--no-evaluate", "--method"]
+    run("edit", *given, "ft")
+    done = runner.invoke(app, ["edit", *given, "lora"])
+    assert isinstance(done.exception, ValueError)
+    assert "on the command line with --overwrite" in str(done.exception)
+    assert fastedit.Run.load(out).provenance["method"] == "ft"
+    run("edit", *given, "lora", "--overwrite")
+    assert fastedit.Run.load(out).provenance["method"] == "lora"
+
+
+def test_settings_are_typed_once_and_as_python_or_json_spells_them() -> None:
+    assert parse_settings(["a=None", "b=True", "c=false", "d=[1, 2]", "e= 3 "]) == {
+        "a": None, "b": True, "c": False, "d": (1, 2), "e": 3,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"--trainer: a field is given once \(got lr again in 'lr=2'\)"):
+        parse_settings(["lr=1", "lr=2"], "--trainer")
