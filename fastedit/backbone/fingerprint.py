@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 #: Bytes of a weight that are on the host at a time.
 PART = 64 << 20
-#: Configuration entries that say where or how a model was loaded, not what it computes.
-_VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
+#: Configuration entries that say where or how a model was loaded or saved, not what it computes; the type of weights is
+#: told by the weights.
+_VOLATILE = (
+    "_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation",
+    "architectures", "dtype", "torch_dtype",
+)  # fmt: skip
 
 
 def weights_hash(module: nn.Module) -> str:

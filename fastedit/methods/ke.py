@@ -77,7 +77,7 @@ class KEConfig:
         check_ranges(
             "ke",
             self,
-            at_least=dict.fromkeys(("hidden", "condition", "inner", "valid_records", "locality_views"), 1),
+            at_least={"hidden": 1, "condition": 1, "inner": 1, "valid_records": 1, "locality_views": 0},
             positive=("max_scale",),
             not_negative=("edit_weight", "text_weight", "image_weight", "locality_weight", "row_cache_mib"),
         )

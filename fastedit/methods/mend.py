@@ -81,7 +81,7 @@ class MENDConfig:
         check_ranges(
             "mend",
             self,
-            at_least={"rank": 1, "blocks": 1, "valid_records": 1, "locality_views": 1, "directions": 0},
+            at_least={"rank": 1, "blocks": 1, "valid_records": 1, "locality_views": 0, "directions": 0},
             positive=("edit_lr", "edit_lr_factor"),
             not_negative=("edit_weight", "text_weight", "image_weight", "locality_weight", "row_cache_mib"),
         )
