@@ -55,7 +55,7 @@ sanitize: $(RUN) $(TEST)
 	FASTEDIT_BUILD=cpu FASTEDIT_SANITIZE=address $(BIN)/python setup.py --quiet build_ext
 	FASTEDIT_LIBRARY=build/address FASTEDIT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_arguments.py tests/ops/test_threads.py -k "not triton"
+	$(BIN)/python -m pytest -p no:cacheprovider -p no:faulthandler tests/ops/test_arguments.py tests/ops/test_threads.py -k "not triton"
 
 check: $(RUN) $(CHECK)
 	$(BIN)/ruff check .

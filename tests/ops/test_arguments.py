@@ -296,7 +296,7 @@ def test_every_schema_has_a_case():
     assert public == set(implementations())
 
 
-@pytest.mark.parametrize("provider", ["cpu:csrc", "cpu:reference", "triton:interpreted", "meta"])
+@pytest.mark.parametrize("provider", ["cpu:csrc", "cpu:csrc-avx2", "cpu:reference", "triton:interpreted", "meta"])
 @pytest.mark.parametrize("case", _cases(), ids=lambda case: case[0])
 def test_wrong_arguments(provider, case):
     _, name, goal_inputs = case
