@@ -138,9 +138,41 @@ print(len(wrong))
 """
 
 
+_HAMMER = """
+import threading
+import torch
+from fastedit import ops
+
+torch.set_num_threads(1)
+like = torch.ones(1)
+take = torch.ops.fastedit.workspace.default
+# many free blocks: whoever looks for one looks for long
+[take(like, [500, 300 + size % 97]) for size in range(400)].clear()
+wrong = []
+
+def hammer(seed):
+    for turn in range(6000):
+        one, other = take(like, [500, 300 + turn % 97]), take(like, [500, 300 + turn % 89])
+        one[0, 0] = other[0, 0] = seed
+        del other
+        if float(one[0, 0]) != seed:
+            wrong.append(turn)
+        if turn % 500 == seed:
+            ops.release_workspaces()
+
+threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(1, 5)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(wrong))
+"""
+
+
 @pytest.mark.skipif(_native.LIBRARY is None, reason="no compiled library")
-def test_memory_is_exchanged_under_others_hands():
-    """keep_freed_memory while other threads allocate, and free what was allocated before it."""
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("program", [_PROGRAM, _HAMMER], ids=["allocator", "blocks"])
+def test_memory_has_one_owner_at_a_time(program):
+    """keep_freed_memory while others allocate and free what is older; and blocks that many take and drop at once."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "0"
