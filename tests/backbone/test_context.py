@@ -45,7 +45,7 @@ def test_a_replaced_method_is_replaced_in_its_context_alone_and_comes_back() -> 
 
     with overridden(module, plus(1)):
         with overridden(module, plus(2)):
-            assert torch.equal(module(x), plain + 3)
+            torch.testing.assert_close(module(x), plain + 1 + 2)
         assert torch.equal(module(x), plain + 1)
         assert torch.equal(elsewhere(lambda: module(x)), plain)
     assert torch.equal(module(x), plain)
