@@ -145,13 +145,14 @@ def edit(
         open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
         carrying(work, partial(_finished, work, describe, evaluate)),
     ):
-        with timer.phase("setup"):
-            once_more(model, lambda: check_finite(model, edits), "asking the first question")
         setup = hook(plan.method, "setup")
         if setup is not None:
             with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
                 resources = Resources(work.pool, trained, seed, plan.prefix)
                 work.shared = once_more(model, lambda: setup(model, plan.config, resources), "setting up the method")
+        # Behind the setup, which refuses trained parts of another shape before the model is asked anything
+        with timer.phase("setup"):
+            once_more(model, lambda: check_finite(model, edits), "asking the first question")
         with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
             if mode == "single":
                 run_single(work, batch_size, evaluate, show_progress)

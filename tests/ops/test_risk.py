@@ -335,9 +335,11 @@ def test_logits_further_apart_than_two_to_the_31(provider, kind, layout, availab
 
 
 @pytest.mark.parametrize("provider", [p for p in providers("risk") if p.id.startswith("triton")], ids=str)
-def test_labels_out_of_range_read_nothing(provider, available):
+def test_labels_out_of_range_read_nothing(provider, available, monkeypatch):
     """A GPU is not asked whether labels are in range: such a token's segment is NaN."""
     available(provider)
+    # The launcher asks a CPU, where that costs nothing
+    monkeypatch.setitem(provider.function().__globals__, "_check_values", lambda *_arguments: None)
     logits = torch.randn(4, 9, device=provider.device)
     labels = torch.tensor([8, 9, -1, 2**40], device=provider.device)
     value, env, _ = provider.function()(logits, labels, torch.arange(4, device=provider.device), 4, "ce")
