@@ -11,7 +11,7 @@ from rich.console import Console
 
 import fastedit
 from fastedit.backbone import EditableModel
-from fastedit.cli.failures import STOPPED, Ended, sentence, status_of
+from fastedit.cli.failures import STOPPED, Ended, reason, sentence, status_of
 from fastedit.cli.figure import draw_comparison
 from fastedit.cli.tables import print_scores
 from fastedit.engine import Run, RunInterrupted, RunStopped
@@ -140,7 +140,7 @@ class Comparison:
         status = status_of(error)
         why = f"{method} ended early" if status != STOPPED else f"stopped in {method}"
         if status != STOPPED:
-            why += f": {sentence(error.__cause__ or error)}"
+            why += f": {sentence(reason(error))}"
         finished = dict(runs)
         try:
             if isinstance(error, RunInterrupted | RunStopped) and error.run is not None:

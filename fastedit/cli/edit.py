@@ -10,7 +10,7 @@ from rich.console import Console
 
 import fastedit
 from fastedit.backbone import EditableModel
-from fastedit.cli.failures import STOPPED, Ended, sentence, status_of
+from fastedit.cli.failures import STOPPED, Ended, reason, sentence, status_of
 from fastedit.cli.tables import print_scores
 from fastedit.deltas import StoredDeltas
 from fastedit.engine import Run, RunInterrupted, RunStopped
@@ -56,7 +56,7 @@ def keep_finished(console: Console, ended: RunInterrupted | RunStopped, count: i
     run = ended.run
     assert run is not None
     status = status_of(ended)
-    why = "stopped" if status == STOPPED else f"the run ended early: {sentence(ended.__cause__ or ended)}"
+    why = "stopped" if status == STOPPED else f"the run ended early: {sentence(reason(ended))}"
     kept = f"{len(run.deltas)} of {count} edits are finished"
     try:
         save_and_show(console, run, method, out)

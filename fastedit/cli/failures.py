@@ -55,10 +55,17 @@ def is_expected(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that says how a command ended; what carries a finished part of a run counts as its cause."""
+    """The exit status that says how a command ended."""
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
-    return REFUSED if is_expected(error.__cause__ or error) else BROKEN
+    return REFUSED if is_expected(reason(error)) else BROKEN
+
+
+def reason(error: BaseException) -> BaseException:
+    """What ended a run, where an error carries what was finished of it; else the error itself."""
+    from fastedit.engine import RunInterrupted
+
+    return error.__cause__ or error if isinstance(error, RunInterrupted) else error
 
 
 def sentence(error: BaseException) -> str:

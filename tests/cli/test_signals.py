@@ -120,6 +120,28 @@ def test_a_comparison_shows_the_methods_that_are_done(
     assert set(json.loads((out / "comparison.json").read_text())["runs"]) == {"ft", "lora (2)"}
 
 
+def test_a_comparison_that_ends_by_an_error_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    real = fastedit.edit
+
+    def edit(model: Any, edits: Any, method: str, **settings: Any) -> Any:
+        if method == "ft":
+            return real(model, edits, method, **settings)
+        try:
+            raise KeyError("header")
+        except KeyError as error:
+            raise ValueError("lora: a whole file (got nothing)") from error
+
+    monkeypatch.setattr(fastedit, "edit", edit)
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(make_edits(2), "edits.jsonl", images=tmp_path)
+    line = "compare --model random:llava-tiny --data edits.jsonl --images . --methods ft,lora --out out --set steps=1"
+    assert run_main(monkeypatch, *line.split()) == 2
+    told = "fastedit: lora ended early: lora: a whole file (got nothing); what was finished is saved in out; to go on"
+    assert told in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_is_short_and_says_how_to_see_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
