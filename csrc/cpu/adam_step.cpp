@@ -1,8 +1,9 @@
 // adam_step_ on the CPU: bound by memory, so every tensor is read and written once. A row is cut into pieces that stay
 // in the first cache between the pass for the norm and the update; the norm adds the pieces in order, whoever made
 // them.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

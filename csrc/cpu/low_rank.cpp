@@ -1,7 +1,8 @@
 // low_rank on the CPU. Ragged groups become a list of equal pieces of work; weights are laid out once so that all
 // products run along their long dimension.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

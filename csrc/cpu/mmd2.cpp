@@ -1,8 +1,10 @@
 // mmd2 on the CPU. A group of few rows is done by one thread from its features' differences, no copy made. A larger one
 // is centred, stacked (x above y) and packed once; its Gram matrix is made in tiles, of which only those on and above
 // the diagonal are needed, and every tile gets its epilogue while it lies in the cache.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

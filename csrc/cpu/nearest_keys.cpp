@@ -1,7 +1,8 @@
 // nearest_keys on the CPU: blocks of keys times all queries, whose scores are compared with every query's k-th best
 // while they lie in the cache. Queries are packed once; keys are read once by every thread that needs them.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,6 +1,8 @@
 // risk on the CPU: one pass over a token's logits for its risk and the derivative by the scale, one for the gradient.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
