@@ -20,11 +20,11 @@ from benchmarks.variants import as_run, is_variant
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
 from fastedit.engine import provenance
-from fastedit.engine.flops import NecessaryFlops, Peak, nfu
-from fastedit.engine.utilisation import measure_peak, necessary_flops
+from fastedit.engine.profiling.flops import NecessaryFlops, Peak, nfu
+from fastedit.engine.profiling.utilisation import measure_peak, necessary_flops
+from fastedit.fitting.solver import FitOutcome
+from fastedit.fitting.views import ViewSource
 from fastedit.requests import EditRequest
-from fastedit.solver import FitOutcome
-from fastedit.views import ViewSource
 
 WARM_UP_STEPS = 2
 NOTHING = NecessaryFlops(0, 0, 0, 0, 0)

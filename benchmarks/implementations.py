@@ -10,7 +10,7 @@ from benchmarks.cases import Case
 from benchmarks.outcome import Fitted
 from benchmarks.variants import as_run, is_variant
 from fastedit.backbone import EditableModel
-from fastedit.backbone.products import torch_products
+from fastedit.backbone.cpu_linear import torch_products
 from fastedit.requests import EditRequest
 
 Implementation = Callable[[EditableModel, Sequence[EditRequest], Case], Fitted]

@@ -38,8 +38,8 @@ from benchmarks.memory import _reset_peak, _status_mib
 from benchmarks.record import Row
 from fastedit import ops
 from fastedit.engine import provenance
-from fastedit.engine.flops import Peak
-from fastedit.engine.utilisation import measure_peak
+from fastedit.engine.profiling.flops import Peak
+from fastedit.engine.profiling.utilisation import measure_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG, DISAGREE = 1, 2

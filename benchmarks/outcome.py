@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastedit.deltas import EditDelta
 from fastedit.evaluation import EditScores
-from fastedit.solver import FitOutcome
+from fastedit.fitting.solver import FitOutcome
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 import fastedit
 from benchmarks.quality_run import records
 from fastedit.deltas import DeltaSpec
-from fastedit.engine.timing import PhaseTimer
-from fastedit.methods.localize import layer_scores
-from fastedit.methods.unike_view import KINDS, knowledge_view
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.fitting.prepared import prepare
+from fastedit.fitting.views import ViewSource
+from fastedit.methods.ldke.localize import layer_scores
+from fastedit.methods.unike.view import KINDS, knowledge_view
 from fastedit.objectives import ROLES
-from fastedit.prepared import prepare
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact
-from fastedit.views import ViewSource
 
 TOGETHER = 32
 

@@ -14,7 +14,7 @@ from typing import Any
 import fastedit
 from benchmarks.quality_cases import FIVE, SCORES, Case
 from fastedit.engine import Run
-from fastedit.engine.available import process_bytes
+from fastedit.engine.memory.limits import process_bytes
 from fastedit.engine.run import plain
 from fastedit.evaluation import bootstrap
 from fastedit.methods import resolve

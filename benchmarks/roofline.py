@@ -16,8 +16,8 @@ if __name__ == "__main__":
 
 from benchmarks import record
 from fastedit.engine import provenance
-from fastedit.engine.flops import Peak
-from fastedit.engine.utilisation import TF32, measure_peak
+from fastedit.engine.profiling.flops import Peak
+from fastedit.engine.profiling.utilisation import TF32, measure_peak
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", TF32, "float32", "float64")}
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from fastedit.deltas import EditDelta
     from fastedit.engine import Run, RunInterrupted, RunStopped, applied, edit
     from fastedit.engine.attach import Attachment, attach, attached
-    from fastedit.engine.plan import MemoryPlan, plan_memory
+    from fastedit.engine.memory.plan import MemoryPlan, plan_memory
+    from fastedit.engine.profiling.utilisation import measure_peak
     from fastedit.engine.train import train
-    from fastedit.engine.utilisation import measure_peak
     from fastedit.methods import method_names
     from fastedit.training import Artifact, load_artifact, save_artifact
 
@@ -62,7 +62,7 @@ _LAZY = {
     "Attachment": "fastedit.engine.attach",
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
-    "MemoryPlan": "fastedit.engine.plan",
+    "MemoryPlan": "fastedit.engine.memory.plan",
     "Run": "fastedit.engine",
     "RunInterrupted": "fastedit.engine",
     "RunStopped": "fastedit.engine",
@@ -72,9 +72,9 @@ _LAZY = {
     "edit": "fastedit.engine",
     "load": "fastedit.backbone",
     "load_artifact": "fastedit.training",
-    "measure_peak": "fastedit.engine.utilisation",
+    "measure_peak": "fastedit.engine.profiling.utilisation",
     "method_names": "fastedit.methods",
-    "plan_memory": "fastedit.engine.plan",
+    "plan_memory": "fastedit.engine.memory.plan",
     "read_edits": "fastedit.data",
     "save_artifact": "fastedit.training",
     "train": "fastedit.engine.train",

@@ -21,7 +21,7 @@ from fastedit.methods import METHODS, method_names, resolve
 from fastedit.methods.base import hook
 from fastedit.training import Artifact
 from tests.engine.conftest import make_edits, picture
-from tests.engine.test_engine import largest_difference
+from tests.engine.test_editing import largest_difference
 
 TINY = "random:llava-tiny"
 #: Every way to spell an edit, except that a weight on the KL is one more objective and no more method.
@@ -74,7 +74,7 @@ def questions(edits: Sequence[EditRequest]) -> list[Query]:
 
 def logits(model: EditableModel, edits: Sequence[EditRequest]) -> Tensor:
     """Of the next tokens after every question."""
-    from fastedit.backbone.reader import Reader
+    from fastedit.backbone.generation import Reader
 
     asked: list[Query] = questions(edits)
     for holder in model.holders:

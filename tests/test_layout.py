@@ -20,11 +20,10 @@ RANK = {
     "pocket": 4, "backbone": 4,
     "routers": 5, "training": 5,
     "deltas": 6, "objectives": 6,
-    "solver": 7, "views": 7,
-    "prepared": 8,
-    "methods": 9,
-    "engine": 10,
-    "cli": 11, "__main__": 12, "__init__": 12,
+    "fitting": 7,
+    "methods": 8,
+    "engine": 9,
+    "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
 # (importer, imported) -> why it is allowed
 PEERS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
     EvaluationView,

@@ -20,7 +20,7 @@ from benchmarks.baselines.plain_loop import AFTER_IMAGE, check_plan, fit_one, in
 from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec, EditDelta
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.methods import EditPlan
 from fastedit.requests import EditRequest
 

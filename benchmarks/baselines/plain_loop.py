@@ -23,10 +23,10 @@ from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.deltas.kinds import new_stack
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.fitting.solver import FitOutcome, SolverConfig
 from fastedit.methods import EditPlan
 from fastedit.requests import EditRequest, Query
-from fastedit.solver import FitOutcome, SolverConfig
 
 IGNORED = -100
 #: Value of a delta's option ``positions``: it acts behind the last image token.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .products import frozen_product
+from .cpu_linear import frozen_product
 from .quantization import library
 
 if TYPE_CHECKING:

@@ -15,15 +15,15 @@ from fastedit.ops import release_workspaces
 from .adapters import input_place, make_adapter
 from .checkpoint import reading
 from .completeness import check_loaded
+from .cpu_linear import LINEAR, choose_linear, use_onednn
 from .generic.kinds import auto_class
 from .model import EditableModel
 from .opening import RANDOM_PREFIX, open_model, resolve_name
-from .products import LINEAR, choose_linear, use_onednn
 from .prompts import check_template
 from .quantization import QUANTIZATIONS, Quantizer
-from .random_models import make_random
-from .random_shapes import SHAPES
 from .settings import ATTENTIONS, AUTO_DTYPE, DTYPES, check_choice, check_dtype, checked_device, default_device
+from .synthetic.models import make_random
+from .synthetic.shapes import SHAPES
 
 __all__ = ["DTYPES", "RANDOM_PREFIX", "check_choice", "default_device", "end_tokens", "load", "resolve_name"]
 

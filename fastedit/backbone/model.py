@@ -18,12 +18,12 @@ from .caches import Caches, SpillCache, feature_cache, tensor_cache
 from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mode
 from .encoding import encode_queries
 from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
+from .generation import greedy
 from .images import ImageReader
-from .layouts import Running, running_now
 from .prompts import PromptBuilder
-from .reader import greedy
 from .stacks import Context
 from .states import Encoded, ImageFeatures, PrefixState, Site
+from .token_layout import Running, running_now
 from .vision import VISION
 
 if TYPE_CHECKING:

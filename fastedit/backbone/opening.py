@@ -21,9 +21,9 @@ from .probe_image import check_image
 from .processors import complete_processor, load_processor
 from .prompts import chat, chat_template
 from .quantization import Quantizer, keep_in_float32
-from .random_shapes import SHAPES
 from .rendering import check_template_ends, rendered
 from .settings import AUTO_DTYPE, DTYPES
+from .synthetic.shapes import SHAPES
 
 RANDOM_PREFIX = "random:"
 POCKET_PREFIX = "pocket-"

@@ -12,7 +12,7 @@ from .stacks import Context, allowed_keys, attention_output, layer_kinds, split_
 from .states import gather_positions
 
 if TYPE_CHECKING:
-    from .walk import Attention
+    from .packed_forward import Attention
 
 
 def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .walk import Attention
+    from .packed_forward import Attention
 
 
 @dataclass(slots=True)

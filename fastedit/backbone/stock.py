@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .context import scoped_hooks
-from .layouts import Running, TokenLayout, showing
 from .packed import PackedState
+from .token_layout import Running, TokenLayout, showing
 
 if TYPE_CHECKING:
     from .model import EditableModel

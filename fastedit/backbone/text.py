@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .learned import LearnedPositionStack
+from .opt import LearnedPositionStack
 from .rotary import RotaryStack
 from .stacks import TextStack
 

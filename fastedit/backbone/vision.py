@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .active import uninstalled
 from .context import autocast_key
-from .layouts import Running, TokenLayout, showing
 from .packed import PackedState
 from .states import Encoded, ImageInputs, Site
+from .token_layout import Running, TokenLayout, showing
 
 if TYPE_CHECKING:
     from .model import EditableModel

@@ -74,7 +74,7 @@ def _of_images(console: Console, edits: EditList) -> list[Problem]:
 def _of_model(console: Console, model: str, edits: EditList, template: str | None, *, looked: bool) -> list[Problem]:
     """Problems of images, texts and lengths; says what the lengths were held against."""
     from fastedit.backbone.encoding import position_limit
-    from fastedit.backbone.skeleton import skeleton
+    from fastedit.backbone.synthetic.skeleton import skeleton
     from fastedit.engine.preflight import record_problems
 
     started = time.perf_counter()

@@ -47,7 +47,7 @@ class Commands(TyperGroup):
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error says what is wrong with what was asked for, and not with this program."""
-    from fastedit.engine.memory import is_out_of_memory
+    from fastedit.engine.memory.oom import is_out_of_memory
 
     # Our own TypeErrors say what they got; others come from a line that was not meant to see such a value
     told = isinstance(error, TypeError) and "(got " in str(error)
@@ -70,7 +70,7 @@ def reason(error: BaseException) -> BaseException:
 
 def sentence(error: BaseException) -> str:
     """What an error says, without the names of Python; of a fault of ours, its kind and how to see more."""
-    from fastedit.engine.memory import is_out_of_memory
+    from fastedit.engine.memory.oom import is_out_of_memory
 
     if not is_expected(error):
         told = f"{type(error).__name__}: {str(error).strip():.300}".rstrip(": ")

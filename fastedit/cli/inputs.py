@@ -13,7 +13,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.prompts import check_template
 from fastedit.backbone.quantization import QUANTIZATIONS
 from fastedit.backbone.settings import check_choice, check_dtype, checked_device
-from fastedit.backbone.skeleton import skeleton
+from fastedit.backbone.synthetic.skeleton import skeleton
 from fastedit.cli.plan import announce
 from fastedit.data import EMBEDDED, RecordErrors
 from fastedit.engine.checks import check_conflicts, check_sequence

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 
 from fastedit.cli.tables import titled
-from fastedit.engine.plan import MemoryPlan, plan_memory
+from fastedit.engine.memory.plan import MemoryPlan, plan_memory
 from fastedit.requests import EditRequest
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.backbone.products import choose_linear, onednn_product
+from fastedit.backbone.cpu_linear import choose_linear, onednn_product
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
 from fastedit.deltas.rows import Rows, TokenSpans
 

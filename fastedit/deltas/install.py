@@ -16,8 +16,8 @@ from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.active import installing, is_installed
 from fastedit.backbone.context import overridden, scoped_hooks
 from fastedit.backbone.generic.context import is_walking
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.vision import VISION, VISION_LAYER
-from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas.base import DeltaSpec, StackedDelta
 from fastedit.deltas.questions import latest_best
 from fastedit.deltas.rows import Rows, TokenSpans

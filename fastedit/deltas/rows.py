@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.backbone.layouts import TokenLayout
+from fastedit.backbone.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastedit.backbone import EditableModel
+from fastedit.fitting.views import VIEW_SOURCES
 from fastedit.requests import EditRequest
 from fastedit.settings import typed_value
 from fastedit.training import Artifact
-from fastedit.views import VIEW_SOURCES
 
 MODES = ("single", "sequential")
 CONFLICTS = ("error", "last")

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.encoding import answer_tokens, own_answer_tokens
-from fastedit.backbone.reader import Reader, likeliest
+from fastedit.backbone.generation import Reader, likeliest
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
-from fastedit.engine.memory import Halving
-from fastedit.engine.scoring import AskedRow, edit_scores, row_means, token_scores
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.memory.oom import Halving
+from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
     evaluation_views,
 )
-from fastedit.prepared import split_point
+from fastedit.evaluation.scoring import AskedRow, edit_scores, row_means, token_scores
+from fastedit.fitting.prepared import split_point
 from fastedit.requests import EditRequest, Query
 
 # Reference answers kept with a model (some 100 bytes each); more than one batch asks for

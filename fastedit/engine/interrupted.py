@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fastedit.engine.memory import is_out_of_memory, release_memory
+from fastedit.engine.memory.oom import is_out_of_memory, release_memory
 from fastedit.engine.work import Work
 
 if TYPE_CHECKING:

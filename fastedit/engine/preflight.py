@@ -12,10 +12,10 @@ from fastedit.backbone.encoding import SPECIAL_RULE, RowError, position_limit, r
 from fastedit.data.check import EditProblems, ImageLooks
 from fastedit.data.problems import ImageError, Problem, RecordErrors
 from fastedit.deltas.install import PLACEHOLDER
+from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
 from fastedit.methods.base import hook
 from fastedit.requests import EditRequest, ImageSource, Probe, Query
-from fastedit.views import ViewSource
 
 #: Tokens that are kept free behind a question of a method that puts text before it: as many as answers are written of.
 ANSWER_ROOM = 48

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastedit.deltas import EditDelta, StoredDeltas
 from fastedit.engine.saving import SCORES, read_run, write_run
 from fastedit.evaluation import EditScores, Score
-from fastedit.solver import FitOutcome
+from fastedit.fitting.solver import FitOutcome
 from fastedit.training import Artifact, require_artifact
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.reader import Reader, likeliest
+from fastedit.backbone.generation import Reader, likeliest
 from fastedit.evaluation import EditScores
+from fastedit.fitting.solver import FitOutcome
 from fastedit.requests import EditRequest, Query
-from fastedit.solver import FitOutcome
 
 #: Questions that are asked before a model is called broken; a sound one is asked the first.
 ASKED = 8

@@ -14,7 +14,7 @@ from typing import Any
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import on_frozen_model, with_gradients
 from fastedit.engine.arguments import check_records
-from fastedit.engine.memory import is_out_of_memory, release_memory
+from fastedit.engine.memory.oom import is_out_of_memory, release_memory
 from fastedit.engine.output import claim_result, require_room
 from fastedit.engine.preflight import check_training
 from fastedit.methods import METHODS, EditPlan, resolve

@@ -17,18 +17,18 @@ from fastedit.deltas import DeltaSpec, EditDelta, Rows, StoredDeltas, company, i
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.questions import QUESTIONS
 from fastedit.engine.apply import AS_FITTED, fitted_as
-from fastedit.engine.batch import BatchProblem
 from fastedit.engine.checks import question_of
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.fit_problem import BatchProblem
+from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import EditScores, Score
+from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.solver import FitOutcome, SolverConfig, fit
+from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
 from fastedit.methods.base import hook
 from fastedit.objectives import Role
-from fastedit.prepared import EditRows, prepare
 from fastedit.requests import EditRequest
-from fastedit.solver import FitOutcome, SolverConfig, fit
 from fastedit.training import Artifact
-from fastedit.views import ViewSource
 
 Take = Callable[[int, EditDelta, FitOutcome], None]
 

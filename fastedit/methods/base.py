@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
+from fastedit.fitting.solver import SolverConfig
 from fastedit.objectives import Objective
 from fastedit.requests import EditRequest
-from fastedit.solver import SolverConfig
 from fastedit.training import Artifact
 
 #: How the edits of a method add up in sequence. "accumulate": each is fitted on top of the earlier ones, and all act;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.backbone.context import scoped_hooks
-from fastedit.backbone.walk import packed_start, packed_tail
+from fastedit.backbone.packed_forward import packed_start, packed_tail
 from fastedit.requests import Query
 
 #: Questions that are walked together.

@@ -8,9 +8,9 @@ from typing import ClassVar
 from fastedit.backbone import EditableModel
 from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
 from fastedit.settings import check_fit
-from fastedit.solver import SolverConfig
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.probe import feed_forward_parts
-from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.deltas.codebook import with_entry
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import IN_SCOPE
+from fastedit.fitting.prepared import EditRows
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Resources, last_layers
 from fastedit.objectives import Role
-from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest, Query
 from fastedit.routers.ball import prompt_keys
 from fastedit.settings import check_fit, check_ranges
-from fastedit.solver import SolverConfig
 
 #: Prompts of the pool whose median distance is the unit of radii, and how many are read at once.
 POOL_PROMPTS, AT_ONCE = 256, 64

@@ -13,11 +13,11 @@ from fastedit.backbone.encoding import row_size
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.install import PLACEHOLDER
 from fastedit.evaluation import evaluation_views
+from fastedit.fitting.prepared import EditRows
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Resources, Written
 from fastedit.methods.retrieval import ENCODERS, TextIndex, text_encoder
-from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest, Query
-from fastedit.solver import SolverConfig
 
 _FIELDS = {"demonstration": ("{question}", "{answer}", "{asked}", "{told}"), "fact": ("{question}", "{answer}")}
 

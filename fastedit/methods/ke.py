@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
+from fastedit.fitting.prepared import EditRows
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Resources, Written, check_positions
-from fastedit.methods.hypernets import (
+from fastedit.methods.meta.hypernets import (
     Factors,
     Gradients,
     changed_layers,
@@ -23,12 +25,10 @@ from fastedit.methods.hypernets import (
     restore,
     written,
 )
-from fastedit.methods.meta_task import MetaObjective, MetaTask, MetaWeights
+from fastedit.methods.meta.task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
-from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
 from fastedit.settings import check_fit, check_ranges
-from fastedit.solver import SolverConfig
 from fastedit.training import TrainerConfig, require_artifact
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
 from fastedit.settings import check_fit, check_ranges
-from fastedit.solver import SolverConfig
 
 
 @dataclass(frozen=True)

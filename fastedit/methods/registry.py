@@ -12,12 +12,12 @@ from fastedit.methods.ft import FT, FTVision
 from fastedit.methods.grace import GRACE
 from fastedit.methods.ike import IKE
 from fastedit.methods.ke import KE
-from fastedit.methods.ldke import LDKE
+from fastedit.methods.ldke.editor import LDKE
 from fastedit.methods.lora import LoRA
 from fastedit.methods.mend import MEND
-from fastedit.methods.serac import SERAC
+from fastedit.methods.serac.editor import SERAC
 from fastedit.methods.tpatcher import TPatcher
-from fastedit.methods.unike import UniKE
+from fastedit.methods.unike.editor import UniKE
 from fastedit.methods.wise import WISE
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
 from fastedit.settings import typed

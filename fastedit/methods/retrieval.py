@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed import token_rows
-from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.ops import nearest_keys
 from fastedit.requests import Query
 

@@ -14,14 +14,14 @@ from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.key_value import place_of
+from fastedit.fitting.prepared import EditRows
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Resources, last_layers, positions_option
 from fastedit.methods.captured import answer_inputs, wanted_inputs
 from fastedit.objectives import Role
 from fastedit.ops.key_value import ACTIVATIONS
-from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest, Query
 from fastedit.settings import check_fit, check_ranges
-from fastedit.solver import SolverConfig
 
 #: Names of feed-forward activations in model configurations, as `key_value` calls them.
 KNOWN = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu"}

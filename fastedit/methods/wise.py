@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.probe import feed_forward_parts
+from fastedit.backbone.token_layout import token_layout
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
 from fastedit.deltas.questions import questions_of
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import TOKENS, row_marks
 from fastedit.deltas.side import empty_side, merged_side, moved, place_of
+from fastedit.fitting.prepared import EditRows
+from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation
 from fastedit.methods.grace import deep_layer
 from fastedit.objectives import NLLObjective, Objective, Role
-from fastedit.prepared import EditRows
 from fastedit.requests import EditRequest
 from fastedit.settings import check_fit, check_ranges
-from fastedit.solver import SolverConfig
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def model_path(name: str) -> Path:
     found = _found(name)
     if found is not None:
         return found
-    from fastedit.pocket.release import build
+    from fastedit.pocket.factory.release import build
 
     return build(name, _cache() / name)
 

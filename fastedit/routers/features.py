@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastedit.backbone import PackedState
-from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.packed import token_places, token_rows
+from fastedit.backbone.token_layout import token_layout
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.layouts import token_layout
 from fastedit.backbone.packed import token_places, token_rows
+from fastedit.backbone.token_layout import token_layout
 from fastedit.routers import Routed
 
 #: Of the coordinate that keeps questions with and without image apart: exp(-16) is far below any threshold.

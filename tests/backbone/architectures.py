@@ -13,7 +13,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel
 from fastedit.backbone.adapters import make_adapter
 from fastedit.backbone.loading import end_tokens
-from fastedit.backbone.made_up import made_up_tokenizer
+from fastedit.backbone.synthetic.processors import made_up_tokenizer
 
 VOCABULARY = 640
 IMAGE, VIDEO, OPENS, CLOSES = 4, 5, 8, 9

@@ -15,9 +15,9 @@ from torch import Tensor
 import fastedit
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.generic.adapter import generic
-from fastedit.backbone.made_up import _MARKED_CHAT, made_up_tokenizer
+from fastedit.backbone.packed_forward import packed_prefix, packed_start, packed_tail
 from fastedit.backbone.processors import PartsProcessor
-from fastedit.backbone.walk import packed_prefix, packed_start, packed_tail
+from fastedit.backbone.synthetic.processors import _MARKED_CHAT, made_up_tokenizer
 from fastedit.requests import EditRequest, Query
 
 from .architectures import ARCHITECTURES, TEXTS, VOCABULARY, make_editable, make_stock

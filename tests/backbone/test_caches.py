@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 import fastedit
-from fastedit import EditRequest, prepared
+from fastedit import EditRequest
 from fastedit.backbone import EditableModel, PackedState, load
 from fastedit.backbone.caches import Caches, SpillCache, feature_cache
+from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.backbone.states import ImageFeatures
-from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import DeltaSpec
-from fastedit.engine.memory import release_memory
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.memory.oom import release_memory
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.fitting import prepared
+from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.views import TrainingView
 from fastedit.objectives import Role
-from fastedit.prepared import EditRows, prepare
 from fastedit.requests import Query
-from fastedit.views import TrainingView
 
 from .conftest import largest_gap, mixed_queries, picture
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastedit.backbone import EditableModel, Encoded, load
-from fastedit.backbone.reader import greedy
+from fastedit.backbone.generation import greedy
 from fastedit.requests import Query
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries, picture, stock_logits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded, PackedState, load
-from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
+from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.requests import Query
 
 from .conftest import cached_model, largest_gap, mixed_queries, picture

@@ -13,8 +13,8 @@ from PIL import Image
 from fastedit.backbone import EditableModel
 from fastedit.backbone.generic.adapter import GenericAdapter
 from fastedit.backbone.loading import end_tokens
-from fastedit.backbone.made_up import made_up_tokenizer
 from fastedit.backbone.processors import _any_class
+from fastedit.backbone.synthetic.processors import made_up_tokenizer
 from fastedit.requests import Query
 
 from .architectures import VOCABULARY, make_stock

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fastedit.backbone import load
-from fastedit.backbone.made_up import made_up_tokenizer
 from fastedit.backbone.prompts import PromptBuilder, expand_image_token
+from fastedit.backbone.synthetic.processors import made_up_tokenizer
 
 from .conftest import cached_model
 

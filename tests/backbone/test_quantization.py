@@ -12,7 +12,7 @@ from torch import nn
 
 from fastedit.backbone import EditableModel, load
 from fastedit.backbone.quantization import Quantizer
-from fastedit.backbone.skeleton import skeleton
+from fastedit.backbone.synthetic.skeleton import skeleton
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries
 

@@ -12,9 +12,9 @@ import torch
 import fastedit
 from fastedit import Query
 from fastedit.backbone import SHAPES, EditableModel, PackedState
-from fastedit.backbone.reader import Reader
+from fastedit.backbone.generation import Reader
+from fastedit.backbone.packed_forward import packed_prefix, packed_start, packed_tail
 from fastedit.backbone.vision import VISION, renewed, vision_sites, watched
-from fastedit.backbone.walk import packed_prefix, packed_start, packed_tail
 from fastedit.deltas import DeltaSpec, Rows, installed, split_point
 from fastedit.deltas.kinds import new_stack
 from fastedit.testing import assert_close

@@ -13,9 +13,9 @@ from benchmarks import gate, harness, implementations
 from benchmarks.cases import Case
 from benchmarks.gate import GateError
 from benchmarks.outcome import Fitted
-from fastedit import solver
 from fastedit.backbone import EditableModel, load
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.fitting import solver
 from fastedit.requests import EditRequest
 
 

@@ -12,8 +12,8 @@ import torch
 from benchmarks import kernel_timing, kernels, record, roofline, serving, summary
 from benchmarks.kernel_cases import low_rank
 from fastedit import ops
-from fastedit.engine import utilisation
-from fastedit.engine.flops import Peak
+from fastedit.engine.profiling import utilisation
+from fastedit.engine.profiling.flops import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastedit.engine import utilisation
+from fastedit.engine.profiling import utilisation
 
 
 def test_peak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

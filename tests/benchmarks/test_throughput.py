@@ -17,7 +17,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.plot import figures_of
 from benchmarks.report import page
 from fastedit.backbone import load
-from fastedit.engine.flops import Peak
+from fastedit.engine.profiling.flops import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--quick", "--edits", "2", "--batch-size", "2", "--steps", "3", "--repeats", "2"]

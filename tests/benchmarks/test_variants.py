@@ -16,7 +16,7 @@ from benchmarks.gate import GateError
 from benchmarks.outcome import Fitted
 from benchmarks.variants import as_run, is_variant, same_work
 from fastedit.backbone import EditableModel, load
-from fastedit.engine.flops import Peak
+from fastedit.engine.profiling.flops import Peak
 from fastedit.methods import LoRAConfig
 from fastedit.requests import EditRequest
 

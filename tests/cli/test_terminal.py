@@ -19,7 +19,7 @@ from fastedit.data import write_jsonl
 from fastedit.engine import Run, Timing
 from fastedit.evaluation import EditScores, Score
 from fastedit.evaluation.protocol import MUST_CHANGE, MUST_STAY
-from fastedit.solver import FitOutcome
+from fastedit.fitting.solver import FitOutcome
 from fastedit.training import Artifact
 from tests.cli.commands import run_all
 from tests.engine.conftest import make_edits

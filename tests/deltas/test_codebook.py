@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import Site
-from fastedit.backbone.layouts import TokenLayout
+from fastedit.backbone.token_layout import TokenLayout
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
 from fastedit.deltas.codebook import CodebookDelta, with_entry
 from fastedit.deltas.kinds import new_stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastedit.backbone.layouts import TokenLayout
+from fastedit.backbone.token_layout import TokenLayout
 from fastedit.deltas import Rows, TokenSpans
 from fastedit.deltas.scope import IN_SCOPE, in_scope, row_marks
 from fastedit.objectives.base import CE_ROLES, KL_ROLES

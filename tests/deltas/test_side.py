@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastedit.backbone import Site
-from fastedit.backbone.layouts import TokenLayout
+from fastedit.backbone.token_layout import TokenLayout
 from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.random_mask import apply_mask_, mask_key

@@ -131,7 +131,7 @@ def test_the_text_of_the_later_edit_is_asked(edits: list[EditRequest]) -> None:
 
 def decided(model: EditableModel, deltas: list[EditDelta], edits: list[EditRequest]) -> list[int] | None:
     """Which delta acts on each edit's question."""
-    from fastedit.backbone.walk import packed_prefix, packed_start
+    from fastedit.backbone.packed_forward import packed_prefix, packed_start
 
     with installed(model, stack(deltas), Rows()) as holder:
         encoded = model.encode([Query(edit.prompt, edit.image) for edit in edits], answers=False)

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 import fastedit
-from fastedit import EditRequest, prepared
+from fastedit import EditRequest
 from fastedit.backbone import EditableModel
-from fastedit.backbone.walk import hold_constant, packed_prefix, packed_start, packed_tail
+from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, load_deltas, save_deltas, stack
-from fastedit.engine import Run, batch, engine, work
+from fastedit.engine import Run, editing, fit_problem, work
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.interrupted import RunInterrupted
+from fastedit.fitting import prepared
+from fastedit.fitting.solver import FitOutcome
 from fastedit.requests import Query
-from fastedit.solver import FitOutcome
 from tests.engine.conftest import make_edits
-from tests.engine.test_engine import largest_difference
+from tests.engine.test_editing import largest_difference
 
 # Enough to refill more than once with places for three
 MANY = 8
@@ -114,7 +115,7 @@ def test_a_quarter_of_the_places_must_be_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     refills = Refills(monkeypatch)
-    monkeypatch.setattr(batch, "WORTH_WHILE", 1)
+    monkeypatch.setattr(fit_problem, "WORTH_WHILE", 1)
     found = run(exact_model, many, "lora", batch_size=PLACES)
     # All of them here
     assert refills.sizes == [3, 3, 2]
@@ -126,13 +127,13 @@ def test_rows_of_ended_edits_are_taken_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     rows: list[int] = []
-    real = batch.packed_tail
+    real = fit_problem.packed_tail
 
     def walked(model: Any, state: Any) -> Tensor:
         rows.append(len(state))
         return real(model, state)
 
-    monkeypatch.setattr(batch, "packed_tail", walked)
+    monkeypatch.setattr(fit_problem, "packed_tail", walked)
     run(exact_model, many, "lora", batch_size=MANY)
     # One row per edit. At no step may a quarter of them, or more, be of edits that had ended before
     steps = [outcome.steps for outcome in singles["lora", "all"].outcomes]
@@ -475,7 +476,7 @@ def test_the_plan_chooses_a_batch(
         return 2
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "largest_batch", largest)
+        patched.setattr(editing, "largest_batch", largest)
         refills = Refills(patched)
         found = run(exact_model, many, "lora", batch_size="auto")
         run(exact_model, many[:3], "lora", batch_size="auto", steps=1, evaluate=True, deltas_folder=tmp_path)

@@ -11,7 +11,6 @@ import torch
 import fastedit
 from fastedit import EditRequest, Query
 from fastedit.backbone import EditableModel
-from fastedit.engine.scoring import row_means, token_scores
 from fastedit.evaluation import (
     MUST_CHANGE,
     MUST_STAY,
@@ -21,6 +20,7 @@ from fastedit.evaluation import (
     token_accuracy,
     top_ids,
 )
+from fastedit.evaluation.scoring import row_means, token_scores
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_the_unedited_model_is_asked_once(
     model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastedit.engine.evaluate import Evaluator
-    from fastedit.engine.timing import PhaseTimer
+    from fastedit.engine.profiling.timing import PhaseTimer
 
     result = fastedit.edit(model, edits[:2], "ft", steps=2, evaluate=False)
     evaluator = Evaluator(model, result.deltas[0].spec, PhaseTimer())
@@ -107,7 +107,7 @@ def test_the_unedited_model_is_asked_once(
 
 def decoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each decoding goes on with, from now on."""
-    from fastedit.backbone.reader import Reader
+    from fastedit.backbone.generation import Reader
 
     counts: list[int] = []
     original = Reader.decode

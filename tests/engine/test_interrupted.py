@@ -15,11 +15,11 @@ import torch
 import fastedit
 from fastedit import EditRequest, RunInterrupted, RunStopped
 from fastedit.backbone import EditableModel
-from fastedit.backbone.reader import Reader
+from fastedit.backbone.generation import Reader
 from fastedit.deltas import StoredDeltas
-from fastedit.engine import Run, batch, modes
+from fastedit.engine import Run, fit_problem, schedule
 from fastedit.engine.work import Work
-from tests.engine.test_engine import largest_difference
+from tests.engine.test_editing import largest_difference
 from tests.test_conformance import run
 
 #: What torch on a CPU, on a GPU, C++ and the system say.
@@ -33,11 +33,11 @@ ERRORS: list[Callable[[], BaseException]] = [
 PLACES: dict[str, tuple[Any, str]] = {
     "encode": (EditableModel, "encode"),
     "head": (EditableModel, "head"),
-    "tail": (batch, "packed_tail"),
+    "tail": (fit_problem, "packed_tail"),
     "read": (Reader, "read"),
     "extend": (Reader, "extend"),
     "decode": (Reader, "decode"),
-    "stack": (modes, "stack"),
+    "stack": (schedule, "stack"),
     "keep": (Work, "keep"),
 }
 CASES = [(place, "lora") for place in PLACES]

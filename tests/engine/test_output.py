@@ -19,7 +19,7 @@ from fastedit.engine.output import claim_output, claim_result, expected_output_b
 from fastedit.files import claim_file, claim_folder
 from fastedit.methods import resolve
 from tests.engine.conftest import make_edits
-from tests.engine.test_engine import largest_difference, run
+from tests.engine.test_editing import largest_difference, run
 from tests.engine.test_train import BRIEF, SMALL
 
 

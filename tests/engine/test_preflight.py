@@ -15,11 +15,11 @@ from PIL import Image
 import fastedit
 from fastedit import EditRequest, Probe, Query
 from fastedit.backbone import EditableModel
-from fastedit.backbone.skeleton import skeleton
+from fastedit.backbone.synthetic.skeleton import skeleton
 from fastedit.data import Problem, RecordErrors, read_edits, write_jsonl
 from fastedit.engine.preflight import check_run, check_training, record_problems
+from fastedit.fitting.views import ViewSource
 from fastedit.methods import METHODS, EditPlan, resolve
-from fastedit.views import ViewSource
 from tests.engine.conftest import make_edits, picture
 
 LONG = "is " * 300

@@ -9,7 +9,7 @@ import pytest
 import fastedit
 from fastedit import EditRequest
 from fastedit.engine import provenance
-from tests.engine.test_engine import run
+from tests.engine.test_editing import run
 
 
 def test_the_prompt_is_told_as_it_is_sent(edits: list[EditRequest]) -> None:

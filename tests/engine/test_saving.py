@@ -22,7 +22,7 @@ from fastedit.deltas import StoredDeltas, save_deltas
 from fastedit.engine.run import Run, Timing
 from fastedit.evaluation import EditScores, Score
 from fastedit.files import claim_folder
-from fastedit.solver import FitOutcome
+from fastedit.fitting.solver import FitOutcome
 from fastedit.training import Artifact, save_artifact
 from tests.deltas.test_storage import deltas as some_deltas
 from tests.files.damage import flipped

@@ -16,9 +16,9 @@ import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.engine import Run
-from fastedit.engine.scoring import token_scores
-from fastedit.solver import FitOutcome
-from tests.engine.test_engine import run
+from fastedit.evaluation.scoring import token_scores
+from fastedit.fitting.solver import FitOutcome
+from tests.engine.test_editing import run
 
 #: Scores of what must stay, and those of them that are a share.
 STAY = ("text_locality", "image_locality", "near", "blind", "same")
@@ -112,7 +112,7 @@ def test_a_model_that_breaks_on_some_questions_is_scored_and_told(
     fresh: EditableModel, edits: list[EditRequest], value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both models break on questions without an image: text locality and blind probes."""
-    from fastedit.backbone.reader import Reader
+    from fastedit.backbone.generation import Reader
 
     real = Reader.read
 

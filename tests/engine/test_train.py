@@ -64,7 +64,7 @@ def test_it_is_kept_and_not_made_twice(model: EditableModel, tmp_path: Path, mon
 
 
 def test_a_broken_off_run_goes_on(model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastedit.methods.meta_task import MetaTask
+    from fastedit.methods.meta.task import MetaTask
 
     path = tmp_path / "mend.safetensors"
     settings = {"trainer": {**BRIEF, "steps": 6, "checkpoint_every": 2}}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import fastedit
 from fastedit.backbone import EditableModel
-from fastedit.methods.hypernets import edit_gradients
 from fastedit.methods.ke import KE, EditReader, KEConfig, KENetwork
+from fastedit.methods.meta.hypernets import edit_gradients
 from fastedit.training import Artifact
 from tests.engine.conftest import make_edits
-from tests.methods.test_hypernets import rows_of
+from tests.methods.meta.test_hypernets import rows_of
 
 SMALL: dict[str, Any] = {"layers": 1, "hidden": 8, "condition": 16, "inner": 8, "valid_records": 2}
 BRIEF = {"steps": 2, "batch_size": 2}

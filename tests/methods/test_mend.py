@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastedit
 from fastedit.backbone import EditableModel, Site, weights_hash
-from fastedit.methods.hypernets import Gradients
 from fastedit.methods.mend import MEND, MENDConfig, MendNetwork, set_apart
+from fastedit.methods.meta.hypernets import Gradients
 from fastedit.training import Artifact, save_artifact
 from tests.engine.conftest import make_edits
 
@@ -153,7 +153,7 @@ def test_a_step_in_its_first_direction_lowers_the_loss(name: str) -> None:
 
 
 def target_loss(model: EditableModel, encoded: Any) -> float:
-    from fastedit.backbone.walk import packed_start, packed_tail
+    from fastedit.backbone.packed_forward import packed_start, packed_tail
 
     logits = model.head(packed_tail(model, packed_start(model, encoded)))
     return float(torch.nn.functional.cross_entropy(logits, encoded.labels[encoded.label_mask]))

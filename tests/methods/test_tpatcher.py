@@ -15,7 +15,9 @@ from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.deltas import Rows
 from fastedit.deltas.kinds import new_stack
-from fastedit.engine.timing import PhaseTimer
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.views import TrainingView
 from fastedit.methods.base import Resources
 from fastedit.methods.captured import answer_inputs
 from fastedit.methods.tpatcher import (
@@ -27,8 +29,6 @@ from fastedit.methods.tpatcher import (
     remember,
 )
 from fastedit.objectives import Role
-from fastedit.prepared import EditRows, prepare
-from fastedit.views import TrainingView
 from tests.engine.conftest import make_edits
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from fastedit.pocket.factory.packing import Line, Packer, forward
+from fastedit.pocket.factory.release import load
 from fastedit.pocket.models import make_model, make_processor, make_tokenizer, qwen_patches, to_pixels, wiring
 from fastedit.pocket.names import MODELS
-from fastedit.pocket.packing import Line, Packer, forward
-from fastedit.pocket.release import load
 from fastedit.pocket.world import draw_scene, render
 
 pytest.importorskip("easy_vqa", reason="easy-vqa is not installed (the tokenizer is built from its words too)")

@@ -7,7 +7,7 @@ import pytest
 
 from fastedit import pocket
 from fastedit.pocket.edits import SIZE
-from fastedit.pocket.release import load
+from fastedit.pocket.factory.release import load
 from fastedit.pocket.requests import records
 from fastedit.requests import EditRequest
 
@@ -50,7 +50,7 @@ def test_train_sets_have_their_size() -> None:
 
 
 def test_the_model_answers_everything_rightly_before_the_edit(evaluation: list[EditRequest]) -> None:
-    from fastedit.pocket.release import generate
+    from fastedit.pocket.factory.release import generate
 
     model, processor = load(pocket.model_path("pocket-llava"))
     some = evaluation[::50]

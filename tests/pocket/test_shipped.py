@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastedit import pocket
-from fastedit.pocket.mixture import held_out
+from fastedit.pocket.factory.mixture import held_out
+from fastedit.pocket.factory.packing import Packer, forward, right_lines
+from fastedit.pocket.factory.release import GROUPS, generate, load, wanted
 from fastedit.pocket.models import to_pixels, wiring
-from fastedit.pocket.packing import Packer, forward, right_lines
-from fastedit.pocket.release import GROUPS, generate, load, wanted
 
 SAMPLES = 60
 

@@ -8,7 +8,7 @@ import torch
 import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import new_stack
 from fastedit.routers.ball import BallRouter, prompt_keys

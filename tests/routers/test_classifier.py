@@ -11,7 +11,7 @@ import torch
 import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel
-from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.routers.classifier import ClassifierRouter, ClassifierShape, Disentangler, settled
 from fastedit.routers.features import prompt_tokens
 from fastedit.training import Artifact

@@ -9,8 +9,8 @@ from torch.nn import functional
 import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.probe import feed_forward_parts
-from fastedit.backbone.walk import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.side import SideDelta

@@ -8,7 +8,7 @@ import torch
 import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel
-from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
 from tests.engine.conftest import picture
 

@@ -13,7 +13,7 @@ from PIL import Image
 import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.walk import packed_prefix, packed_start
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.routers.scope import (
     APART,
     ScopeFeatures,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionPlan, Past, varlen_function
-from ..layouts import Running, TokenLayout, showing, token_layout
 from ..packed import PackedState
+from ..token_layout import Running, TokenLayout, showing, token_layout
 from .attention import implementation_of, mix
 from .context import Forward, walking
 from .decoder import Decoder

@@ -1,0 +1,128 @@
+"""Decoders of the OPT shape (arXiv 2205.01068): learned positions and plain feed-forward blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .stacks import Context, allowed_keys, attention_output, split_heads
+from .states import gather_positions
+
+if TYPE_CHECKING:
+    from .packed_forward import Attention
+
+
+class LearnedPositionStack:
+    """Decoders of the OPT shape: learned positions, layer norms before or after each block, plain feed-forward."""
+
+    site_paths: dict[str, str] = {  # noqa: RUF012 (never written)
+        "up": "fc1",
+        "down": "fc2",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+    }
+
+    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
+    stored: int | None = None
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.config = root.config
+        self.layers = root.layers
+        self.kinds = ["full_attention"] * len(self.layers)
+        if self.root.project_in is not None:
+            sizes = f"word_embed_proj_dim={self.config.word_embed_proj_dim}, hidden_size={self.config.hidden_size}"
+            raise ValueError(
+                f"word embeddings must be as wide as the decoder, or image features do not fit (got {sizes})"
+            )
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """Return paths of the linear maps of a layer by name."""
+        return self.site_paths
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return word embeddings."""
+        embeddings: Tensor = self.root.embed_tokens(input_ids)
+        return embeddings
+
+    def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the sum of word and position embeddings."""
+        # With explicit positions the table ignores its mask argument.
+        places: Tensor = self.root.embed_positions(None, 0, position_ids=position_ids[:, 0])
+        return embeddings + places
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return None: positions entered with the embeddings."""
+        return None
+
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Return the output of a layer. Block by block: the stock layer flattens rows before its linear maps."""
+        return self.feed_forward(index, self.attend(index, hidden, context))
+
+    def attend(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Return the residual stream after the stock attention module."""
+        layer: Any = self.layers[index]
+        normed = layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
+        result = layer.self_attn(
+            hidden_states=normed,
+            attention_mask=context.masks["full_attention"],
+        )
+        return self._after_attention(layer, hidden + attention_output(result))
+
+    def attend_at(self, index: int, hidden: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Return the residual stream after attention at chosen positions."""
+        layer: Any = self.layers[index]
+        attention = layer.self_attn
+        normed = layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
+        query = attention.q_proj(gather_positions(normed, positions)) * attention.scaling
+        mixed = functional.scaled_dot_product_attention(
+            split_heads(query, attention.head_dim).transpose(1, 2),
+            split_heads(attention.k_proj(normed), attention.head_dim).transpose(1, 2),
+            split_heads(attention.v_proj(normed), attention.head_dim).transpose(1, 2),
+            attn_mask=allowed_keys(self.config, "full_attention", positions, hidden.shape[1]),
+            scale=1.0,
+        )
+        output = attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self._after_attention(layer, gather_positions(hidden, positions) + output)
+
+    def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
+        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        layer: Any = self.layers[index]
+        module = layer.self_attn
+        normed = layer.self_attn_layer_norm(hidden[None]) if layer.do_layer_norm_before else hidden[None]
+        asking = normed if attention.queries is None else normed[:, attention.queries]
+        query = split_heads(module.q_proj(asking)[0] * module.scaling, module.head_dim)
+        key = split_heads(module.k_proj(normed)[0], module.head_dim)
+        value = split_heads(module.v_proj(normed)[0], module.head_dim)
+        mixed = attention.mix(index, query, key, value, 1.0)
+        return self._after_attention(layer, attention.asked(hidden) + module.out_proj(mixed[None])[0])
+
+    @staticmethod
+    def _after_attention(layer: Any, hidden: Tensor) -> Tensor:
+        """Norm after the block, in the variant that has it there."""
+        output: Tensor = hidden if layer.do_layer_norm_before else layer.self_attn_layer_norm(hidden)
+        return output
+
+    def feed_forward_entry(self, index: int) -> nn.Module:
+        """Return the module that reads the residual stream where the feed-forward block begins."""
+        layer: Any = self.layers[index]
+        module: nn.Module = layer.final_layer_norm if layer.do_layer_norm_before else layer.fc1
+        return module
+
+    def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
+        """Return the residual stream after the feed-forward block, through its own submodules."""
+        layer: Any = self.layers[index]
+        normed = layer.final_layer_norm(hidden) if layer.do_layer_norm_before else hidden
+        output: Tensor = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
+        return output if layer.do_layer_norm_before else layer.final_layer_norm(output)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Return the normed hidden states; the variant with norms after each block has no final one."""
+        if self.root.final_layer_norm is None:
+            return hidden
+        output: Tensor = self.root.final_layer_norm(hidden)
+        return output

@@ -1,0 +1,202 @@
+"""The decoder walked over packed rows: to a point in the middle, to the end, and on from stored keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
+from .generic.adapter import generic
+from .packed import KeyValue, PackedState, pack
+from .states import Encoded
+from .token_layout import running
+from .vision import VISION, renewed
+
+if TYPE_CHECKING:
+    from .model import EditableModel
+
+
+class Attention:
+    """What a stack's attention needs of the walk beside the residual stream."""
+
+    def __init__(self, model: EditableModel, state: PackedState, past: Past | None, queries: Tensor | None) -> None:
+        self.queries, self.rotary = queries, state.rotary
+        self._model, self._state, self._past = model, state, past
+
+    def asked(self, values: Tensor) -> Tensor:
+        """Values (T, ...) of the tokens that ask, (Tq, ...)."""
+        return values if self.queries is None else values[self.queries]
+
+    def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of (Tq, heads, d_head) over (T, groups, d_head) and what came before: (Tq, heads * d_head)."""
+        text, state = self._model.adapter.text, self._state
+        window = text.config.sliding_window if text.kinds[layer] == "sliding_attention" else None
+        capacity = getattr(self._past, "capacity", None)
+        counts = state.counts if self.queries is None else state.wanted_counts
+        plan = state.remembered(
+            (window, capacity, self.queries is None),
+            lambda: plan_attention(state, self.queries, counts, window=window, capacity=capacity),
+        )
+        varlen = varlen_function(str(text.config._attn_implementation), query.device)
+        return attend(layer, query, key, value, plan, scale=scale, past=self._past, varlen=varlen)
+
+
+def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
+    """Return the packed state entering layer 0. Wanted are the label positions, or the last token of every prompt."""
+    wanted = encoded.label_mask
+    if not bool(wanted.any()):
+        wanted = torch.zeros_like(encoded.attention_mask)
+        wanted[torch.arange(len(encoded), device=wanted.device), encoded.last_prompt] = True
+    traced = generic(model.adapter)
+    if traced is not None:
+        packed = traced.start(encoded, wanted)
+    else:
+        state = model.start(encoded)
+        with torch.no_grad():
+            rotary = model.adapter.text.rotary(state.hidden, state.position_ids)
+        packed = pack(state, rotary, wanted)
+    if any(image is not None for image in encoded.images):
+        packed.live = _behind_image(encoded)[encoded.attention_mask]
+        packed.image = encoded.image_mask[encoded.attention_mask]
+    return packed
+
+
+@torch.no_grad()
+def packed_prefix(
+    model: EditableModel, state: PackedState, layer: int, stage: str, past: Past | None = None
+) -> PackedState:
+    """Return the state at a later point: entering `layer`, or its feed-forward block.
+
+    At the feed-forward block of the last layer no token sees another any more: only wanted tokens are kept.
+    """
+    if (state.layer, state.stage) == (layer, stage):
+        return state
+    if state.stage == VISION:
+        state = renewed(model, state)
+    traced = generic(model.adapter)
+    if traced is not None:
+        return traced.walker.prefix(state, layer, stage, past)
+    text = model.adapter.text
+    hidden, first = state.hidden, state.layer
+    attention = Attention(model, state, past, None)
+    with running(state):
+        if state.stage == "ffn":
+            hidden = _fed(model, first, hidden, state.deep)
+            first += 1
+        for index in range(first, layer):
+            hidden = text.attend_packed(index, hidden, attention)
+            hidden = _fed(model, index, hidden, state.deep)
+        if stage == "ffn":
+            hidden = text.attend_packed(layer, hidden, attention)
+    deep = {index: part for index, part in state.deep.items() if index >= layer}
+    found = replace(state, hidden=hidden, layer=layer, stage=stage, deep=deep)
+    if stage == "ffn" and layer == model.n_layers - 1:
+        return _only_wanted(found)
+    return found
+
+
+def packed_tail(model: EditableModel, state: PackedState, past: Past | None = None) -> Tensor:
+    """Return the final hidden states (M, d) of the wanted tokens, differentiable in whatever is hooked in.
+
+    Args:
+        model: frozen. state: at any point.
+        past: keys and values of earlier tokens, which this extends; None with a state that has constants uses those.
+    """
+    traced = generic(model.adapter)
+    if traced is not None:
+        return traced.walker.tail(state, past)
+    text, last = model.adapter.text, model.n_layers - 1
+    if past is None and any(state.starts) and state.constant:
+        past = state.remembered("constant", lambda: ConstantPast(state))
+    if state.stage == VISION:
+        state = renewed(model, state)
+    hidden, first = state.hidden, state.layer
+    whole = Attention(model, state, past, None)
+    with running(state):
+        if state.stage == "ffn":
+            if first == last:
+                return _finished(model, _taken(hidden, state), state)
+            hidden = _fed(model, first, hidden, state.deep)
+            first += 1
+        for index in range(first, last):
+            hidden = _fed(model, index, text.attend_packed(index, hidden, whole), state.deep)
+        asked = None if len(state.wanted) == hidden.shape[0] else state.wanted
+        hidden = text.attend_packed(last, hidden, Attention(model, state, past, asked))
+        return _finished(model, hidden, state)
+
+
+@torch.no_grad()
+def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
+    """Return the state without the tokens that are not live, whose keys and values are kept instead.
+
+    Args:
+        state: of a walk that no delta has touched, where a delta acts on live tokens only. Tokens of a row that are
+            not live come before those that are.
+    """
+    if generic(model.adapter) is not None or state.live is None or bool(state.live.all()):
+        return state
+    if not bool(state.live[state.wanted].all()):
+        # A prompt that ends with its image: there an answer's first token is predicted
+        return state
+    after = state.only(state.live)
+    if after.stage == "ffn" and after.layer == model.n_layers - 1:
+        return after
+    none = torch.empty(0, dtype=torch.long, device=state.hidden.device)
+    before = replace(state, wanted=none, wanted_counts=(0,) * len(state)).only(~state.live)
+    collected = _Collected()
+    attention = Attention(model, before, collected, None)
+    text, hidden, first = model.adapter.text, before.hidden, before.layer
+    with running(before):
+        if before.stage == "ffn":
+            hidden = _fed(model, first, hidden, before.deep)
+            first += 1
+        for index in range(first, model.n_layers):
+            hidden = _fed(model, index, text.attend_packed(index, hidden, attention), before.deep)
+    return replace(after, starts=before.counts, constant=collected.found)
+
+
+class _Collected:
+    """Keeps the keys and values of every layer; nothing comes before them."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, KeyValue] = {}
+
+    def extend(self, layer: int, plan: AttentionPlan, key: Tensor, value: Tensor) -> KeyValue:
+        """See `Past`."""
+        self.found[layer] = (key, value)
+        return padded(key, plan.key_slots, plan.rows, plan.keys), padded(value, plan.key_slots, plan.rows, plan.keys)
+
+
+def _behind_image(encoded: Encoded) -> Tensor:
+    """(R, N), bool: places behind the last image token of their row; all of a row without an image."""
+    places = torch.arange(encoded.input_ids.shape[1], device=encoded.input_ids.device)
+    last = torch.where(encoded.image_mask, places, -1).amax(dim=1, keepdim=True)
+    return places > last
+
+
+def _only_wanted(state: PackedState) -> PackedState:
+    kept = torch.zeros(state.hidden.shape[0], dtype=torch.bool, device=state.hidden.device)
+    kept[state.wanted] = True
+    return state.only(kept)
+
+
+def _taken(values: Tensor, state: PackedState) -> Tensor:
+    return values if len(state.wanted) == values.shape[0] else values[state.wanted]
+
+
+def _fed(model: EditableModel, index: int, hidden: Tensor, deep: dict[int, Tensor]) -> Tensor:
+    """The residual stream (T, d) after a feed-forward block and what is added behind it."""
+    hidden = model.adapter.text.feed_forward(index, hidden[None])[0]
+    return hidden + deep[index] if index in deep else hidden
+
+
+def _finished(model: EditableModel, hidden: Tensor, state: PackedState) -> Tensor:
+    """The last feed-forward block and the final norm for the wanted tokens."""
+    text, last = model.adapter.text, model.n_layers - 1
+    hidden = text.feed_forward(last, hidden[None])
+    if last in state.deep:
+        hidden = hidden + _taken(state.deep[last], state)[None]
+    return text.finish(hidden)[0]

@@ -1,0 +1,233 @@
+"""``edit``: many edits on a frozen model, in batches, each edit by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastedit.backbone import EditableModel
+from fastedit.backbone.context import on_frozen_model, with_gradients
+from fastedit.backbone.expansion import expanded_layers
+from fastedit.data import fingerprint
+from fastedit.deltas import EditDelta, split_point
+from fastedit.engine import provenance
+from fastedit.engine.apply import check_editable
+from fastedit.engine.arguments import check_arguments
+from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
+from fastedit.engine.interrupted import carrying
+from fastedit.engine.memory.oom import once_more, peak_memory_mib
+from fastedit.engine.memory.plan import largest_batch
+from fastedit.engine.output import expected_output_bytes, open_store
+from fastedit.engine.preflight import check_run
+from fastedit.engine.profiling.flops import Peak, is_counted, nfu
+from fastedit.engine.profiling.timing import PhaseTimer
+from fastedit.engine.profiling.utilisation import necessary_flops
+from fastedit.engine.run import Run, Timing
+from fastedit.engine.schedule import run_sequential, run_single
+from fastedit.engine.soundness import check_finite, not_finite, warn_of
+from fastedit.engine.work import Work
+from fastedit.evaluation import PROTOCOLS, EditScores, summarise
+from fastedit.fitting.solver import FitOutcome
+from fastedit.fitting.views import ViewSource
+from fastedit.methods import resolve
+from fastedit.methods.base import Resources, hook
+from fastedit.ops import keep_freed_memory
+from fastedit.progress import progress
+from fastedit.requests import EditRequest
+from fastedit.training import Artifact
+
+
+@on_frozen_model
+@with_gradients
+def edit(
+    model: EditableModel,
+    edits: Sequence[EditRequest],
+    method: str = "ft",
+    *,
+    batch_size: int | str = 16,
+    mode: str = "single",
+    pool: Sequence[EditRequest] | None = None,
+    views: str = "heldout",
+    near: bool = True,
+    evaluate: bool = True,
+    seed: int = 0,
+    show_progress: bool | None = None,
+    deltas_folder: str | Path | None = None,
+    peak: Peak | None = None,
+    score_at: Sequence[int] = (),
+    artifact: Artifact | str | Path | None = None,
+    conflicts: str = "error",
+    bind: str = "content",
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
+
+    Args:
+        model: from ``fastedit.load``.
+        edits: what to change.
+        method: one of ``fastedit.method_names()``: "ft", "mend" ..., or one of them under another objective: "kl+ft",
+            "odedit+lora" ...
+        batch_size: edits fitted together; results do not depend on it. An edit that has ended makes room for a waiting
+            one. Where memory runs out the run goes on with half as many, and ended edits are kept. "auto" takes as many
+            as the memory plan has room for (``fastedit.plan_memory``).
+        mode: "single" fits and scores every edit alone on the base model; "sequential" lets edits accumulate in order
+            (each is fitted on top of the earlier ones) and scores all of them after the last.
+        pool: records to draw locality views and paraphrases from, for objectives that use them (a train split).
+        views: "heldout" never fits on a record's own rephrase and locality questions; "record" fits on exactly those.
+        near: draw locality views near the edit (its own question about other images) where the pool has them.
+        evaluate: score every edit under both protocols.
+        seed: of the views and of score intervals.
+        show_progress: None shows a progress line with the time left on a terminal.
+        deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
+            thousands of edits would fill; a new or empty folder, which no other run writes to.
+        score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
+        artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
+        conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
+            edits, and each is scored by what it asked for.
+        overwrite: remove the deltas that an earlier run left in ``deltas_folder``, instead of refusing it.
+        bind: "content" lets the deltas act on exactly these weights; "architecture" on any of the same names and
+            shapes, in another dtype or quantization for example, with a warning that says how they were fitted.
+        peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
+        overrides: fields of the method's and the objective's config.
+    Returns:
+        Run.
+    Raises:
+        ValueError: a setting, method or field that does not exist or cannot work here, or records that the run would
+            stop at (``RecordErrors``, all of them at once); before any work starts.
+        RunInterrupted: something ended the run after some edits were finished, such as memory that ran out for one
+            edit alone. The finished edits are in its ``run``. A signal (Ctrl-C) gives RunStopped, with the same.
+    """
+    check_arguments(
+        model, edits, pool=pool, deltas_folder=deltas_folder, artifact=artifact, method=method, batch_size=batch_size,
+        mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
+        score_at=score_at, conflicts=conflicts, bind=bind,
+    )  # fmt: skip
+    check_editable(model)
+    plan = resolve(method, overrides)
+    check_sequence(plan, mode, score_at, len(edits))
+    trained = trained_parts(model, plan, artifact)
+    spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
+    if trained is not None and "artifact" in spec.options:
+        # Those that do not act without their trained part say which it is
+        spec = replace(spec, options={**spec.options, "artifact": trained.id})
+    source = ViewSource(edits, pool, source=views, near=near, seed=seed)
+    if hook(plan.method, "write") is None:
+        source.check(plan.build_objective(solver.steps).roles)
+    with progress("checking the records", 0, show_progress):
+        check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
+    if mode == "sequential" and conflicts == "error":
+        check_conflicts(edits)
+    delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    timer = PhaseTimer(model.device)
+    if isinstance(batch_size, str):
+        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=deltas_folder is None)
+    work = Work(
+        model, edits, plan, spec, solver, source, timer, delta_dtype, None, batch_size,
+        seed=seed, pool=() if pool is None else pool, artifact=trained, bind=bind,
+    )  # fmt: skip
+
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    elif model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    describe = partial(
+        _provenance, work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
+    )
+    room = expected_output_bytes(model, plan, len(edits), evaluate=False)
+    with (
+        open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
+        carrying(work, partial(_finished, work, describe, evaluate)),
+    ):
+        setup = hook(plan.method, "setup")
+        if setup is not None:
+            with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
+                resources = Resources(work.pool, trained, seed, plan.prefix)
+                work.shared = once_more(model, lambda: setup(model, plan.config, resources), "setting up the method")
+        # Behind the setup, which refuses trained parts of another shape before the model is asked anything
+        with timer.phase("setup"):
+            once_more(model, lambda: check_finite(model, edits), "asking the first question")
+        with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
+            if mode == "single":
+                run_single(work, batch_size, evaluate, show_progress)
+            else:
+                run_sequential(work, batch_size, evaluate, show_progress, score_at)
+        return _result(work, range(len(edits)), work.all_deltas(), describe(), evaluate=evaluate, peak=peak)
+
+
+def _result(
+    work: Work,
+    numbers: Sequence[int],
+    deltas: Sequence[EditDelta],
+    notes: dict[str, Any],
+    *,
+    evaluate: bool,
+    peak: Peak | None = None,
+) -> Run:
+    """The run of these edits."""
+    outcomes = [work.outcomes[number] for number in numbers]
+    scored = [work.scored.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
+    scores = summarise(scored, seed=work.seed) if evaluate else {}
+    timing = _timing(work, outcomes, peak)
+    notes |= {"not_finite": not_finite(scored)} if evaluate else {}
+    warn_of(outcomes, scored)
+    return Run(deltas, outcomes, scores, scored, timing, notes, work.checkpoints, work.artifact)
+
+
+def _finished(work: Work, describe: Callable[[], dict[str, Any]], evaluate: bool, numbers: Sequence[int]) -> Run:
+    """What there is of a run that ended early."""
+    notes = {**describe(), "finished": {"edits": list(numbers), "of": len(work.edits)}}
+    return _result(work, numbers, work.kept(numbers), notes, evaluate=evaluate and bool(work.scored))
+
+
+def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
+    spent = work.timer.total(without=("evaluation",))
+    used = None
+    if peak is not None and spent and is_counted(work.spec, work.model):
+        roles = work.plan.build_objective(work.solver.steps).roles
+        necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
+        used = nfu(necessary.total, spent, peak)
+    return Timing(
+        edits_per_s=len(outcomes) / spent if spent else float("nan"),
+        seconds=dict(work.timer.seconds),
+        steps=sum(outcome.steps for outcome in outcomes),
+        peak_memory_mib=peak_memory_mib(work.model.device),
+        nfu=used,
+    )
+
+
+def _provenance(
+    work: Work, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
+) -> dict[str, Any]:
+    model = work.model
+    return {
+        "method": method,
+        "config": work.plan.settings(),
+        "solver": {**vars(work.solver)},
+        "sites": [f"{site.layer}.{site.name}" for site in work.spec.sites],
+        "run": settings,
+        "seed": seed,
+        "protocols": PROTOCOLS,
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantize": model.quantize,
+            "linear": model.linear,
+            "device": str(model.device),
+            **provenance.prompts(model),
+        },
+        "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
+        "artifact": None if work.artifact is None else {"kind": work.artifact.kind, "id": work.artifact.id},
+        "pool": None if pool is None else {"records": len(pool), "fingerprint": fingerprint(pool)},
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "commit": provenance.commit(),
+        "time": provenance.utc_now(),
+    }

@@ -1,0 +1,135 @@
+"""Edits made ready for a method: encoded, walked once to where their delta begins, with what the frozen model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.context import outside_inference_mode
+from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
+from fastedit.backbone.token_layout import token_layout
+from fastedit.backbone.vision import VISION, watched
+from fastedit.deltas import DeltaSpec, split_point
+from fastedit.fitting.views import TrainingView
+from fastedit.objectives import Role
+from fastedit.requests import Query
+
+__all__ = ["EditRows", "Phases", "prepare", "split_point"]
+
+
+class Phases(Protocol):
+    """Anything that times the parts of a run."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A timer for a part."""
+
+
+@dataclass
+class EditRows:
+    """The rows of one edit with all that is constant over its steps.
+
+    Args:
+        state: its rows where the delta begins to matter; its wanted tokens carry labels.
+        labels: (T,) int64. role: (T,) int64, values of Role.
+        reference: (T', V) logits of the unedited model for the tokens of locality roles, or None.
+        row_roles: role of each row.
+    """
+
+    state: PackedState
+    labels: Tensor
+    role: Tensor
+    reference: Tensor | None
+    row_roles: tuple[int, ...] = ()
+
+
+@outside_inference_mode
+@torch.no_grad()
+def prepare(
+    model: EditableModel,
+    spec: DeltaSpec,
+    views: Sequence[Sequence[TrainingView]],
+    timer: Phases,
+) -> list[EditRows]:
+    """Encode the views of some edits, run the frozen prefix once, keep the unedited logits of the locality views.
+
+    No delta may act meanwhile: the reference is the unedited model.
+    """
+    caches = model.caches
+    flat = [view for vs in views for view in vs]
+    point = (*split_point(spec), spec.positions)
+    active = model.active_key
+    with timer.phase("prefix"):
+        states = caches.states.get_all([(active, point, _key(model, view.query)) for view in flat])
+    missing = [number for number, state in enumerate(states) if state is None]
+    if missing:
+        with timer.phase("encode"):
+            encoded = model.encode([flat[number].query for number in missing], answers=True)
+            labels = encoded.labels[encoded.label_mask]
+        with timer.phase("prefix"):
+            state = packed_start(model, encoded)
+            state = watched(model, state, encoded) if point[1] == VISION else packed_prefix(model, state, *point[:2])
+            if spec.positions != "all":
+                state = hold_constant(model, replace(state, live=token_layout(state).acting(spec.positions)))
+            parts = torch.split(labels, list(state.wanted_counts))
+            for row, number in enumerate(missing):
+                found = (state.of_row(row), parts[row])
+                if flat[number].role >= Role.TEXT_LOCALITY:
+                    # Drawn from a pool, and so likely to come again. A copy: a slice would keep the batch in memory
+                    found = (found[0].map(torch.clone), found[1].clone())
+                    caches.states.put((active, point, _key(model, flat[number].query)), found)
+                states[number] = found
+    known = [state for state in states if state is not None]
+    out = [number for number, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY]
+    logits = _references(model, flat, known, out, timer)
+    rows: list[EditRows] = []
+    first = 0
+    for vs in views:
+        numbers = range(first, first + len(vs))
+        first += len(vs)
+        own = [logits[number] for number in numbers if number in logits]
+        role = [torch.full_like(known[number][1], int(flat[number].role)) for number in numbers]
+        rows.append(
+            EditRows(
+                PackedState.cat([known[number][0] for number in numbers]),
+                torch.cat([known[number][1] for number in numbers]),
+                torch.cat(role),
+                torch.cat(own) if own else None,
+                tuple(int(flat[number].role) for number in numbers),
+            )
+        )
+    return rows
+
+
+def _references(
+    model: EditableModel,
+    flat: Sequence[TrainingView],
+    known: Sequence[tuple[PackedState, Tensor]],
+    out: Sequence[int],
+    timer: Phases,
+) -> dict[int, Tensor]:
+    """Unedited logits (T, V) at the labels of the given views, by number of the view."""
+    if not out:
+        return {}
+    caches = model.caches
+    with timer.phase("reference"):
+        active = model.active_key
+        cached = caches.references.get_all([(active, _key(model, flat[number].query)) for number in out])
+        found = dict(zip(out, cached, strict=True))
+        missing = [number for number in out if found[number] is None]
+        if missing:
+            state = PackedState.cat([known[number][0] for number in missing])
+            logits = model.head(packed_tail(model, state))
+            for number, part in zip(missing, torch.split(logits, list(state.wanted_counts)), strict=True):
+                found[number] = part.clone()
+                caches.references.put((active, _key(model, flat[number].query)), found[number])
+    return {number: part for number, part in found.items() if part is not None}
+
+
+def _key(model: EditableModel, query: Query) -> tuple[str, str, str]:
+    return query.prompt, model.images.identity(query.image), query.answer or ""

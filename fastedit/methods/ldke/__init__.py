@@ -1,0 +1,1 @@
+"""The LDKE-style editor: fast localization and a disentanglement classifier."""

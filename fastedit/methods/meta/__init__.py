@@ -1,0 +1,1 @@
+"""What MEND and KE share: hypernetworks, their training task and its views."""

@@ -1,0 +1,1 @@
+"""SERAC: a scope classifier and a counterfactual model beside the frozen one."""

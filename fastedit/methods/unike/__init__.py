@@ -1,0 +1,1 @@
+"""UniKE: intrinsic and external knowledge as key-value memories."""
