@@ -19,6 +19,7 @@ from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mo
 from .encoding import encode_queries
 from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
 from .generation import greedy
+from .generic.adapter import walkable
 from .images import ImageReader
 from .prompts import PromptBuilder
 from .stacks import Context
@@ -121,7 +122,7 @@ class EditableModel:
             if version != self._versions:
                 self._versions, self._fingerprint = version, None
                 self.forget()
-        with self._frozen.block():
+        with self._frozen.block(), walkable(self.adapter):
             yield
 
     @property

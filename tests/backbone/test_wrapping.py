@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fastedit
 from fastedit.backbone import EditableModel, weights_hash
+from tests.backbone.architectures import LayoutProcessor, make_stock
 from tests.engine.conftest import make_edits
 
 
@@ -107,3 +109,63 @@ def test_what_is_no_model_or_no_processor_is_refused(trained: tuple[Any, Any]) -
         fastedit.wrap(nn.Linear(2, 2), processor)
     with pytest.raises(TypeError, match="must have an image_processor"):
         fastedit.wrap(hf, None)
+
+
+#: Values of modules that their own forward renews.
+RENEWED = {"rope_deltas"}
+
+
+def everything(hf: nn.Module) -> dict[str, Any]:
+    """What modules, parameters and configurations are, told by their identity."""
+    told: dict[str, Any] = {}
+    for name, module in hf.named_modules():
+        for key, value in module.__dict__.items():
+            if key in RENEWED:
+                continue
+            tables = isinstance(value, dict) and key.startswith("_")
+            told[f"{name}:{key}"] = {k: id(v) for k, v in value.items()} if tables else value
+        told[f"{name}:class"] = type(module)
+        config = getattr(module, "config", None)
+        if config is not None:
+            told[f"{name}:config"] = (id(config), config._attn_implementation, config.to_dict())
+    for name, part in hf.named_parameters():
+        told[f"{name}!"] = (id(part), part.requires_grad, part.grad is None, part._version)
+    return told
+
+
+@pytest.mark.parametrize("key", ["gemma3", "qwen3_5", "qwen3_vl_moe"])
+def test_a_model_that_is_walked_by_its_own_forward_is_the_same_objects_afterwards(key: str) -> None:
+    hf = make_stock(key).train()
+    for name, part in hf.named_parameters():
+        part.requires_grad_("layers.1" in name)
+    processor, request = LayoutProcessor(key, hf), make_edits(1)
+    # Towers that the attention registry serves set up things of their own at their first call
+    with torch.no_grad():
+        hf(input_ids=torch.tensor([[20, 30, 40]]))
+    before = everything(hf)
+    model = fastedit.wrap(hf, processor, template="question: {} answer:")
+    assert everything(hf) == before
+    names = {"names": ("q", "v")} if "moe" in key else {}
+    layers = {"layers": (1, 3)} if key == "qwen3_5" else {}
+    delta = fastedit.edit(
+        model, request, "lora", steps=3, evaluate=False, show_progress=False, **names, **layers
+    ).deltas[0]
+    answer = model.answer(request[0].image, request[0].prompt)
+    again = fastedit.wrap(hf, processor, template="question: {} answer:")
+    with fastedit.attached(hf, delta, processor), fastedit.applied(again, delta):
+        again.answer(request[0].image, request[0].prompt)
+    assert everything(hf) == before
+    assert again.answer(request[0].image, request[0].prompt) == answer
+    with fastedit.attached(hf, delta, processor):
+        pass
+    assert everything(hf) == before
+
+
+def test_a_copy_of_a_walked_model_has_weights_of_its_own() -> None:
+    model = fastedit.wrap(hf := make_stock("gemma3"), LayoutProcessor("gemma3", hf), template="question: {}")
+    image = make_edits(1)[0].image
+    expected = model.answer(image, "what is it ?")
+    copied = copy.deepcopy(model)
+    for part in model.hf.parameters():
+        part.data.zero_()
+    assert copied.answer(image, "what is it ?") == expected

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..context import Frozen
 from ..packed import PackedState
 from ..states import Encoded, ImageFeatures, ImageInputs
 from .decoder import Decoder
@@ -46,7 +48,6 @@ class GenericAdapter:
         check_kind(hf.config)
         check_forward(hf)
         self.hf, self.processor = hf, processor
-        hf.eval().requires_grad_(False)
         self.decoder = Decoder(hf)
         self.placeholder = Placeholder(hf, processor)
         self.image_token_id = self.placeholder.token_id
@@ -60,19 +61,11 @@ class GenericAdapter:
         if self.device.type == "meta":
             self._without_weights()
             return
-        try:
+        with Frozen(hf).block(), self.decoder.instrumented():
             self.walker = self._traced()
             ids = self.inputs(self.placeholder.some_ids(4), None, 4)
             self.head: nn.Module = find_head(hf, self.decoder, *sample_logits(self.decoder, self.text_only, ids))
-        except BaseException:
-            self.remove()
-            raise
         self.text = TracedStack(self.decoder)
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        self.decoder.remove()
-        self.features.remove()
 
     def _without_weights(self) -> None:
         """What can be told of a model on the meta device: shapes and names, for a plan of its memory."""
@@ -196,12 +189,23 @@ class GenericAdapter:
         return state
 
     def _enter(self, inputs: dict[str, Any], image: ImageInputs | None) -> tuple[Row, dict[str, Any]]:
-        for module in (self.hf, getattr(self.hf, "model", None)):
-            # The last forward leaves these behind, for rows of another shape
-            if module is not None and hasattr(module, "rope_deltas"):
-                module.rope_deltas = None
-        with self.features.looking_at(None if image is None else image.key):
+        with self._without_deltas(), self.features.looking_at(None if image is None else image.key):
             return enter(self.decoder, self.text_only if image is None else self.hf, inputs)
+
+    @contextmanager
+    def _without_deltas(self) -> Iterator[None]:
+        """Inside the block nothing is there that the last stock forward left behind, for rows of another shape."""
+        parts: list[Any] = [self.hf, getattr(self.hf, "model", None)]
+        holders = [each for each in parts if hasattr(each, "rope_deltas")]
+        before = [each.rope_deltas for each in holders]
+        for each in holders:
+            each.rope_deltas = None
+        try:
+            yield
+        finally:
+            # Whoever goes on behind a cache that it keeps needs them
+            for each, deltas in zip(holders, before, strict=True):
+                each.rope_deltas = deltas
 
     def inputs(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> dict[str, Any]:
         """Arguments of the stock forward for one row."""
@@ -246,6 +250,12 @@ def _live(encoded: Encoded, row: int, count: int) -> Tensor:
 def generic(adapter: Any) -> GenericAdapter | None:
     """The adapter, where it is that of a model without a family of its own."""
     return adapter if isinstance(adapter, GenericAdapter) else None
+
+
+def walkable(adapter: Any) -> AbstractContextManager[None]:
+    """Return a block for several walks, inside of which a decoder's parts ask for them; else each walk sees to it."""
+    traced = generic(adapter)
+    return nullcontext() if traced is None else traced.decoder.instrumented()
 
 
 def check_forward(hf: Any) -> None:

@@ -14,7 +14,7 @@ from .context import CURRENT
 #: The name in transformers' registries.
 NAME = "fastedit_packed"
 #: What a decoder's configuration named before, by the configuration's id.
-_BEFORE: dict[int, tuple[Any, str]] = {}
+_BEFORE: dict[int, tuple[Any, Any]] = {}
 
 
 def use_packed(root: nn.Module) -> None:
@@ -24,7 +24,7 @@ def use_packed(root: nn.Module) -> None:
     configs = {id(config): config for config in found}
     for number, config in configs.items():
         if config._attn_implementation != NAME:
-            _BEFORE[number] = (config, str(config._attn_implementation))
+            _BEFORE[number] = (config, config._attn_implementation)
             config._attn_implementation = NAME
 
 
@@ -33,13 +33,15 @@ def put_back(root: nn.Module) -> None:
     for module in root.modules():
         config: Any = getattr(module, "config", None)
         if config is not None and config._attn_implementation == NAME:
-            config._attn_implementation = _BEFORE.pop(id(config))[1]
+            # In this order: another thread's stock forward may be asking
+            config._attn_implementation = _BEFORE[id(config)][1]
+            del _BEFORE[id(config)]
 
 
 def implementation_of(config: Any) -> str:
     """The attention implementation that a configuration named before `use_packed`."""
     if id(config) in _BEFORE:
-        return _BEFORE[id(config)][1]
+        return str(_BEFORE[id(config)][1])
     return str(config._attn_implementation)
 
 

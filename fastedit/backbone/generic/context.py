@@ -1,7 +1,7 @@
 """What belongs to one walk of a decoder: its layers, mixers and attention functions ask here what to do.
 
-Layers and mixers of a model that is walked have a ``forward`` that looks into a context variable first. Outside of a
-walk, and in other threads, it is the stock one.
+While a model is walked its layers and mixers have a ``forward`` that looks into a context variable first. In threads
+that walk nothing it does what the stock one does, and when the last walk has ended the stock one is back.
 """
 
 from __future__ import annotations
@@ -67,23 +67,24 @@ class Instruments:
     """Lets modules ask the walk of the running context; `remove` takes that back."""
 
     def __init__(self) -> None:
-        self._changed: list[tuple[nn.Module, Any, Any]] = []
+        self.users = 0
+        self._changed: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
 
     def root(self, module: nn.Module) -> None:
         """Let the decoder ask."""
-        self._put(module, lambda walk, stock, args, kwargs: walk.root(stock, args, kwargs))
+        self._put(module, "root", lambda walk, stock, args, kwargs: walk.root(stock, args, kwargs))
 
     def layer(self, module: nn.Module, index: int) -> None:
         """Let a layer ask."""
-        self._put(module, lambda walk, stock, args, kwargs: walk.layer(index, stock, args, kwargs))
+        self._put(module, "layer", lambda walk, stock, args, kwargs: walk.layer(index, stock, args, kwargs))
 
     def part(self, module: nn.Module, role: str, index: int) -> None:
         """Let a part of a layer ask."""
-        self._put(module, lambda walk, stock, args, kwargs: walk.part(role, index, stock, args, kwargs))
+        self._put(module, role, lambda walk, stock, args, kwargs: walk.part(role, index, stock, args, kwargs))
 
     def remove(self) -> None:
         """Put back what was there."""
-        for module, before, forward in reversed(self._changed):
+        for (module, _), (before, forward) in reversed(self._changed.items()):
             # An instance attribute of before goes back; else the class's method shows again
             if module.__dict__.get("forward") is forward:
                 del module.forward
@@ -91,7 +92,11 @@ class Instruments:
                     module.forward = before
         self._changed.clear()
 
-    def _put(self, module: nn.Module, ask: Callable[[Walk, Forward, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def _put(
+        self, module: nn.Module, role: str, ask: Callable[[Walk, Forward, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        if (module, role) in self._changed:
+            return
         before = module.__dict__.get("forward")
 
         def stock(*args: Any, **kwargs: Any) -> Any:
@@ -102,5 +107,5 @@ class Instruments:
             walk = CURRENT.get()
             return stock(*args, **kwargs) if walk is None else ask(walk, stock, args, kwargs)
 
-        self._changed.append((module, before, forward))
+        self._changed[module, role] = before, forward
         module.forward = forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from .context import Forward, Instruments
 
 #: What a decoder has beside its layers.
 _PARTS = ("embed_tokens", "config")
+#: Decoders that are walked now, by id: several who walk one share what its modules ask.
+_WALKED: dict[int, Instruments] = {}
+_LOCK = threading.RLock()
 
 
 @dataclass
@@ -61,25 +65,38 @@ class Decoder:
         self.traces = [LayerTrace() for _ in self.layers]
         self.signature = inspect.signature(self.root.forward)
         self.layer_signatures = [inspect.signature(layer.forward) for layer in self.layers]
-        self._instruments = Instruments()
-        use_packed(self.root)
-        self._instruments.root(self.root)
-        for index, layer in enumerate(self.layers):
-            self._instruments.layer(layer, index)
 
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        self._instruments.remove()
-        put_back(self.root)
+    @contextmanager
+    def instrumented(self) -> Iterator[None]:
+        """Inside the block the decoder's parts ask the walk of their context; the last to leave takes that back."""
+        with _LOCK:
+            instruments = _WALKED.setdefault(id(self.root), Instruments())
+            instruments.users += 1
+            if instruments.users == 1:
+                use_packed(self.root)
+                instruments.root(self.root)
+                for index, layer in enumerate(self.layers):
+                    instruments.layer(layer, index)
+            self.instrument_parts()
+        try:
+            yield
+        finally:
+            with _LOCK:
+                instruments.users -= 1
+                if not instruments.users:
+                    instruments.remove()
+                    put_back(self.root)
+                    del _WALKED[id(self.root)]
 
     def instrument_parts(self) -> None:
-        """Let the mixers and entries that were traced ask the walk."""
+        """Let the mixers and entries that were traced ask the walk, inside of `instrumented`."""
+        instruments = _WALKED[id(self.root)]
         for index, trace in enumerate(self.traces):
             sites = trace.sites or {}
             token = [] if trace.padded else [("token", sites.get(name, "")) for name in ("q", "o")]
             for role, path in (("mixer", trace.mixer), ("entry", trace.entry), *token):
                 if path:
-                    self._instruments.part(self.layers[index].get_submodule(path), role, index)
+                    instruments.part(self.layers[index].get_submodule(path), role, index)
 
     def arguments(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer's call by name."""

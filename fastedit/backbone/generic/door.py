@@ -182,7 +182,7 @@ def enter(decoder: Decoder, forward: Callable[..., Any], inputs: Mapping[str, An
     """
     door = _Door(decoder)
     try:
-        with walking(door):
+        with decoder.instrumented(), walking(door):
             forward(**inputs, use_cache=False)
     except _Left:
         pass

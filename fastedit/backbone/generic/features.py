@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..caches import SpillCache
+from ..context import overridden
 from .door import map_tensors
 
-_KEY: ContextVar[str | None] = ContextVar("fastedit_image", default=None)
 #: Entries of a vision tower's output that no decoder reads.
 _UNREAD = ("hidden_states", "attentions", "last_hidden_state")
 _METHOD = "get_image_features"
 
 
 class FeatureMemory:
-    """Puts a memory behind the method of a model that looks at images.
+    """A memory behind the method of a model that looks at images, while it looks at one that is named.
 
     Args:
         hf: the model. budget: bytes on the device, and as much in host memory.
@@ -33,35 +31,26 @@ class FeatureMemory:
         owners = [module for module in hf.modules() if callable(getattr(type(module), _METHOD, None))]
         # The innermost: a model with a head hands the call on
         self._owner: Any = owners[-1] if owners else None
-        if self._owner is not None:
-            stock = getattr(self._owner, _METHOD)
 
-            @functools.wraps(stock)
+    @contextmanager
+    def looking_at(self, key: str | None) -> Iterator[None]:
+        """Inside the block, in this context, the model looks at the image of this key only; None is any."""
+        if self._owner is None or key is None:
+            yield
+            return
+
+        def make(stock: Callable[..., Any]) -> Callable[..., Any]:
             def looked(*args: Any, **kwargs: Any) -> Any:
-                key = _KEY.get()
-                if key is None:
-                    return stock(*args, **kwargs)
                 known = self.kept.get(key)
                 if known is None:
                     known = self._stripped(stock(*args, **kwargs))
                     self.kept.put(key, known)
                 return known
 
-            setattr(self._owner, _METHOD, looked)
+            return looked
 
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        if self._owner is not None:
-            delattr(self._owner, _METHOD)
-
-    @contextmanager
-    def looking_at(self, key: str | None) -> Iterator[None]:
-        """Inside the block, in this context, the model looks at the image of this key only; None is any."""
-        before = _KEY.set(key)
-        try:
+        with overridden(self._owner, make, _METHOD):
             yield
-        finally:
-            _KEY.reset(before)
 
     def _stripped(self, output: Any) -> Any:
         if self.strips and getattr(output, "pooler_output", None) is not None:

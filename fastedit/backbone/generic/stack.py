@@ -76,7 +76,7 @@ class TracedStack:
             if parameter.default is inspect.Parameter.empty
             and parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         ]
-        with walking(_WithoutMixer(index, trace.mixer_length)):
+        with self.decoder.instrumented(), walking(_WithoutMixer(index, trace.mixer_length)):
             output = layer(hidden, **dict.fromkeys(needed[1:]))
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first

@@ -257,7 +257,7 @@ class Walker:
             # What enters a layer stands for the embeddings, whose values no layer reads then
             arguments = {**arguments, EMBEDDED: state.hidden[None]}
         walk = PackedWalk(self.decoder, state, past, entering=entering, until=until)
-        with showing(self._layouts(state)), walking(walk):
+        with self.decoder.instrumented(), showing(self._layouts(state)), walking(walk):
             try:
                 output = self.decoder.root(**arguments, use_cache=False)
             except _Reached as reached:
