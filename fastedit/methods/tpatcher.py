@@ -24,7 +24,8 @@ from fastedit.requests import EditRequest, Query
 from fastedit.settings import check_fit, check_ranges
 
 #: Names of feed-forward activations in model configurations, as `key_value` calls them.
-KNOWN = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu"}
+KNOWN = {"silu": "silu", "swish": "silu", "relu": "relu"}
+KNOWN |= dict.fromkeys(("gelu", "gelu_new", "gelu_pytorch_tanh"), "gelu")
 PLACES = ("all", "after_image", "answer")
 #: Records that are asked together.
 RECORDS = 32
@@ -223,7 +224,8 @@ def neuron_options(model: EditableModel, activation: str | None) -> dict[str, An
         ValueError: the model's own is not known, and none is given.
     """
     config = model.adapter.text.config
-    own = str(getattr(config, "hidden_act", getattr(config, "activation_function", "")))
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    own = next((str(known) for known in (getattr(config, name, None) for name in names) if known), "")
     if activation is None and own not in KNOWN:
         known = f"{list(ACTIVATIONS)} (got activation=None on a model with {own!r})"
         raise ValueError(f"neurons: name an activation out of {known}")
