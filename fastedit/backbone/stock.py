@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .context import scoped_hooks
+from .generic.adapter import generic
 from .packed import PackedState
 from .token_layout import Running, TokenLayout, showing
 
@@ -194,9 +195,12 @@ class StockCalls:
             nonlocal done
             if not done:
                 done = True
-                hidden = args[0] if args else kwargs["hidden_states"]
+                hidden = args[0] if args else next(iter(kwargs.values()))
+                # Of streams beside the first (Gemma 3n has four) a walk gives the first
+                hidden = hidden.reshape(-1, *hidden.shape[-3:])[0]
                 state = prompts.state(hidden.reshape(-1, hidden.shape[-1]), layer, stage)
-                if stage == "ffn" and layer == self.model.n_layers - 1:
+                if stage == "ffn" and layer == self.model.n_layers - 1 and generic(self.model.adapter) is None:
+                    # As the walk does there (`packed_prefix`)
                     state = state.only(_marked(state.wanted, state.hidden.shape[0]))
                 holder.decide(state)
 

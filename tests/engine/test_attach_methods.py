@@ -1,0 +1,100 @@
+"""Every method acts in the stock model's own calls as in the engine's, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastedit
+from fastedit.pocket import available
+from tests.engine.stock_calls import (
+    METHODS,
+    NEW,
+    engine_logits,
+    fitted,
+    load,
+    questions,
+    stock_answers,
+    stock_logits,
+)
+
+SHIPPED = [name for name in ("pocket-llava", "pocket-blip2", "pocket-qwen2vl") if name in available()]
+RANDOM = ["random:llava-tiny", "random:blip2-tiny", "random:qwen2vl-tiny"]
+TRACED = ["generic:gemma3", "generic:qwen3_5", "generic:qwen3_vl_moe"]
+#: By model, methods that it cannot be edited by: its feed-forward block has no linear maps of its own, no layer has all
+#: of attention's, or nothing lies between tower and decoder.
+WITHOUT = {
+    "generic:gemma3": {"ft-vision"},
+    "generic:qwen3_5": {"ft-vision", "unike", "odedit+unike"},
+    "generic:qwen3_vl_moe": set(METHODS) - {"ft", "lora", "odedit+lora"},
+}
+#: Settings by model.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "generic:qwen3_vl_moe": {name: {"names": ("q", "o")} for name in ("ft", "lora", "odedit+lora")},
+}
+#: Left padding shifts positions, and rotary tables are float32; a router divides by small numbers.
+NEAR = {"float64": 2e-4, "float32": 1e-3}
+CASES = [
+    pytest.param(name, method, id=f"{name}-{method}")
+    for name in (*SHIPPED, *RANDOM, *TRACED)
+    for method in METHODS
+    if method not in WITHOUT.get(name, set()) | {"serac", "ike"}
+]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_stock_generation_is_the_engines_own(name: str, method: str) -> None:
+    dtype = "float32" if name in SHIPPED else "float64"
+    model = load(name, dtype)
+    asked = questions(model)
+    deltas = fitted(name, method, dtype, **SETTINGS.get(name, {}).get(method, {}))
+    acting = deltas if "router" in deltas[0].spec.options else deltas[:1]
+    base, before = model.generate(asked, max_new_tokens=NEW), stock_logits(model, model.hf, asked)
+    unedited = engine_logits(model, asked)
+    assert stock_answers(model, model.hf, asked) == base
+    with fastedit.applied(model, acting):
+        expected, logits = model.generate(asked, max_new_tokens=NEW), engine_logits(model, asked)
+    with fastedit.attached(model, acting) as hf:
+        assert stock_answers(model, hf, asked) == expected
+        together = stock_logits(model, hf, asked)
+        assert [stock_answers(model, hf, [query])[0] for query in asked[:3]] == expected[:3]
+    assert expected != base, "the case needs a delta that is felt"
+    torch.testing.assert_close(together, logits, rtol=0, atol=NEAR[dtype])
+    # What the engine leaves alone to the bit is left alone here too
+    alone = [torch.equal(a, b) for a, b in zip(logits, unedited, strict=True)]
+    assert [torch.equal(a, b) for a, b in zip(together, before, strict=True)] == alone
+    assert stock_answers(model, model.hf, asked) == base
+
+
+#: Where deltas act, and what routers look at, beside the usual ones.
+VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("random:llava-tiny", "ft", {"positions": "after_image"}),
+    ("random:qwen2vl-tiny", "lora", {"positions": "after_image"}),
+    ("random:blip2-tiny", "lora", {"positions": "after_image"}),
+    ("generic:qwen3_5", "lora", {"positions": "after_image"}),
+    ("random:llava-tiny", "tpatcher", {"positions": "answer"}),
+    ("random:qwen2vl-tiny", "tpatcher", {"positions": "after_image"}),
+    ("random:llava-tiny", "wise", {"tokens": "all"}),
+    ("random:blip2-tiny", "wise", {"tokens": "after_image"}),
+    ("random:llava-tiny", "wise", {"layer": -1, "tokens": "all"}),
+    ("generic:qwen3_5", "wise", {"layer": -1, "tokens": "all"}),
+    ("random:qwen2vl-tiny", "grace", {"layer": -1}),
+    ("generic:qwen3_5", "grace", {"layer": -1, "replace": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "settings"), VARIANTS, ids=lambda value: str(value))
+def test_positions_and_what_routers_read_are_the_engines_own(name: str, method: str, settings: dict[str, Any]) -> None:
+    model = load(name)
+    asked = questions(model)
+    deltas = fitted(name, method, "float64", **settings)
+    acting = deltas if "router" in deltas[0].spec.options else deltas[:1]
+    base = model.generate(asked, max_new_tokens=NEW)
+    with fastedit.applied(model, acting):
+        expected, logits = model.generate(asked, max_new_tokens=NEW), engine_logits(model, asked)
+    with fastedit.attached(model, acting) as hf:
+        assert stock_answers(model, hf, asked) == expected
+        torch.testing.assert_close(stock_logits(model, hf, asked), logits, rtol=0, atol=NEAR["float64"])
+    assert expected != base, "the case needs a delta that is felt"
