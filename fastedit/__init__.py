@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastedit import ops
 from fastedit.ops import implementations
 from fastedit.requests import EditRequest, Probe, Query
+from fastedit.visuals import Video
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel, load
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "RunInterrupted",
     "RunStopped",
+    "Video",
     "__version__",
     "applied",
     "attach",

@@ -6,16 +6,12 @@ reading anything is refused on construction, so that every other module may rely
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, Union
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from fastedit.visuals import ImageSource, Video, VisualSource, checked_visual, images_of
 
-#: A path to an image file, or a PIL image that is already in memory.
-ImageSource: TypeAlias = Union[str, "os.PathLike[str]", "Image"]
+__all__ = ["PROBE_KINDS", "EditRequest", "ImageSource", "Probe", "Query", "Video", "VisualSource", "images_of"]
 
 #: What a probe varies: "near" same question and another image, "blind" same question and no image,
 #: "same" same image and another question.
@@ -36,20 +32,9 @@ def _optional_text(owner: str, name: str, value: object) -> None:
         _text(owner, name, value)
 
 
-def _image(owner: str, name: str, value: object) -> None:
-    """Refuse a value that cannot be an image source. Nothing is opened."""
-    if value is None:
-        return
-    if isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
-        if not isinstance(path, str):
-            raise TypeError(f"{owner}: {name} must be a text path, not a bytes path (got {name}={value!r:.80})")
-        if not path.strip():
-            raise ValueError(f"{owner}: {name} must not be an empty path (got {name}={value!r:.80})")
-        return
-    # PIL is not imported for this: an image is recognised by the two members that every reader uses.
-    if not (hasattr(value, "convert") and hasattr(value, "size")):
-        raise TypeError(f"{owner}: {name} must be a path or a PIL image (got type {type(value).__name__})")
+def _visual(owner: str, holder: object, name: str) -> None:
+    """Put what an image field holds in its one form, refusing what it cannot hold."""
+    object.__setattr__(holder, name, checked_visual(owner, name, getattr(holder, name)))
 
 
 def _together(owner: str, **parts: object) -> None:
@@ -66,7 +51,8 @@ class Query:
 
     Args:
         prompt: the question, not empty.
-        image: what it is asked about; None for a question in text only.
+        image: what it is asked about: an image, a list of images, whose order counts, or a `Video`; None for a
+            question in text only. A list stands where the prompt has as many "{image}", else before it.
         answer: the expected answer where one is known.
         kind: free mark by which scores may be grouped, for example "2-hop".
     Raises:
@@ -74,13 +60,13 @@ class Query:
     """
 
     prompt: str
-    image: ImageSource | None = None
+    image: VisualSource | None = None
     answer: str | None = None
     kind: str = ""
 
     def __post_init__(self) -> None:
         _text("Query", "prompt", self.prompt)
-        _image("Query", "image", self.image)
+        _visual("Query", self, "image")
         _optional_text("Query", "answer", self.answer)
         if not isinstance(self.kind, str):
             raise TypeError(f"Query: kind must be text (got kind={self.kind!r:.80})")
@@ -102,14 +88,14 @@ class Probe:
 
     kind: str
     prompt: str
-    image: ImageSource | None = None
+    image: VisualSource | None = None
     answer: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in PROBE_KINDS:
             raise ValueError(f"Probe: kind must be one of {', '.join(PROBE_KINDS)} (got kind={self.kind!r:.80})")
         _text("Probe", "prompt", self.prompt)
-        _image("Probe", "image", self.image)
+        _visual("Probe", self, "image")
         _optional_text("Probe", "answer", self.answer)
         if self.kind == "blind" and self.image is not None:
             raise ValueError("Probe: a blind probe has no image (got kind='blind' with an image)")
@@ -129,7 +115,9 @@ class EditRequest:
     Args:
         prompt: the edit question, not empty.
         target: the new answer, not empty.
-        image: what the question is about; None for an edit of text-only knowledge.
+        image: what the question is about: an image, a list of images, whose order counts, or a `Video`; None for an
+            edit of text-only knowledge. A list stands where the prompt has as many "{image}", else before it. Other
+            image fields take the same.
         rephrase: the same question in other words (text generality, asked about `image`).
         image_rephrase: another image of the same thing (image generality, asked with `prompt`).
         locality_prompt, locality_answer: an unrelated question without image (text locality); an answer needs
@@ -147,12 +135,12 @@ class EditRequest:
 
     prompt: str
     target: str
-    image: ImageSource | None = None
+    image: VisualSource | None = None
     rephrase: str | None = None
-    image_rephrase: ImageSource | None = None
+    image_rephrase: VisualSource | None = None
     locality_prompt: str | None = None
     locality_answer: str | None = None
-    image_locality_image: ImageSource | None = None
+    image_locality_image: VisualSource | None = None
     image_locality_prompt: str | None = None
     image_locality_answer: str | None = None
     portability: tuple[Query, ...] = ()
@@ -170,7 +158,7 @@ class EditRequest:
         for name in ("image_locality_prompt", "image_locality_answer"):
             _optional_text(owner, name, getattr(self, name))
         for name in ("image", "image_rephrase", "image_locality_image"):
-            _image(owner, name, getattr(self, name))
+            _visual(owner, self, name)
         # A recorded prediction may be empty: models do answer with nothing.
         if self.prediction is not None and not isinstance(self.prediction, str):
             raise TypeError(f"{owner}: prediction must be text (got prediction={self.prediction!r:.80})")

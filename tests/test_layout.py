@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastedit"
 # A package may import packages with a smaller rank, and itself. Peers of equal rank do not import each other,
 # save where PEERS says so.
 RANK = {
-    "reference": 0, "kernels": 0, "_native": 0, "progress": 0, "settings": 0, "files": 0,
+    "reference": 0, "kernels": 0, "_native": 0, "progress": 0, "settings": 0, "files": 0, "visuals": 0,
     "ops": 1,
     "requests": 2,
     "testing": 3, "data": 3, "evaluation": 3,

@@ -10,6 +10,7 @@ from fastedit.data.problems import SHOWN, Collector, ImageError, MissingImageErr
 from fastedit.data.reader import EditList
 from fastedit.data.schema import IMAGE_FIELDS
 from fastedit.requests import EditRequest, ImageSource
+from fastedit.visuals import image_places
 
 
 class EditProblems:
@@ -36,7 +37,7 @@ class EditProblems:
         collector.add(
             rule,
             index=number if index is None else index,
-            field=self._keys.get(field, field),
+            field=self._key(field),
             value=value,
             line=line,
             missing=missing,
@@ -44,6 +45,11 @@ class EditProblems:
             listed=index is None,
         )
         self.problems.append(collector.problems.pop())
+
+    def _key(self, field: str) -> str:
+        """A field by its key in the file; what stands behind it, as in "image[1]", stays."""
+        name = field.partition("[")[0].partition(".")[0]
+        return self._keys.get(field) or self._keys.get(name, name) + field[len(name) :]
 
     def add_error(self, number: int, field: str, error: ImageError, source: ImageSource) -> None:
         """Add what opening an image of edit `number` raised."""
@@ -58,13 +64,12 @@ class EditProblems:
 def image_fields(edit: EditRequest) -> Iterator[tuple[str, ImageSource]]:
     """Yield every image of an edit with the field that it stands in."""
     for field in IMAGE_FIELDS:
-        source = getattr(edit, field)
-        if source is not None:
-            yield field, source
+        for place, source in image_places(getattr(edit, field)):
+            yield field + place, source
     for name in ("portability", "probes"):
         for position, member in enumerate(getattr(edit, name)):
-            if member.image is not None:
-                yield f"{name}[{position}].image", member.image
+            for place, source in image_places(member.image):
+                yield f"{name}[{position}].image{place}", source
 
 
 def check_images(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from fastedit.data.files import JsonObject, RawRecord
 from fastedit.data.images import RecordPath, path_rule
 from fastedit.data.problems import Collector
+from fastedit.visuals import Video, VisualSource
 
 #: Longest text of a field, in characters. The longest public one has 1,024.
 MAX_TEXT = 20_000
@@ -88,11 +89,45 @@ class Fields:
             return None
         return value.strip() if strip else value
 
-    def image(self, key: str, *, required: bool = False) -> RecordPath | None:
-        """Return an image path whose text stays below the image root."""
+    def image(self, key: str, *, required: bool = False) -> VisualSource | None:
+        """Return what an image field holds: a path, a list of paths, or {"video": [paths], "fps": number}.
+
+        The text of every path stays below the image root.
+        """
         value = self._get(key, required=required)
         if value is None:
             return None
+        if isinstance(value, JsonObject):
+            return self._video(key, value)
+        if not isinstance(value, list):
+            return self._path_at(key, value)
+        paths = self._paths(key, value)
+        return None if paths is None else paths[0] if len(paths) == 1 else paths
+
+    def _video(self, key: str, value: JsonObject) -> Video | None:
+        inner = Fields(self.record, value, self.collector, self._path(key))
+        frames, fps = value.get("video"), value.get("fps", 1.0)
+        paths = None
+        if isinstance(frames, list):
+            paths = inner._paths("video", frames)
+        else:
+            inner.problem("must be a list of paths, one a frame", "video", frames)
+        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+            inner.problem("must be a finite number above 0", "fps", fps)
+        inner.unknown(("video", "fps"))
+        self.failed = self.failed or inner.failed
+        return None if paths is None or inner.failed else Video(paths, float(fps))  # type: ignore[arg-type]
+
+    def _paths(self, key: str, values: list[object]) -> tuple[RecordPath, ...] | None:
+        """The paths of a list, or None after reporting what is wrong with it."""
+        if not values or len(values) > MAX_MEMBERS:
+            self.problem(f"must hold 1 to {MAX_MEMBERS} paths", key, values)
+            return None
+        paths = [self._path_at(f"{key}[{number}]", value) for number, value in enumerate(values)]
+        known = tuple(path for path in paths if path is not None)
+        return known if len(known) == len(paths) else None
+
+    def _path_at(self, key: str, value: object) -> RecordPath | None:
         if not isinstance(value, str):
             self.problem("must be a path as text", key, value)
             return None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from fastedit.data.pixels import to_rgb
 from fastedit.data.problems import ImageError, MissingImageError, shorten
-from fastedit.requests import ImageSource
+from fastedit.visuals import ImageSource, VisualSource, visual_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -275,8 +275,12 @@ def image_digest(source: ImageSource) -> str:
         return f"path:{Path(source).as_posix()}"
 
 
-def image_key(source: ImageSource) -> str:
-    """Return a cheap identity inside one process: the path as text, or the pixels of an image in memory."""
+def image_key(source: VisualSource) -> str:
+    """Return a cheap identity inside one process, of lists and videos in order: paths as text, pixels in memory."""
+    return visual_key(source, _one_key)
+
+
+def _one_key(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return f"path:{PurePosixPath(source)}"
     return image_digest(source)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from fastedit.data.detect import canonical
 from fastedit.data.images import image_digest
 from fastedit.data.schema import IMAGE_FIELDS
-from fastedit.requests import EditRequest, Probe, Query
+from fastedit.requests import EditRequest, Probe, Query, Video
 
 _VERSION = b"fastedit edits 1\n"
 
@@ -39,11 +39,20 @@ def _plain(value: object, digests: dict[str, str]) -> object:
             if field.name == "id" or part is None or part == () or part == "":
                 continue
             image = field.name == "image" or field.name in IMAGE_FIELDS
-            plain[field.name] = _image(part, digests) if image else _plain(part, digests)
+            plain[field.name] = _visual(part, digests) if image else _plain(part, digests)
         return plain
     if isinstance(value, tuple):
         return [_plain(member, digests) for member in value]
     return value
+
+
+def _visual(visual: object, digests: dict[str, str]) -> object:
+    """An image as its digest; a list or a video as those of its images in order."""
+    if isinstance(visual, Video):
+        return {"video": [_image(frame, digests) for frame in visual.frames], "fps": visual.fps}
+    if isinstance(visual, tuple):
+        return [_image(image, digests) for image in visual]
+    return _image(visual, digests)
 
 
 def _image(source: object, digests: dict[str, str]) -> str:

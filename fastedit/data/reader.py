@@ -20,6 +20,7 @@ from fastedit.data.images import resolve_image
 from fastedit.data.problems import Collector, ImageError, MissingImageError, Problem, RecordErrors
 from fastedit.data.schema import IMAGE_FIELDS, Schema
 from fastedit.requests import EditRequest
+from fastedit.visuals import ImageSource, VisualSource, image_places, with_images
 
 #: Edit sets that are built in.
 EMBEDDED = ("pocket-vqa", "pocket-caption")
@@ -269,7 +270,7 @@ class _Resolver:
 
         Where nothing is to be left out a missing image is an error, and what the record has besides is still looked at.
         """
-        found: dict[str, Path | None] = {
+        found: dict[str, VisualSource | None] = {
             field: self._find(record, self.keys[field], getattr(edit, field)) for field in IMAGE_FIELDS
         }
         lost = [field for field in IMAGE_FIELDS if getattr(edit, field) is not None and found[field] is None]
@@ -291,9 +292,13 @@ class _Resolver:
             changes |= {"image_locality_prompt": None, "image_locality_answer": None}
         return dataclasses.replace(edit, **changes)  # type: ignore[arg-type]
 
-    def _find(self, record: RawRecord, field: str, path: object) -> Path | None:
-        if not isinstance(path, str):
-            return None
+    def _find(self, record: RawRecord, field: str, visual: VisualSource | None) -> VisualSource | None:
+        """Return the same with real paths, or None after reporting every image that has none."""
+        real = {source: self._real(record, field + place, source) for place, source in image_places(visual)}
+        return with_images(visual, lambda source: real[source] or source) if visual and all(real.values()) else None
+
+    def _real(self, record: RawRecord, field: str, source: ImageSource) -> Path | None:
+        path = str(source)
         found = self.known.get(path)
         if found is None:
             try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastedit.data.fields import Fields
 from fastedit.data.images import store_image
-from fastedit.requests import PROBE_KINDS, EditRequest, ImageSource, Probe, Query
+from fastedit.requests import PROBE_KINDS, EditRequest, Probe, Query, Video, VisualSource, images_of
 
 #: Keys that every format accepts beside its own.
 SHARED_KEYS = ("portability", "probes", "tags", "id")
@@ -62,7 +62,7 @@ def read_request(fields: Fields, schema: Schema, name: str, portability: tuple[Q
         portability: queries that the format's reader found under its own keys.
     """
     keys = schema.keys
-    read: dict[str, str | None] = {
+    read: dict[str, object] = {
         "prompt": fields.text(keys["prompt"], required=True),
         "target": fields.text(keys["target"], required=True, strip=True),
         "image": fields.image(keys["image"], required=schema.needs_image),
@@ -125,8 +125,11 @@ def write_request(edit: EditRequest, schema: Schema, images: str | os.PathLike[s
         ImageError: an image cannot be written as a path below `images`; the message begins with the request's id.
     """
 
-    def path(source: ImageSource | None) -> str | None:
-        return None if source is None else store_image(source, images)
+    def path(visual: VisualSource | None) -> object:
+        paths = [store_image(source, images) for source in images_of(visual)]
+        if isinstance(visual, Video):
+            return {"video": paths, "fps": visual.fps}
+        return paths if len(paths) > 1 else next(iter(paths), None)
 
     record: dict[str, object] = {}
     for field, key in schema.keys.items():

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 from fastedit.data import mmedit
 from fastedit.data.fields import Fields
-from fastedit.data.images import RecordPath
+from fastedit.data.problems import Collector
 from fastedit.data.schema import read_request as _read
-from fastedit.requests import EditRequest, Query
+from fastedit.requests import EditRequest, Query, VisualSource
 
 PORT_TYPES = ("1-hop", "2-hop", "3-hop", "4-hop")
 SCHEMA = dataclasses.replace(mmedit.SCHEMA, format="vlkeb", extra=("port_new",), needs_image=True)
@@ -27,13 +27,13 @@ SCHEMA = dataclasses.replace(mmedit.SCHEMA, format="vlkeb", extra=("port_new",),
 
 def read_request(fields: Fields, name: str) -> EditRequest | None:
     """Return the request of one VLKEB record, or None after reporting what is wrong with it."""
-    image = fields.value.get("image")
     # A bad image path is reported by the common reader; the queries are then never used.
-    about = RecordPath(image) if isinstance(image, str) and image.strip() else None
+    apart = Fields(fields.record, fields.value, Collector(""))
+    about = apart.image("image")
     return _read(fields, SCHEMA, name, tuple(_portability(fields, about)))
 
 
-def _portability(fields: Fields, image: str | None) -> Iterator[Query]:
+def _portability(fields: Fields, image: VisualSource | None) -> Iterator[Query]:
     for member in fields.members("port_new"):
         if "port_type" in member.value or "Q&A" in member.value:
             query = _multi_hop(member, image)
@@ -43,7 +43,7 @@ def _portability(fields: Fields, image: str | None) -> Iterator[Query]:
             yield query
 
 
-def _one_hop(member: Fields, image: str | None) -> Query | None:
+def _one_hop(member: Fields, image: VisualSource | None) -> Query | None:
     for key in ("port_edit_q", "port_edit_a"):
         member.text(key, required=True)
     prompt = member.text("port_q", required=True)
@@ -52,7 +52,7 @@ def _one_hop(member: Fields, image: str | None) -> Query | None:
     return None if prompt is None or member.failed else Query(prompt, image, answer, "1-hop")
 
 
-def _multi_hop(member: Fields, image: str | None) -> Query | None:
+def _multi_hop(member: Fields, image: VisualSource | None) -> Query | None:
     kind = member.text("port_type", required=True)
     if kind is not None and kind not in PORT_TYPES:
         member.problem(f"must be one of {', '.join(PORT_TYPES)}", "port_type", kind)

@@ -20,7 +20,8 @@ from fastedit.data import open_image
 from fastedit.data.images import image_key
 from fastedit.data.report import question_key
 from fastedit.objectives import Role
-from fastedit.requests import EditRequest, ImageSource, Query
+from fastedit.requests import EditRequest, ImageSource, Query, Video, VisualSource
+from fastedit.visuals import with_images
 
 VIEW_SOURCES = ("heldout", "record")
 # Used when nothing in the pool paraphrases a question.
@@ -141,7 +142,7 @@ class ViewSource:
         if role is Role.TEXT_REPHRASE:
             return Query(self._paraphrase(edit, rng), edit.image, edit.target)
         if role is Role.IMAGE_REPHRASE:
-            return None if edit.image is None else Query(edit.prompt, jittered(edit.image, rng), edit.target)
+            return None if edit.image is None else Query(edit.prompt, _shaken(edit.image, rng), edit.target)
         if role is Role.TEXT_LOCALITY:
             return self._draw(_text_locality, index, rng)
         return self._near(edit, index, rng) or self._draw(_image_locality, index, rng)
@@ -198,7 +199,7 @@ def _normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _same_image(a: ImageSource | None, b: ImageSource | None) -> bool:
+def _same_image(a: VisualSource | None, b: VisualSource | None) -> bool:
     return a is b or (a is not None and b is not None and image_key(a) == image_key(b))
 
 
@@ -207,6 +208,18 @@ def _asks(query: Query | None, edit: EditRequest) -> bool:
     if query is None or question_key(query.prompt) != question_key(edit.prompt):
         return False
     return _same_image(query.image, edit.image)
+
+
+def _shaken(visual: VisualSource, rng: random.Random) -> VisualSource:
+    """A copy of an image, each of a list by itself, all frames of a video alike."""
+    state = rng.getstate()
+
+    def shaken(image: ImageSource) -> ImageSource:
+        if isinstance(visual, Video):
+            rng.setstate(state)
+        return jittered(image, rng)
+
+    return with_images(visual, shaken)
 
 
 def jittered(image: ImageSource, rng: random.Random) -> Image.Image:

@@ -14,7 +14,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.data.images import image_key
 from fastedit.methods.meta.views import MetaViews
-from fastedit.requests import EditRequest, ImageSource, Query
+from fastedit.requests import EditRequest, Query, VisualSource
 from fastedit.routers.features import PromptTokens, prompt_tokens
 
 #: Under the names of the scores, what an edit is to act on; "both" is the other wording about the other image.
@@ -36,7 +36,7 @@ class Asked:
 
     kind: str
     prompt: str
-    image: ImageSource | None
+    image: VisualSource | None
     answer: str | None
 
 
@@ -134,7 +134,7 @@ def _words(prompt: str) -> str:
     return " ".join(prompt.lower().split())
 
 
-def _picture(image: ImageSource | None) -> str:
+def _picture(image: VisualSource | None) -> str:
     return "" if image is None else image_key(image)
 
 
