@@ -24,7 +24,7 @@ def test_a_list_is_kept_in_order_and_one_image_is_no_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "value, error, match",
+    ("value", "error", "match"),
     [
         ([], ValueError, r"Query: image must hold at least one image \(got image=\[\]\)"),
         (["a", 3], TypeError, r"Query: image\[1\] must be a path or a PIL image \(got type int\)"),
@@ -41,7 +41,7 @@ def test_what_no_list_of_images_is_names_the_element(value: object, error: type[
 
 
 @pytest.mark.parametrize(
-    "fields, error, match",
+    ("fields", "error", "match"),
     [
         ({"frames": []}, ValueError, r"Video: frames must hold at least one image"),
         ({"frames": "folder"}, TypeError, r"Video: frames must be a list of images \(got type str\)"),

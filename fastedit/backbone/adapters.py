@@ -26,6 +26,11 @@ class Adapter(Protocol):
         head: maps final hidden states to logits.
         image_token_id: the token that image features replace.
         image_text: what stands for an image in a raw prompt; "" where image tokens do not stand in the text.
+        listed_text: what stands for each of several; "" is the same.
+        video_token_id, video_text: the same for a video; -1 and "" where the family has none.
+        most_images: that a question may be about; None is any number.
+        joins_lists: whether images of a list are prepared together, else each by itself.
+        no_video: why videos are refused, in words that follow the model's name; "" where they are taken.
         token_types: whether the stock forward takes `mm_token_type_ids`.
     """
 
@@ -34,6 +39,12 @@ class Adapter(Protocol):
     head: nn.Module
     image_token_id: int
     image_text: str
+    listed_text: str
+    video_token_id: int
+    video_text: str
+    most_images: int | None
+    joins_lists: bool
+    no_video: str
     token_types: bool
 
     @staticmethod
@@ -45,6 +56,12 @@ class Adapter(Protocol):
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int]:
         """Return the tensors of one image and how many image tokens it takes."""
+
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Return several images prepared together, by their content hashes; for families with `joins_lists`."""
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Return a video's frames prepared as a video, which `no_video` does not refuse."""
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         """Run the vision side once over these images."""
@@ -58,8 +75,8 @@ class Adapter(Protocol):
     def join(self, seen: Sequence[Tensor]) -> Tensor:
         """Run what is behind the tower on outputs of `look`; return embeddings (T, d) at the images' tokens."""
 
-    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
-        """Return prompt tokens with the image's tokens in place, and which of them are image tokens."""
+    def place_image(self, ids: Sequence[int], *tokens: int) -> tuple[list[int], list[bool]]:
+        """Return prompt tokens with each image's tokens in place, and which of them are image tokens."""
 
     def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
         """Return positions (R, A, N) of right-padded rows."""

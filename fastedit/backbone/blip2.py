@@ -23,8 +23,12 @@ class Blip2Adapter:
     """Every image is a fixed number of query outputs ahead of the prompt's first token."""
 
     family = "BLIP-2"
-    image_text = ""
+    image_text = video_text = listed_text = ""
+    video_token_id = -1
     token_types = False
+    most_images: int | None = 1
+    joins_lists = False
+    no_video = "takes one image a question, and no video"
 
     def __init__(self, hf: Any, processor: Any) -> None:
         self.check(hf.config)
@@ -51,6 +55,14 @@ class Blip2Adapter:
         """Return the tensors of one image and how many image tokens it takes."""
         batch = self.processor.image_processor(images=[image], return_tensors="pt")
         return {"pixel_values": batch["pixel_values"]}, int(self.hf.config.num_query_tokens)
+
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Never called: lists are refused."""
+        raise ValueError(f"{self.family} takes one image a question (got {len(images)})")
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Never called: videos are refused."""
+        raise ValueError(f"{self.family} {self.no_video}")
 
     def vision_linears(self) -> dict[str, str]:
         """Every linear map of the Q-Former, and the projection behind it."""
@@ -84,9 +96,10 @@ class Blip2Adapter:
         pixels = join_padded([image.tensors["pixel_values"] for image in images])
         return pixels.to(device, dtype)
 
-    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
+    def place_image(self, ids: Sequence[int], *tokens: int) -> tuple[list[int], list[bool]]:
         """Put the image's tokens before everything else."""
-        return [self.image_token_id] * tokens + list(ids), [True] * tokens + [False] * len(ids)
+        count = sum(tokens)
+        return [self.image_token_id] * count + list(ids), [True] * count + [False] * len(ids)
 
     def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
         """Return positions in sequence (R, 1, N), -1 at padding as the stock model has it for learned positions."""

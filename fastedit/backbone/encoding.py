@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastedit.visuals import Video, images_of
+
 from .generic.adapter import generic
+from .prompts import replace_token
 from .states import Encoded, ImageInputs
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def answer_tokens(model: EditableModel, query: Query, prompt_length: int) -> tup
     """
     if query.answer is None or not query.answer.strip():
         raise ValueError(f"encode: the answer must not be empty (got answer={query.answer!r})")
-    text = model.prompts.text(query.prompt, with_image=query.image is not None)
+    text = prompt_text(model, query)
     try:
         ids = _answer_ids(model, text, query.answer)
         _check_length(model, prompt_length + len(ids), query.prompt)
@@ -85,12 +88,19 @@ def own_answer_tokens(model: EditableModel, query: Query, prompt_length: int) ->
     Args:
         query: with the answer, not empty. prompt_length: tokens of the encoded prompt.
     """
-    text = model.prompts.text(query.prompt, with_image=query.image is not None)
+    text = prompt_text(model, query)
     ids = model.prompts.answer_ids(text, query.answer or "")
     limit = position_limit(model)
     # The last label is predicted and never read
     room = len(ids) if limit is None else max(1, limit - prompt_length + 1)
     return ids if len(ids) <= room else (*ids[: room - 1], ids[-1])
+
+
+def prompt_text(model: EditableModel, query: Query) -> str:
+    """Return the text of a question's prompt, placeholders of what it is about in it."""
+    visual = query.image
+    count = len(images_of(visual)) if isinstance(visual, (list, tuple)) else 1
+    return model.prompts.text(query.prompt, visual is not None, images=count, video=isinstance(visual, Video))
 
 
 class RowError(ValueError):
@@ -111,12 +121,15 @@ def row_tokens(
     """Return the tokens of a row, which of them are image tokens, and the length of its prompt.
 
     Args:
-        prompt: the question. image: its image, or how many tokens it takes. answer: None for a prompt alone.
+        prompt: the question. image: what it is about, or how many tokens its one image takes. answer: None for a
+            prompt alone.
     Raises:
         RowError: a placeholder typed into the prompt, a prompt without tokens, special tokens in the answer, an empty
             answer, more tokens than the model has positions for.
     """
-    text = model.prompts.text(prompt, with_image=image is not None)
+    seen = image if isinstance(image, ImageInputs) else None
+    count, video = (1, False) if seen is None else (len(seen.each), seen.video)
+    text = model.prompts.text(prompt, image is not None, images=count, video=video)
     ids, marks = _prompt_tokens(model, text, prompt, image)
     if not ids:
         raise RowError("prompt", "the prompt must have tokens", f"prompt={prompt!r:.80}")
@@ -138,21 +151,30 @@ def _prompt_tokens(
     ids: list[int] = list(model.prompts.ids(text))
     traced = generic(adapter)
     placeholder = adapter.image_token_id if traced is None else traced.placeholder.typed_id
+    seen = image.each if isinstance(image, ImageInputs) else ()
+    if seen and seen[0].video:
+        placeholder = adapter.video_token_id
     count = ids.count(placeholder)
-    if count != (1 if image is not None and adapter.image_text else 0):
+    if count != (max(1, len(seen)) if image is not None and adapter.image_text else 0):
         rule = "a prompt must hold one image placeholder, the template's, if it has an image, and else none"
+        if len(seen) > 1 or (seen and seen[0].video):
+            rule = "a prompt must hold one placeholder, the template's, for each image or for a video"
         raise RowError("prompt", rule, f"{count} placeholders, prompt={prompt!r:.80}")
     if image is None:
         return ids, [False] * len(ids)
     if traced is not None:
         return traced.place_image(text, model.prompts, image)
-    return adapter.place_image(ids, image if isinstance(image, int) else image.tokens)
+    if seen and seen[0].video:
+        placed = replace_token(ids, placeholder, [seen[0].expansion])
+        return placed, [token == placeholder for token in placed]
+    return adapter.place_image(ids, *([image] if isinstance(image, int) else [part.tokens for part in seen]))
 
 
 def special_token(model: EditableModel, ids: Iterable[int]) -> str:
     """Return the first token among these that no text may spell, or ""."""
     for token in ids:
-        if token == model.adapter.image_token_id or token in model.prompts.special_ids:
+        shown = token in (model.adapter.image_token_id, model.adapter.video_token_id)
+        if shown or token in model.prompts.special_ids:
             return str(model.tokenizer.convert_ids_to_tokens(token))
     return ""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .adapters import check_count, image_token_id, input_place, sequential_positions, token_text
 from .context import scoped_hooks
 from .prompts import expand_image_token
+from .several import joined, without_video
 from .states import ImageFeatures, ImageInputs, join_padded
 from .text import text_stack
 
@@ -27,6 +28,10 @@ class LlavaAdapter:
 
     family = "LLaVA"
     token_types = False
+    most_images: int | None = None
+    joins_lists = False
+    video_token_id, video_text, listed_text = -1, "", ""
+    no_video = without_video(None, "")
 
     def __init__(self, hf: Any, processor: Any) -> None:
         self.check(hf.config)
@@ -57,6 +62,14 @@ class LlavaAdapter:
         batch = self.processor(images=[image], text=[self.image_text], return_tensors="pt")
         tokens = int((batch["input_ids"] == self.image_token_id).sum())
         return {"pixel_values": batch["pixel_values"]}, tokens
+
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Never called: each image is prepared by itself."""
+        raise ValueError(f"{self.family} prepares images one by one (got {len(images)})")
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Never called: videos are refused."""
+        raise ValueError(f"{self.family} {self.no_video}")
 
     def vision_linears(self) -> dict[str, str]:
         """The projector's two maps."""
@@ -89,9 +102,9 @@ class LlavaAdapter:
         output = self.hf.model.get_image_features(**arguments, return_dict=True)
         return [ImageFeatures(tokens=part) for part in output.pooler_output]
 
-    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
-        """Expand the placeholder."""
-        return expand_image_token(ids, self.image_token_id, tokens)
+    def place_image(self, ids: Sequence[int], *tokens: int) -> tuple[list[int], list[bool]]:
+        """Expand the placeholders."""
+        return expand_image_token(ids, self.image_token_id, *tokens)
 
     def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
         """Return positions in sequence (R, 1, N)."""
@@ -112,6 +125,8 @@ class LlavaTiledAdapter(LlavaAdapter):
         if cut != joined:
             rule = "image_grid_pinpoints must be the same for the image processor and in config.json"
             raise ValueError(f"{rule} (got {cut!r:.80} and {joined!r:.80})")
+        #: LLaVA-OneVision cuts an image into tiles where it is alone, and takes each of several whole.
+        self.joins_lists = hasattr(hf.config, "vision_aspect_ratio")
 
     def vision_linears(self) -> dict[str, str]:
         """None: features are cut and joined between projector and decoder."""
@@ -121,7 +136,47 @@ class LlavaTiledAdapter(LlavaAdapter):
         """Return tiles (1, P, 3, H, W) and size (1, 2) of one image and how many image tokens it takes."""
         batch = self.processor.image_processor(images=[image], return_tensors="pt")
         tensors = {"pixel_values": batch["pixel_values"], "image_sizes": batch["image_sizes"]}
+        if self.joins_lists:
+            tensors["batch_num_images"] = torch.tensor([1])
         return tensors, self._count(tensors)
+
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Return images that are not cut."""
+        batch = self.processor.image_processor(images=[list(images)], return_tensors="pt")
+        parts = []
+        for number, key in enumerate(keys):
+            tensors = {name: batch[name][number : number + 1] for name in ("pixel_values", "image_sizes")}
+            tensors["pixel_values"] = tensors["pixel_values"][:, :1]
+            count = self._count(tensors)
+            # How many a row has is told once a row
+            tensors["batch_num_images"] = torch.tensor([] if number else [len(keys)], dtype=torch.long)
+            parts.append(ImageInputs(f"{key} of a list", tensors, count))
+        return joined("", parts)
+
+    def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Run tower and projector over images that are cut, and over those that are not."""
+        if not self.joins_lists:
+            return super().image_features(images)
+        whole = [image.tensors["batch_num_images"].tolist() != [1] for image in images]
+        features: list[ImageFeatures | None] = [None] * len(images)
+        for kind in dict.fromkeys(whole):
+            chosen = [number for number, each in enumerate(whole) if each == kind]
+            for number, part in zip(chosen, self._looked([images[n] for n in chosen], whole=kind), strict=True):
+                features[number] = part
+        return [part for part in features if part is not None]
+
+    def _looked(self, images: Sequence[ImageInputs], *, whole: bool) -> list[ImageFeatures]:
+        # The model cuts what is alone: one that is not to be cut gets a twin, whose features are left
+        shown = [*images, *images] if whole and len(images) == 1 else list(images)
+        device, dtype = input_place(self.hf.model.vision_tower, self.hf)
+        pixels = join_padded([image.tensors["pixel_values"] for image in shown])
+        output = self.hf.model.get_image_features(
+            pixels.to(device, dtype),
+            join_padded([image.tensors["image_sizes"] for image in shown]),
+            batch_num_images=[len(shown)] if whole else [1] * len(shown),
+            return_dict=True,
+        )
+        return [ImageFeatures(tokens=part) for part in output.pooler_output[: len(images)]]
 
     def _count(self, tensors: dict[str, Tensor]) -> int:
         """Pack features of width one as the model packs real ones, and count them."""

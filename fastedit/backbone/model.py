@@ -22,13 +22,14 @@ from .generation import greedy
 from .generic.adapter import walkable
 from .images import ImageReader
 from .prompts import PromptBuilder
+from .several import Several
 from .stacks import Context
 from .states import Encoded, ImageFeatures, PrefixState, Site
 from .token_layout import Running, running_now
 from .vision import VISION
 
 if TYPE_CHECKING:
-    from fastedit.requests import ImageSource, Query
+    from fastedit.requests import Query, VisualSource
 
 #: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
 VISION_BATCH, VISION_BATCH_CPU = 32, 4
@@ -83,8 +84,9 @@ class EditableModel:
         self.linear = linear
         self.template = template
         self.end_token_ids = tuple(end_token_ids)
-        self.prompts = PromptBuilder(processor, self.tokenizer, adapter.image_text, template, self.end_token_ids[0])
-        self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20)
+        texts = adapter.image_text, template, self.end_token_ids[0], adapter.video_text, adapter.listed_text
+        self.prompts = PromptBuilder(processor, self.tokenizer, *texts)
+        self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20, Several(name, adapter))
         self.image_features = feature_cache(image_cache_mib << 20)
         #: Of the model as it acts: keys say under which deltas.
         self.caches = Caches(state_cache_mib << 20)
@@ -228,7 +230,7 @@ class EditableModel:
 
         They are those of the base model: what a delta behind the tower changes is computed anew by whoever walks on.
         """
-        wanted = {image.key: image for image in encoded.images if image is not None}
+        wanted = encoded.distinct_images
         cast = autocast_key(self.device)
         found = {key: self.image_features.get((key, cast)) for key in wanted}
         missing = [wanted[key] for key, features in found.items() if features is None]
@@ -288,8 +290,8 @@ class EditableModel:
                 answers.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return answers
 
-    def answer(self, image: ImageSource | None, prompt: str, *, max_new_tokens: int = 64) -> str:
-        """Return the greedy answer to one question about an image, or about none."""
+    def answer(self, image: VisualSource | None, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """Return the greedy answer to one question about an image, a list of images, a video, or none."""
         from fastedit.requests import Query
 
         return self.generate([Query(prompt, image)], max_new_tokens=max_new_tokens)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .stacks import Context, causal_masks
-from .states import STAGES, Encoded, PrefixState, gather_positions
+from .states import STAGES, Encoded, ImageFeatures, PrefixState, gather_positions
 
 if TYPE_CHECKING:
     from .model import EditableModel
@@ -27,8 +27,9 @@ def start(model: EditableModel, encoded: Encoded) -> PrefixState:
         if image is None:
             continue
         marks = encoded.image_mask[row]
-        embeddings[row, marks] = features[image.key].tokens.to(embeddings)
-        for layer, part in enumerate(features[image.key].deep):
+        shown = ImageFeatures.cat([features[part.key] for part in image.looked_at])
+        embeddings[row, marks] = shown.tokens.to(embeddings)
+        for layer, part in enumerate(shown.deep):
             if layer not in deep:
                 deep[layer] = torch.zeros_like(embeddings)
             deep[layer][row, marks] = part.to(embeddings)

@@ -27,10 +27,26 @@ def check_template(template: str | None) -> None:
         raise ValueError(f"load: template may hold {IMAGE_FIELD} at most once (got template={template!r})")
 
 
-def chat(prompt: str, *, with_image: bool) -> list[dict[str, Any]]:
-    """Return a question as the messages that chat templates are given."""
-    content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+def chat(prompt: str, *, with_image: bool, images: int = 1, video: bool = False) -> list[dict[str, Any]]:
+    """Return a question as the messages that chat templates are given.
+
+    Args:
+        prompt: the question. with_image: whether it is about anything. images: how many. video: about a video.
+    """
+    mark = {"type": "video" if video else "image"}
+    content: list[dict[str, str]] = []
+    if interleaved(prompt, images if with_image else 0):
+        for number, text in enumerate(prompt.split(IMAGE_FIELD)):
+            content += [mark] if number else []
+            content += [{"type": "text", "text": text}] if text else []
+    else:
+        content = [*([mark] * images if with_image else ()), {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def interleaved(prompt: str, images: int) -> bool:
+    """Whether several images stand inside of a question: where it has as many "{image}"."""
+    return images > 1 and prompt.count(IMAGE_FIELD) == images
 
 
 def chat_template(processor: Any) -> str | None:
@@ -54,14 +70,24 @@ class PromptBuilder:
         image_text: what stands for an image in a raw prompt; "" where images do not stand in the text.
         template: "Question: {} Short answer:", for example; "{image}" in it places the image, else it comes first.
         end_token_id: the token that ends an answer.
+        video_text: what stands for a video in a raw prompt.
+        listed_text: what stands for each of several images in a raw prompt; "" is `image_text`.
     """
 
     def __init__(
-        self, processor: Any, tokenizer: Any, image_text: str, template: str | None, end_token_id: int
+        self,
+        processor: Any,
+        tokenizer: Any,
+        image_text: str,
+        template: str | None,
+        end_token_id: int,
+        video_text: str = "",
+        listed_text: str = "",
     ) -> None:
         check_template(template)
         self._tokenizer = tokenizer
-        self._image_text = image_text
+        self._image_text, self._video_text = image_text, video_text
+        self._listed_text = listed_text or image_text
         self._template = template
         self.end_token_id = end_token_id
         self._chat_template = chat_template(processor) if template is None else None
@@ -81,17 +107,23 @@ class PromptBuilder:
         """SHA-256 of `template_text`."""
         return hashlib.sha256(self.template_text.encode()).hexdigest()
 
-    def text(self, prompt: str, with_image: bool) -> str:
-        """Return the full prompt text, one image placeholder in it where it has an image.
+    def text(self, prompt: str, with_image: bool, *, images: int = 1, video: bool = False) -> str:
+        """Return the full prompt text, one placeholder in it for each image, or for a video.
 
+        Args:
+            prompt: the question. with_image: whether it is about anything. images: how many. video: about a video.
         Raises:
             ValueError: the chat template fails, or takes too long.
         """
+        mark = self._video_text if video else self._image_text if images == 1 else self._listed_text
         if self._chat_template is not None:
-            messages = chat(prompt, with_image=with_image and bool(self._image_text))
+            messages = chat(prompt, with_image=with_image and bool(mark), images=images, video=video)
             return rendered(self._processor, messages, self._chat_template)
         template = self._template or QUESTION_FIELD
-        values = {QUESTION_FIELD: prompt, IMAGE_FIELD: self._image_text if with_image else ""}
+        before = mark * images if with_image else ""
+        if with_image and interleaved(prompt, images):
+            prompt, before = prompt.replace(IMAGE_FIELD, mark), ""
+        values = {QUESTION_FIELD: prompt, IMAGE_FIELD: before}
         if IMAGE_FIELD not in template:
             template = IMAGE_FIELD + template
         # All at once: a question may hold what looks like a field
@@ -139,9 +171,16 @@ def _leading_special_tokens(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def expand_image_token(ids: Sequence[int], image_token_id: int, count: int) -> tuple[list[int], list[bool]]:
-    """Replace the one image token by `count` of them; return tokens and which of them are image tokens."""
-    place = list(ids).index(image_token_id)
-    expanded = [*ids[:place], *[image_token_id] * count, *ids[place + 1 :]]
-    marks = [False] * place + [True] * count + [False] * (len(ids) - place - 1)
-    return expanded, marks
+def expand_image_token(ids: Sequence[int], image_token_id: int, *counts: int) -> tuple[list[int], list[bool]]:
+    """Replace each image token, in order, by so many of them; return tokens and which of them are image tokens."""
+    expanded = replace_token(ids, image_token_id, [[image_token_id] * count for count in counts])
+    return expanded, [token == image_token_id for token in expanded]
+
+
+def replace_token(ids: Sequence[int], token_id: int, expansions: Sequence[Sequence[int]]) -> list[int]:
+    """Return tokens with each occurrence of one of them replaced, in order, by a sequence of others."""
+    expanded: list[int] = []
+    remaining = iter(expansions)
+    for token in ids:
+        expanded += next(remaining) if token == token_id else [token]
+    return expanded

@@ -5,7 +5,8 @@ Qwen3-VL also adds visual features to the output of its first decoder layers (De
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from .adapters import check_count, image_token_id, input_place, sequential_positions
 from .context import overridden
+from .generic.processing import video_inputs
 from .prompts import expand_image_token
+from .several import without_video
 from .states import ImageFeatures, ImageInputs
 from .text import text_stack
 
@@ -26,6 +29,9 @@ class QwenVLAdapter:
 
     family = "Qwen-VL"
     token_types = True
+    listed_text = ""
+    most_images: int | None = None
+    joins_lists = False
 
     def __init__(self, hf: Any, processor: Any) -> None:
         self.hf = hf
@@ -38,6 +44,10 @@ class QwenVLAdapter:
         names = [processor.tokenizer.convert_ids_to_tokens(token) for token in tokens if token is not None]
         opening, closing = names if len(names) == 2 else ("<|vision_start|>", "<|vision_end|>")
         self.image_text = opening + processor.tokenizer.convert_ids_to_tokens(self.image_token_id) + closing
+        self.video_token_id = int(hf.config.video_token_id)
+        self._video_token = processor.tokenizer.convert_ids_to_tokens(self.video_token_id) or ""
+        self.video_text = opening + self._video_token + closing
+        self.no_video = without_video(processor, self._video_token)
 
     @staticmethod
     def check(config: Any) -> None:
@@ -56,6 +66,14 @@ class QwenVLAdapter:
         grid = batch["image_grid_thw"]
         tensors = {"pixel_values": batch["pixel_values"], "image_grid_thw": grid}
         return tensors, int(grid[0].prod()) // self.merge_size**2
+
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Never called: each image is prepared by itself."""
+        raise ValueError(f"{self.family} prepares images one by one (got {len(images)})")
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Return patches and grid of a video, and its tokens, times of frames among them where the family has such."""
+        return video_inputs(self.processor, self._video_token, self.video_token_id, frames, fps)
 
     def vision_linears(self) -> dict[str, str]:
         """The merger's two maps."""
@@ -83,11 +101,20 @@ class QwenVLAdapter:
         return joined
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
-        """Run the tower once over these images."""
+        """Run the tower once over these images, and once over the videos among them."""
+        if all(image.video for image in images):
+            return self._looked(images, "pixel_values_videos", "video_grid_thw", self.hf.model.get_video_features)
+        if any(image.video for image in images):
+            return [part for image in images for part in self.image_features([image])]
+        return self._looked(images, "pixel_values", "image_grid_thw", self.hf.model.get_image_features)
+
+    def _looked(
+        self, images: Sequence[ImageInputs], pixels_name: str, grid_name: str, look: Callable[..., Any]
+    ) -> list[ImageFeatures]:
         device, dtype = input_place(self.hf.model.visual, self.hf)
-        pixels = torch.cat([image.tensors["pixel_values"] for image in images]).to(device, dtype)
-        grid = torch.cat([image.tensors["image_grid_thw"] for image in images]).to(device)
-        output = self.hf.model.get_image_features(pixels, grid, return_dict=True)
+        pixels = torch.cat([image.tensors[pixels_name] for image in images]).to(device, dtype)
+        grid = torch.cat([image.tensors[grid_name] for image in images]).to(device)
+        output = look(pixels, grid, return_dict=True)
         deep = getattr(output, "deepstack_features", None) or []
         # Either one tensor per layer and image, or one per layer for all images.
         sizes = [image.tokens for image in images]
@@ -97,21 +124,37 @@ class QwenVLAdapter:
             for number, tokens in enumerate(output.pooler_output)
         ]
 
-    def place_image(self, ids: Sequence[int], tokens: int) -> tuple[list[int], list[bool]]:
-        """Expand the placeholder."""
-        return expand_image_token(ids, self.image_token_id, tokens)
+    def place_image(self, ids: Sequence[int], *tokens: int) -> tuple[list[int], list[bool]]:
+        """Expand the placeholders."""
+        return expand_image_token(ids, self.image_token_id, *tokens)
 
     def position_ids(self, lengths: Tensor, image_mask: Tensor, images: Sequence[ImageInputs | None]) -> Tensor:
-        """Return positions (R, 3, N): text counts on; an image spans a grid, and text resumes after its longer side."""
+        """Return positions (R, 3, N): text counts on; an image spans a grid, and text resumes after its longer side.
+
+        Those of a video are what the stock model makes of its grid and its time.
+        """
         places = sequential_positions(image_mask).repeat(1, 3, 1)
         for row, image in enumerate(images):
             if image is None:
                 continue
-            _, height, width = (image.tensors["image_grid_thw"][0] // self.merge_size).tolist()
-            frames = int(image.tensors["image_grid_thw"][0, 0])
-            start = int(image_mask[row].int().argmax())
-            stop = start + image.tokens
-            grid = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
-            places[row, :, start:stop] = start + grid.view(-1, 3).T.to(places.device)
-            places[row, :, stop:] -= image.tokens - max(height, width)
+            if image.video:
+                places[row] = self._video_positions(image_mask[row], image)
+                continue
+            marks, looked = image_mask[row].nonzero().flatten().tolist(), 0
+            for part in image.each:
+                _, height, width = (part.tensors["image_grid_thw"][0] // self.merge_size).tolist()
+                frames = int(part.tensors["image_grid_thw"][0, 0])
+                start = marks[looked]
+                stop, looked = start + part.tokens, looked + part.tokens
+                grid = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
+                places[row, :, start:stop] = places[row, 0, start] + grid.view(-1, 3).T.to(places.device)
+                places[row, :, stop:] -= part.tokens - max(height, width)
         return places
+
+    def _video_positions(self, marks: Tensor, video: ImageInputs) -> Tensor:
+        """Positions (3, N) of one row."""
+        stock = self.hf.model.get_rope_index
+        known = inspect.signature(stock).parameters
+        values = {name: value.to(marks.device) for name, value in video.tensors.items() if name in known}
+        positions: Tensor = stock(torch.zeros_like(marks[None], dtype=torch.long), 2 * marks[None].int(), **values)[0]
+        return positions[:, 0]

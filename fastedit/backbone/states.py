@@ -33,14 +33,17 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """One preprocessed image.
+    """One preprocessed image, or all that a question is about: several in order, or a video.
 
     Args:
-        key: content hash; equal keys mean equal pixels.
-        tensors: what the model's vision side takes, leading dimension as the processor returns it for one image.
+        key: content hash; equal keys mean equal pixels, and of several the same order.
+        tensors: what the model's vision side takes, leading dimension as the processor returns it for one image. Of
+            several that are prepared apart those of the parts, and none here.
         tokens: how many image tokens the decoder sees.
         expansion: tokens that the processor puts in the place of an image's placeholder, where it is asked for them.
         spelled: their text, where reading it gives those tokens again; else "".
+        parts: of several images, one each in the order of their placeholders; () of one image and of a video.
+        video: whether the tokens are those of a video.
     """
 
     key: str
@@ -48,6 +51,18 @@ class ImageInputs:
     tokens: int
     expansion: tuple[int, ...] = ()
     spelled: str = ""
+    parts: tuple[ImageInputs, ...] = ()
+    video: bool = False
+
+    @property
+    def each(self) -> tuple[ImageInputs, ...]:
+        """What has a placeholder of its own in the prompt."""
+        return self.parts or (self,)
+
+    @property
+    def looked_at(self) -> tuple[ImageInputs, ...]:
+        """What the vision side is given, one after another: the parts, or all of them as one."""
+        return self.parts if self.parts and not self.tensors else (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,14 @@ class ImageFeatures:
         """Size of all tensors in bytes."""
         return sum(part.numel() * part.element_size() for part in (self.tokens, *self.deep))
 
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Return the features of several images of one row, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        deep = zip(*(part.deep for part in parts), strict=True)
+        return ImageFeatures(torch.cat([part.tokens for part in parts]), tuple(torch.cat(layer) for layer in deep))
+
 
 @dataclass(slots=True)
 class Encoded:
@@ -81,7 +104,7 @@ class Encoded:
         labels: (R, N), int64. That next token; undefined where `label_mask` is False.
         last_prompt: (R,), int64. Index of the last prompt token.
         image_mask: (R, N), bool. True at image tokens.
-        images: the image of each row, None for a question in text only.
+        images: what each row is about, None for a question in text only.
         token_types: whether the stock model wants `mm_token_type_ids`.
     """
 
@@ -103,14 +126,21 @@ class Encoded:
         return self.attention_mask.sum(dim=1)
 
     @property
+    def distinct_images(self) -> dict[str, ImageInputs]:
+        """What the vision side has to look at for these rows, by content hash."""
+        return {part.key: part for image in self.images if image is not None for part in image.looked_at}
+
+    @property
     def model_inputs(self) -> dict[str, Tensor]:
         """Everything that the stock model's forward takes for these rows, as keyword arguments."""
         inputs: dict[str, Tensor] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
         if self.token_types:
-            inputs["mm_token_type_ids"] = self.image_mask.int()
-        present = [image for image in self.images if image is not None]
-        for name in present[0].tensors if present else ():
-            inputs[name] = join_padded([image.tensors[name] for image in present]).to(self.input_ids.device)
+            kinds = torch.tensor([[2 if image is not None and image.video else 1] for image in self.images])
+            inputs["mm_token_type_ids"] = self.image_mask.int() * kinds.int().to(self.image_mask.device)
+        present = [part for image in self.images if image is not None for part in image.looked_at]
+        for name in dict.fromkeys(name for part in present for name in part.tensors):
+            tensors = [part.tensors[name] for part in present if name in part.tensors]
+            inputs[name] = join_padded(tensors).to(self.input_ids.device)
         return inputs
 
     def select(self, rows: Sequence[int] | Tensor) -> Encoded:

@@ -60,7 +60,7 @@ def watched(model: EditableModel, state: PackedState, encoded: Encoded) -> Packe
     cast = autocast_key(model.device)
     known: dict[str, Tensor] = {}
     missing: list[ImageInputs] = []
-    for image in {image.key: image for image in encoded.images if image is not None}.values():
+    for image in encoded.distinct_images.values():
         found = model.tower_outputs.get((image.key, cast))
         if found is None:
             missing.append(image)
@@ -75,7 +75,9 @@ def watched(model: EditableModel, state: PackedState, encoded: Encoded) -> Packe
             # A copy: a view of a whole batch would keep it in memory
             known[image.key] = output.clone()
             model.tower_outputs.put((image.key, cast), known[image.key])
-    seen = tuple(None if image is None else known[image.key] for image in encoded.images)
+    seen = tuple(
+        None if image is None else torch.cat([known[part.key] for part in image.looked_at]) for image in encoded.images
+    )
     return replace(state, stage=VISION, seen=seen)
 
 

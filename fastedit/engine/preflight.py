@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, ImageInputs
 from fastedit.backbone.encoding import SPECIAL_RULE, RowError, position_limit, row_tokens, special_token
 from fastedit.data.check import EditProblems, ImageLooks
 from fastedit.data.problems import ImageError, Problem, RecordErrors
 from fastedit.deltas.install import PLACEHOLDER
+from fastedit.engine.asked import AskedPart, asked_parts
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
 from fastedit.methods.base import hook
-from fastedit.requests import EditRequest, ImageSource, Probe, Query
+from fastedit.requests import EditRequest, Query
+from fastedit.visuals import ImageSource, Video, image_places
 
 #: Tokens that are kept free behind a question of a method that puts text before it: as many as answers are written of.
 ANSWER_ROOM = 48
@@ -45,23 +47,6 @@ class Context:
         room = getattr(plan.config, "answer_room", ANSWER_ROOM)
         told_as = getattr(plan.method, "told_as", "the edit")
         return Context(plan.name.rpartition("+")[2], partial(text, plan.config), told_as, room)
-
-
-@dataclass(frozen=True)
-class AskedPart:
-    """One question of an edit, as it will be asked.
-
-    Args:
-        field: of the question. prompt: its text. shown: field of its image. image: None for text only.
-        told: field of the answer. answer: None where none is given.
-    """
-
-    field: str
-    prompt: str
-    shown: str = ""
-    image: ImageSource | None = None
-    told: str = ""
-    answer: str | None = None
 
 
 def check_run(
@@ -132,39 +117,6 @@ def record_problems(
     return Rows(model, images=images).problems(edits, lambda edit: asked_parts(edit, fitted=scored, scored=scored))
 
 
-def asked_parts(edit: EditRequest, *, fitted: bool, scored: bool, predicted: bool = False) -> Iterator[AskedPart]:
-    """Yield the questions of an edit: its own; those for fitting or scoring; those for scoring only.
-
-    Args:
-        fitted: what training views are made of. scored: probes and portability too. predicted: with the answer
-            before the edit, which is one of a view near another edit.
-    """
-    yield AskedPart("prompt", edit.prompt, "image", edit.image, "target", edit.target)
-    if predicted and edit.prediction and edit.prediction.strip():
-        yield AskedPart("prompt", edit.prompt, "image", edit.image, "prediction", edit.prediction)
-    if fitted or scored:
-        if edit.rephrase is not None:
-            yield AskedPart("rephrase", edit.rephrase, "image", edit.image, "target", edit.target)
-        if edit.image_rephrase is not None:
-            yield AskedPart("prompt", edit.prompt, "image_rephrase", edit.image_rephrase, "target", edit.target)
-        if edit.locality_prompt is not None:
-            yield AskedPart("locality_prompt", edit.locality_prompt, "", None, "locality_answer", edit.locality_answer)
-        if edit.image_locality_prompt is not None:
-            yield AskedPart(
-                "image_locality_prompt", edit.image_locality_prompt, "image_locality_image", edit.image_locality_image,
-                "image_locality_answer", edit.image_locality_answer,
-            )  # fmt: skip
-    if scored:
-        yield from _members("portability", edit.portability)
-        yield from _members("probes", edit.probes)
-
-
-def _members(name: str, members: Sequence[Query | Probe]) -> Iterator[AskedPart]:
-    for number, each in enumerate(members):
-        place = f"{name}[{number}]"
-        yield AskedPart(f"{place}.prompt", each.prompt, f"{place}.image", each.image, f"{place}.answer", each.answer)
-
-
 class _Record:
     """An edit whose problems are collected, each field's once."""
 
@@ -178,12 +130,12 @@ class _Record:
             self.named.add(field)
             self._found.add(self._number, field, rule, value)
 
-    def add_image(self, part: AskedPart, key: str, error: ImageError) -> None:
+    def add_image(self, field: str, error: ImageError, source: ImageSource) -> None:
         """Add what is wrong with an image, in the first field that it stands in."""
-        assert part.image is not None
-        if not self.named & {part.shown, key}:
-            self.named |= {part.shown, key}
-            self._found.add_error(self._number, part.shown, error, part.image)
+        key = str(ImageLooks.key(source))
+        if not self.named & {field, key}:
+            self.named |= {field, key}
+            self._found.add_error(self._number, field, error, source)
 
 
 class Rows:
@@ -201,7 +153,7 @@ class Rows:
         self._looks = ImageLooks(model.images.size) if images else None
         self._counts: dict[str, int] = {"": 0}
         self._special: dict[str, str] = {}
-        self._around: dict[bool, int] = {}
+        self._around: dict[tuple[int, bool], int] = {}
         self._longest = {"prompt": 0, "image": 0, "answer": 0, "context": 0}
 
     def problems(
@@ -230,12 +182,12 @@ class Rows:
             if context is not None and PLACEHOLDER in before[number]:
                 record.add("prompt", f"{context.method}: an edit's text does not hold {PLACEHOLDER!r}", before[number])
             for part in own:
-                tokens = self._looked(record, part)
-                if tokens is None or not self._spelled(record, part):
+                shown = self._looked(record, part)
+                if shown is None or not self._spelled(record, part):
                     continue
                 if crossed and part.image is not None:
-                    tokens = self._longest["image"]
-                self._fits(record, part, tokens, longest or before[number], context)
+                    shown = self._longest["image"]
+                self._fits(record, part, shown, longest or before[number], context)
         return found.problems
 
     def query(self, found: EditProblems, number: int, query: Query) -> None:
@@ -243,13 +195,13 @@ class Rows:
         part = AskedPart("views", query.prompt, "views", query.image, "views", query.answer)
         self._read((query.prompt, query.answer or ""))
         record = _Record(found, number)
-        tokens = self._looked(record, part)
-        if tokens is not None and self._spelled(record, part):
-            self._fits(record, part, tokens, "", None)
+        shown = self._looked(record, part)
+        if shown is not None and self._spelled(record, part):
+            self._fits(record, part, shown, "", None)
 
     def crowded(self) -> bool:
         """Whether the longest texts and the largest image of all that was looked at do not fit into one row."""
-        return self.limit is not None and sum(self._longest.values()) + self._overhead(True) > self.limit
+        return self.limit is not None and sum(self._longest.values()) + self._overhead(1) > self.limit
 
     def _read(self, texts: Iterable[str]) -> None:
         """Tokenise texts that are new."""
@@ -263,18 +215,33 @@ class Rows:
                 if special:
                     self._special[text] = special
 
-    def _looked(self, record: _Record, part: AskedPart) -> int | None:
-        """Tokens of the image of a question, 0 without one; None after adding what is wrong with it."""
-        if part.image is None or self._looks is None:
-            return 0 if part.image is None else 1
-        result = self._looks.at(part.image)
-        if not isinstance(result, ImageError):
-            try:
-                return self.model.images.tokens(result)
-            except ImageError as error:
-                result = error
-        record.add_image(part, str(self._looks.key(part.image)), result)
-        return None
+    def _looked(self, record: _Record, part: AskedPart) -> int | ImageInputs | None:
+        """Tokens of the image of a question, 0 without one, or what stands for a list or a video.
+
+        None after adding what is wrong with any of it.
+        """
+        if part.image is None:
+            return 0
+        reader = self.model.images
+        reason = reader.refusal(part.image)
+        if reason:
+            record.add(part.shown, reason)
+            return None
+        several, places = isinstance(part.image, (tuple, Video)), list(image_places(part.image))
+        if self._looks is None:
+            return reader.smallest(part.image) if several else 1
+        looks = [self._looks.at(source) for _, source in places]
+        for look, (place, source) in zip(looks, places, strict=True):
+            if isinstance(look, ImageError):
+                record.add_image(part.shown + place, look, source)
+        sizes = [look for look in looks if not isinstance(look, ImageError)]
+        if len(sizes) < len(looks):
+            return None
+        try:
+            return reader.shape(part.image, sizes) if several else reader.tokens(sizes[0])
+        except ImageError as error:
+            record.add_image(part.shown, error, places[0][1])
+            return None
 
     def _spelled(self, record: _Record, part: AskedPart) -> bool:
         """Whether question and answer are text; adds what is wrong with them."""
@@ -286,8 +253,12 @@ class Rows:
                 record.add(field, f"{SPECIAL_RULE} ({special!r})", text)
         return not record.named & {part.field, part.told}
 
-    def _fits(self, record: _Record, part: AskedPart, tokens: int, before: str, context: Context | None) -> None:
+    def _fits(
+        self, record: _Record, part: AskedPart, seen: int | ImageInputs, before: str, context: Context | None
+    ) -> None:
         """Add that a row cannot be made, by itself or behind the text of an edit."""
+        several = seen.each if isinstance(seen, ImageInputs) else ()
+        tokens = seen if isinstance(seen, int) else sum(len(each.expansion) or each.tokens for each in several)
         sizes = {
             "prompt": self._counts[part.prompt],
             "image": tokens,
@@ -296,10 +267,15 @@ class Rows:
         }
         self._longest = {name: max(size, sizes[name]) for name, size in self._longest.items()}
         room = 0 if context is None else context.room
-        near = self._overhead(part.image is not None) + sum(sizes.values()) + max(0, room - sizes["answer"])
+        count = 0 if part.image is None else max(1, len(several))
+        near = (
+            self._overhead(count, video=any(each.video for each in several))
+            + sum(sizes.values())
+            + max(0, room - sizes["answer"])
+        )
         if sizes["prompt"] and (self.limit is None or near <= self.limit):
             return
-        shown = None if part.image is None else tokens
+        shown = None if part.image is None else seen
         try:
             ids, _, length = row_tokens(self.model, part.prompt, shown, part.answer)
         except RowError as error:
@@ -318,9 +294,9 @@ class Rows:
                     part.field, f"{context.method}: {context.told_as} and its question fit into a prompt; {error}"
                 )
 
-    def _overhead(self, with_image: bool) -> int:
-        """Tokens of a row besides those of its question, its image and its answer, and some more."""
-        if with_image not in self._around:
-            ids = self.model.prompts.ids(self.model.prompts.text("a", with_image))
-            self._around[with_image] = len(ids) + 1 + _SLACK
-        return self._around[with_image]
+    def _overhead(self, images: int, *, video: bool = False) -> int:
+        """Tokens of a row besides those of its question, its images and its answer, and some more."""
+        if (images, video) not in self._around:
+            text = self.model.prompts.text("a", images > 0, images=images, video=video)
+            self._around[images, video] = len(self.model.prompts.ids(text)) + 1 + _SLACK
+        return self._around[images, video]

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..context import Frozen
 from ..packed import PackedState
+from ..several import most_images, without_video
 from ..states import Encoded, ImageFeatures, ImageInputs
 from .decoder import Decoder
 from .door import Row, enter, follow, follows
 from .features import FeatureMemory
 from .head import find_head
 from .kinds import check_kind
-from .processing import Placeholder
+from .processing import Placeholder, video_inputs
 from .sites import usual_sites
 from .stack import TracedStack
 from .trace import learn_returns, sample_logits, trace_decoder
@@ -43,6 +44,7 @@ class GenericAdapter:
     """
 
     family = "any"
+    joins_lists = True
 
     def __init__(self, hf: Any, processor: Any) -> None:
         check_kind(hf.config)
@@ -52,6 +54,10 @@ class GenericAdapter:
         self.placeholder = Placeholder(hf, processor)
         self.image_token_id = self.placeholder.token_id
         self.image_text = self.placeholder.text
+        self.listed_text = self.placeholder.listed_text(hf)
+        self.video_text, self.video_token_id = self.placeholder.video_text, self.placeholder.video_id
+        self.no_video = without_video(processor, self.video_text)
+        self.most_images = most_images(hf.config) if self.image_text else 0
         self.features = FeatureMemory(hf, FEATURES)
         taken = set(inspect.signature(hf.forward).parameters)
         self.token_types = "mm_token_type_ids" in taken
@@ -103,18 +109,32 @@ class GenericAdapter:
         """Return the tensors of one image, how many image tokens it takes, which stand for it, and their text."""
         return self.placeholder.image_inputs(self.processor, image)
 
+    def list_inputs(self, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Return several images as the processor prepares those of one prompt."""
+        return self.placeholder.list_inputs(self.processor, images, keys)
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Return a video as the processor prepares it."""
+        return video_inputs(self.processor, self.video_text, self.video_token_id, frames, fps)
+
     def place_image(self, text: str, prompts: PromptBuilder, image: ImageInputs | int) -> tuple[list[int], list[bool]]:
         """Return the tokens of a prompt with those of an image in place, and which of them are image tokens.
 
         Args:
-            text: of the prompt, with one placeholder. image: or how many tokens it takes.
+            text: of the prompt, with a placeholder for each image. image: or how many tokens a single one takes.
         """
-        if isinstance(image, ImageInputs) and image.spelled:
-            # As the processor does it: tokens of text beside those of an image may depend on them
-            placed = self.placeholder.framed(prompts.ids(text.replace(self.placeholder.text, image.spelled)))
+        # As the processor does it: tokens of text beside those of an image may depend on them
+        written = self.placeholder.written(text, image) if isinstance(image, ImageInputs) else ""
+        if written:
+            placed = self.placeholder.framed(prompts.ids(written))
         else:
             placed = self.placeholder.placed(prompts.ids(text), image)
-        return placed, [token == self.image_token_id for token in placed]
+        features = self.features_id(image)
+        return placed, [token == features for token in placed]
+
+    def features_id(self, image: ImageInputs | int | None) -> int:
+        """The token that features replace in a row."""
+        return self.video_token_id if isinstance(image, ImageInputs) and image.video else self.image_token_id
 
     def rows(self, encoded: Encoded) -> list[Row]:
         """Return what the decoder is handed of encoded rows."""
@@ -126,7 +146,8 @@ class GenericAdapter:
 
     def _row(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> Row:
         """A row whose answer may hold tokens that stand for images in prompts: there they are words."""
-        words = [place for place in range(prompt, len(ids)) if ids[place] == self.image_token_id]
+        seen = (self.image_token_id, self.video_token_id)
+        words = [place for place in range(prompt, len(ids)) if ids[place] in seen]
         if not words:
             return self._enter(self.inputs(ids, image, prompt), image)[0]
         (other,) = self.placeholder.some_ids(1)
@@ -211,10 +232,10 @@ class GenericAdapter:
         """Arguments of the stock forward for one row."""
         weight = self.hf.get_input_embeddings().weight
         row = torch.tensor([list(ids)], device=weight.device)
-        marks = row == self.image_token_id
+        marks = row == self.features_id(image)
         inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         if self.token_types:
-            inputs["mm_token_type_ids"] = marks.int()
+            inputs["mm_token_type_ids"] = marks.int() * (2 if image is not None and image.video else 1)
         if self._block_types:
             inputs["token_type_ids"] = self.placeholder.token_types(marks, prompt)
         if image is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,17 +35,20 @@ class FeatureMemory:
 
     @contextmanager
     def looking_at(self, key: str | None) -> Iterator[None]:
-        """Inside the block, in this context, the model looks at the image of this key only; None is any."""
+        """Inside the block, in this context, the model looks at what has this key only; None is any."""
         if self._owner is None or key is None:
             yield
             return
+        # A video may be looked at in several calls
+        looks = itertools.count()
 
         def make(stock: Callable[..., Any]) -> Callable[..., Any]:
             def looked(*args: Any, **kwargs: Any) -> Any:
-                known = self.kept.get(key)
+                look = (key, next(looks))
+                known = self.kept.get(look)
                 if known is None:
                     known = self._stripped(stock(*args, **kwargs))
-                    self.kept.put(key, known)
+                    self.kept.put(look, known)
                 return known
 
             return looked

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..prompts import replace_token
 from ..states import ImageInputs
 
 if TYPE_CHECKING:
@@ -22,6 +23,43 @@ _PROMPT_TYPES = frozenset({"paligemma"})
 _WORD = " what"
 #: Image tokens of a sample that a model is checked with when it is loaded: towers of large models take their time.
 _SAMPLE = 96
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """Return what a processor makes of images or videos, without what it makes of text."""
+    return {
+        name: torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name not in _OF_TEXT
+    }
+
+
+def video_inputs(processor: Any, text: str, features_id: int, frames: Sequence[Image], fps: float) -> ImageInputs:
+    """Return a video as a checkpoint's own processor prepares it, every frame kept.
+
+    Args:
+        processor: with a video processor. text: its placeholder. features_id: the token that features replace.
+        frames, fps: of the video.
+    Raises:
+        ValueError: the processor refuses it.
+    """
+    tokenizer = processor.tokenizer
+    videos = [[np.asarray(frame) for frame in frames]]
+    told = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    told |= {"duration": len(frames) / fps, "height": frames[0].height, "width": frames[0].width}
+    batch = processor(
+        text=[text + _WORD], videos=videos, video_metadata=[told], do_sample_frames=False, return_tensors="pt"
+    )
+    ids = batch["input_ids"][0].tolist()
+    word = list(tokenizer(_WORD, add_special_tokens=False)["input_ids"])
+    plain = list(tokenizer(text + _WORD)["input_ids"])
+    opening = plain.index(tokenizer.convert_tokens_to_ids(text))
+    closing = len(plain) - opening - 1 - len(word)
+    expansion = ids[opening : len(ids) - closing - len(word)]
+    spelled = tokenizer.decode(expansion, skip_special_tokens=False)
+    same = list(tokenizer(spelled, add_special_tokens=False)["input_ids"]) == expansion
+    count = expansion.count(features_id)
+    return ImageInputs("", tensors_of(batch), count, tuple(expansion), spelled if same else "", video=True)
 
 
 class Placeholder:
@@ -41,6 +79,7 @@ class Placeholder:
         self.closing: tuple[int, ...] = ()
         self._before: tuple[int, ...] = ()
         self.typed_id = int(self.tokenizer.convert_tokens_to_ids(self.text)) if self.text else -1
+        self.video_text, self.video_id = self._video()
 
     def _token_id(self) -> int:
         if not hasattr(self.config, "vision_config"):
@@ -65,6 +104,32 @@ class Placeholder:
         found = found or getattr(self.processor, "image_token", None)
         text = found if isinstance(found, str) else self.tokenizer.convert_ids_to_tokens(self.token_id)
         return str(text)
+
+    def _video(self) -> tuple[str, int]:
+        """What stands for a video in a raw prompt, and its token; "" and -1 where there are no videos."""
+        text = getattr(self.processor, "video_token", None)
+        if not isinstance(text, str) or not hasattr(self.processor, "video_processor"):
+            return "", -1
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        return ("", -1) if token is None or token == self.tokenizer.unk_token_id else (text, int(token))
+
+    def listed_text(self, hf: Any) -> str:
+        """What stands for each of several images in a raw prompt.
+
+        Positions with time, height and width take image tokens that follow each other for one image: between marks of
+        its beginning and end, which chat templates of such models write, each is told from the next.
+        """
+        if not hasattr(getattr(hf, "model", None), "get_rope_index"):
+            return self.text
+        for names in (
+            ("vision_start_token_id", "vision_end_token_id"),
+            ("image_start_token_id", "image_end_token_id"),
+        ):
+            tokens = [getattr(self.config, name, None) for name in names]
+            if None not in tokens:
+                opening, closing = self.tokenizer.convert_ids_to_tokens(tokens)
+                return f"{opening}{self.text}{closing}"
+        return self.text
 
     def some_ids(self, count: int) -> list[int]:
         """Tokens of some text, none of them special."""
@@ -91,39 +156,65 @@ class Placeholder:
         A processor is given a placeholder with a word behind it: what it puts before the word stands for the image.
         """
         batch = processor(text=[self.text + _WORD], images=[image], return_tensors="pt")
-        expansion = self._expansion(batch["input_ids"][0].tolist())
-        tensors = {
-            name: torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
-            for name, value in batch.items()
-            if name not in _OF_TEXT
-        }
-        spelled = self.tokenizer.decode(expansion, skip_special_tokens=False)
-        same = list(self.tokenizer(spelled, add_special_tokens=False)["input_ids"]) == expansion
-        count = sum(token == self.token_id for token in expansion)
-        return tensors, count, tuple(expansion), spelled if same else ""
+        (expansion,) = self._expansions(batch["input_ids"][0].tolist(), 1)
+        return tensors_of(batch), expansion.count(self.token_id), tuple(expansion), self._spelled(expansion)
 
-    def _expansion(self, ids: list[int]) -> list[int]:
-        """Tokens for the placeholder; learns what the processor puts around a prompt with an image."""
+    def list_inputs(self, processor: Any, images: Sequence[Image], keys: Sequence[str]) -> ImageInputs:
+        """Return the tensors of several images of one prompt, with what each placeholder is replaced by in the parts.
+
+        Args:
+            processor: of the model. images: in order. keys: their content hashes.
+        Raises:
+            ValueError: the processor refuses them, or does not put each in the place of its placeholder.
+        """
+        batch = processor(text=[(self.text + _WORD) * len(images)], images=[list(images)], return_tensors="pt")
+        expansions = self._expansions(batch["input_ids"][0].tolist(), len(images))
+        parts = tuple(
+            ImageInputs(key, {}, tokens.count(self.token_id), tuple(tokens), self._spelled(tokens))
+            for key, tokens in zip(keys, expansions, strict=True)
+        )
+        return ImageInputs("", tensors_of(batch), sum(part.tokens for part in parts), parts=parts)
+
+    def _spelled(self, expansion: list[int]) -> str:
+        text: str = self.tokenizer.decode(expansion, skip_special_tokens=False)
+        return text if list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) == expansion else ""
+
+    def _expansions(self, ids: list[int], count: int) -> list[list[int]]:
+        """Tokens for each placeholder; learns what the processor puts around a prompt with an image."""
         word = list(self.tokenizer(_WORD, add_special_tokens=False)["input_ids"])
         plain = list(self.tokenizer(self.text + _WORD)["input_ids"])
         place = plain.index(self.typed_id)
         before, after = plain[:place], plain[place + 1 + len(word) :]
         ends = [end for end in range(len(word), len(ids) + 1) if ids[end - len(word) : end] == word]
-        if not ends:
+        if not ends and count == 1:
             first = ids.index(self.token_id)
-            return ids[first : len(ids) - ids[::-1].index(self.token_id)]
-        head, rest = ids[: ends[-1] - len(word)], ids[ends[-1] :]
+            return [ids[first : len(ids) - ids[::-1].index(self.token_id)]]
+        if len(ends) < count or (len(ends) > count > 1):
+            rule = "a processor must put each image of a prompt in the place of its placeholder"
+            raise ValueError(f"{rule} (got {len(ends)} of {count} words between images)")
+        rest = ids[ends[-1] :]
         self.closing = tuple(rest[: len(rest) - len(after)] if rest[len(rest) - len(after) :] == after else rest)
         # PaliGemma's prompts begin with their image
-        self.opening = tuple(before) if head[: len(before)] == before else ()
+        self.opening = tuple(before) if ids[: len(before)] == before else ()
         self._before = tuple(before)
-        return head[len(self.opening) :]
+        ends = ends[-count:]
+        starts = [len(self.opening), *ends[:-1]]
+        return [ids[start : end - len(word)] for start, end in zip(starts, ends, strict=True)]
 
     def placed(self, ids: Sequence[int], image: ImageInputs | int) -> list[int]:
-        """Return the tokens of a prompt with those of its image in the place of the placeholder."""
-        place = list(ids).index(self.typed_id)
-        expansion = (self.token_id,) * image if isinstance(image, int) else image.expansion
-        return self.framed([*ids[:place], *expansion, *ids[place + 1 :]])
+        """Return the tokens of a prompt with those of its images in the places of the placeholders."""
+        if isinstance(image, int):
+            return self.framed(replace_token(ids, self.typed_id, [(self.token_id,) * image]))
+        token = self.video_id if image.video else self.typed_id
+        return self.framed(replace_token(ids, token, [part.expansion for part in image.each]))
+
+    def written(self, text: str, image: ImageInputs) -> str:
+        """Return a prompt's text with the text of each image in the place of its placeholder; "" without such text."""
+        between = text.split(self.video_text if image.video else self.text)
+        spelled = [part.spelled for part in image.each]
+        if not all(spelled) or len(between) != len(spelled) + 1:
+            return ""
+        return "".join([between[0], *(a + b for a, b in zip(spelled, between[1:], strict=True))])
 
     def framed(self, ids: Sequence[int]) -> list[int]:
         """Return tokens of a prompt with an image with what the processor puts around such prompts."""

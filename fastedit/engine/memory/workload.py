@@ -77,7 +77,7 @@ def measure_workload(
     for query in itertools.chain(*fitted, asked):
         if query.image is not None:
             read = model.images.read(query.image)
-            images[read.key] = read
+            images |= {part.key: part for part in read.looked_at}
     # A shaken copy of the image stands in for another picture of the same
     made = Role.IMAGE_REPHRASE in roles
     largest = max(images.values(), key=lambda image: image.tokens, default=None)

@@ -229,7 +229,7 @@ class FlopCounter:
         from torch.utils.flop_counter import FlopCounterMode
 
         total = 0
-        for image in {image.key: image for image in encoded.images if image is not None}.values():
+        for image in encoded.distinct_images.values():
             shape = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(image.tensors.items()))
             # Grids are values, not shapes: two images may have as many patches and other windows.
             shape += tuple((name, tuple(t.flatten().tolist())) for name, t in image.tensors.items() if t.numel() <= 8)

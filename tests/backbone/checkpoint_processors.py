@@ -1,0 +1,136 @@
+"""Processors of transformers' own classes for the tiny models, made without a download."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from fastedit.backbone.processors import _any_class
+from fastedit.backbone.synthetic.processors import made_up_tokenizer
+
+from .architectures import VOCABULARY
+
+
+def pillow(folder: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}"), name)
+
+
+def tokenizer(marked: bool = False, words: int = VOCABULARY, **named: str) -> Any:
+    made = made_up_tokenizer(words, end="</s>", opens=not marked)
+    for name, token in named.items():
+        setattr(made, name, token)
+        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
+    return made
+
+
+def lenient(name: str) -> Any:
+    """A class of processors that takes None for a video processor."""
+    family: Any = getattr(importlib.import_module("transformers"), name)
+    return type(name, (family,), {"check_argument_for_proper_class": _any_class})
+
+
+def square(side: int = 32) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def gemma3() -> Any:
+    from transformers import Gemma3Processor
+
+    words = tokenizer(boi_token="<|vision_start|>", eoi_token="<|vision_end|>", image_token="<image>")
+    images = pillow("gemma3", "Gemma3ImageProcessorPil")(size=square())
+    return Gemma3Processor(images, words, image_seq_length=4)
+
+
+def paligemma() -> Any:
+    from transformers import PaliGemmaProcessor
+
+    images = pillow("siglip", "SiglipImageProcessorPil")(size=square())
+    images.image_seq_length = 16
+    return PaliGemmaProcessor(images, tokenizer())
+
+
+def qwen(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        images = pillow("qwen2_vl", "Qwen2VLImageProcessorPil")(
+            patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 4096}
+        )
+        return lenient(name)(image_processor=images, tokenizer=tokenizer(marked=True), video_processor=None)
+
+    return make
+
+
+def phi3() -> Any:
+    from transformers import LlavaProcessor
+
+    images = pillow("clip", "CLIPImageProcessorPil")(size={"shortest_edge": 32}, crop_size=square())
+    return LlavaProcessor(
+        images, tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def internvl() -> Any:
+    words = tokenizer(start_image_token="<|vision_start|>", end_image_token="<|vision_end|>", video_token="<video>")
+    words.context_image_token, words.context_image_token_id = "<image>", words.convert_tokens_to_ids("<image>")
+    images = pillow("got_ocr2", "GotOcr2ImageProcessorPil")(size=square(), crop_to_patches=True, max_patches=4)
+    return lenient("InternVLProcessor")(images, words, None, image_seq_length=4)
+
+
+def idefics3() -> Any:
+    from transformers import Idefics3Processor
+
+    images = pillow("idefics3", "Idefics3ImageProcessorPil")(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return Idefics3Processor(images, tokenizer(words=VOCABULARY - 20), image_seq_len=4)
+
+
+def smolvlm() -> Any:
+    module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    # Spells numbers in prompts with videos, and is asked for by all
+    module.num2words = module.num2words or str  # type: ignore[attr-defined]
+    words = tokenizer(words=VOCABULARY - 20)
+    words.add_special_tokens({"additional_special_tokens": ["<fake_token_around_image>", "<global-img>"]})
+    images = pillow("smolvlm", "SmolVLMImageProcessorPil")(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return lenient("SmolVLMProcessor")(images, words, None, image_seq_len=4)
+
+
+def llava_next() -> Any:
+    from transformers import LlavaNextProcessor
+
+    images = pillow("llava_next", "LlavaNextImageProcessorPil")(
+        size={"shortest_edge": 32}, crop_size=square(), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]
+    )
+    return LlavaNextProcessor(
+        images, tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def llava_onevision() -> Any:
+    images = pillow("llava_onevision", "LlavaOnevisionImageProcessorPil")(
+        size=square(), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]
+    )
+    return lenient("LlavaOnevisionProcessor")(
+        images, tokenizer(), None, num_image_tokens=16, vision_feature_select_strategy="full"
+    )
+
+
+#: By architecture, see `architectures`.
+MAKERS: dict[str, Callable[[], Any]] = {
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "qwen2_vl": qwen("Qwen2VLProcessor"),
+    "qwen2_5_vl": qwen("Qwen2_5_VLProcessor"),
+    "qwen3_vl": qwen("Qwen3VLProcessor"),
+    "qwen3_vl_moe": qwen("Qwen3VLProcessor"),
+    "qwen3_5": qwen("Qwen3VLProcessor"),
+    "llava+phi3": phi3,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "llava": phi3,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+}

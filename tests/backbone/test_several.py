@@ -1,0 +1,177 @@
+"""Several images in one question: the tokens of the checkpoint's processor, the logits of its stock forward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from fastedit.backbone import EditableModel
+from fastedit.backbone.adapters import make_adapter
+from fastedit.backbone.generic.adapter import GenericAdapter, generic
+from fastedit.backbone.loading import end_tokens
+from fastedit.backbone.packed_forward import packed_prefix, packed_start, packed_tail
+from fastedit.requests import Query, images_of
+
+from .architectures import make_stock
+from .checkpoint_processors import MAKERS
+from .conftest import picture
+
+#: Walked by a family's own stack; by "+any" after it the same model by tracing.
+FAST = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TRACED = (
+    "gemma3",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "paligemma",
+    "llava+phi3",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "llava_onevision any",
+    "qwen2_5_vl any",
+)
+#: Stock models that round to float32 inside, see `test_architectures`.
+ROUNDING = {"paligemma": 2e-5}
+
+
+@functools.cache
+def editable(key: str) -> EditableModel:
+    name, _, any_path = key.partition(" ")
+    hf, processor = make_stock(name), MAKERS[name]()
+    return EditableModel(
+        hf,
+        processor,
+        GenericAdapter(hf, processor) if any_path else make_adapter(hf, processor),
+        name=key,
+        quantize="none",
+        dtype=hf.dtype,
+        template="{image}\nquestion: {} answer:",
+        end_token_ids=end_tokens(hf, processor.tokenizer),
+        image_cache_mib=16,
+    )
+
+
+A, B, C = picture(0, 40, 70), picture(1, 64, 30), picture(2, 33, 33)
+
+
+def questions() -> list[Query]:
+    """Rows with 0 to 3 images of different sizes, before the question and inside of it."""
+    return [
+        Query("which one is red?", [A, B], "the left one"),
+        Query("is {image} or {image} on the beach, not {image} here?", [B, C, A], "two"),
+        Query("what is it?", A, "red"),
+        Query("what?", None, "blue"),
+        Query("which one is red?", [B, A], "right"),
+        Query("{image} and {image}", [C, C], "same"),
+        Query("what is it?", [C, B, A], "a dog"),
+    ]
+
+
+def stock_inputs(model: EditableModel, query: Query) -> dict[str, Any]:
+    """What the checkpoint's own processor makes of a question, with the images that it is given in order."""
+    images = images_of(query.image)
+    mark = (model.adapter.listed_text if len(images) > 1 else "") or model.adapter.image_text
+    text = f"question: {query.prompt} answer:"
+    if query.prompt.count("{image}") == len(images) > 1:
+        text = "\n" + text.replace("{image}", mark)
+    else:
+        text = mark * len(images) + "\n" + text
+    given: dict[str, Any] = {"images": [list(images)]} if images else {}
+    return dict(model.processor(text=[text], return_tensors="pt", **given))
+
+
+@torch.no_grad()
+def stock_logits(model: EditableModel, inputs: dict[str, Any], answer: list[int]) -> torch.Tensor:
+    """Logits of an answer's tokens behind a processor's prompt."""
+    added = torch.tensor([answer[:-1]], dtype=torch.long)
+    inputs = dict(inputs)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            value = torch.as_tensor(inputs[name])
+            # PaliGemma's token types tell an answer from its prompt
+            fill = {"input_ids": added, "attention_mask": torch.ones_like(added)}.get(name, torch.zeros_like(added))
+            fill = torch.ones_like(added) if model.name == "paligemma" and name == "token_type_ids" else fill
+            inputs[name] = torch.cat([value, fill], 1)
+    inputs = {
+        name: value.to(torch.float64) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name not in ("rows", "cols", "num_crops", "num_patches", "labels")
+    }
+    if hasattr(getattr(model.hf, "model", None), "rope_deltas"):
+        model.hf.model.rope_deltas = None
+    return model.hf(**inputs, use_cache=False).logits[0, -len(answer) :]
+
+
+@pytest.mark.parametrize("key", [*FAST, *TRACED])
+@torch.no_grad()
+def test_ids_and_logits_are_those_of_the_stock_processor_and_model(key: str) -> None:
+    model = editable(key)
+    asked = questions()
+    encoded = model.encode(asked, answers=True)
+    start = packed_start(model, encoded)
+    state = packed_prefix(model, start, 1, "ffn")
+    logits = torch.split(model.head(packed_tail(model, state)), list(state.wanted_counts))
+    for row, query in enumerate(asked):
+        if query.image is None and key == "paligemma":
+            # Its processor insists on an image
+            continue
+        inputs = stock_inputs(model, query)
+        length = int(encoded.last_prompt[row]) + 1
+        assert encoded.input_ids[row, :length].tolist() == inputs["input_ids"][0].tolist(), query
+        answer = encoded.labels[row][encoded.label_mask[row]].tolist()
+        expected = stock_logits(model, inputs, answer)
+        assert float((logits[row] - expected).abs().max()) <= ROUNDING.get(key, 1e-12), query
+        alone = packed_tail(model, packed_start(model, model.encode([query], answers=True)))
+        assert float((model.head(alone) - logits[row]).abs().max()) <= ROUNDING.get(key, 1e-12), query
+
+
+@pytest.mark.parametrize("key", [*FAST, *TRACED])
+@torch.no_grad()
+def test_answers_are_those_of_the_stock_model(key: str) -> None:
+    model = editable(key)
+    asked = [query for query in questions() if query.image is not None]
+    answers = model.generate(asked, max_new_tokens=6)
+    for query, answer in zip(asked, answers, strict=True):
+        ids: list[int] = []
+        inputs = stock_inputs(model, query)
+        while len(ids) < 6:
+            # Without a cache: the stock model's own forward of prompt and answer so far
+            ids.append(int(stock_logits(model, inputs, [*ids, 0])[-1].argmax()))
+            if ids[-1] in model.end_token_ids:
+                break
+        assert answer == model.tokenizer.decode(ids, skip_special_tokens=True).strip(), query
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("key", ["qwen2_vl", "llava_next", "llava_onevision"])
+def test_questions_that_share_an_image_share_its_features(key: str) -> None:
+    model = editable(key)
+    model.forget()
+    seen: list[int] = []
+    stock = model.adapter.image_features
+    model.adapter.image_features = lambda images: seen.append(len(images)) or stock(images)  # type: ignore[method-assign]
+    try:
+        model.features(model.encode([Query("a", [A, B]), Query("b", [B, A]), Query("c", [C, B])], answers=False))
+        assert sum(seen) == 3
+        model.features(model.encode([Query("a", [A, B, C])], answers=False))
+        assert sum(seen) == 3
+    finally:
+        del model.adapter.image_features
+
+
+def test_lists_are_told_apart_by_content_and_order(tmp_path: Any) -> None:
+    model = editable("gemma3")
+    A.save(tmp_path / "a.png")
+    B.save(tmp_path / "b.png")
+    reader = model.images
+    files = reader.read([tmp_path / "a.png", tmp_path / "b.png"])
+    assert files.key == reader.read([A, B]).key != reader.read([B, A]).key
+    assert reader.read([tmp_path / "a.png", tmp_path / "b.png"]) is files
+    keys = [reader.identity(each) for each in ([A, B], [B, A], [A, B, B], A, None)]
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(FileNotFoundError, match=r"encode: row 0: \[1\]: image: no such file \(got 'absent\.png'\)"):
+        model.encode([Query("what?", [A, tmp_path / "absent.png"])], answers=False)
+    assert generic(model.adapter) is not None
