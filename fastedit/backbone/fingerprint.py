@@ -38,7 +38,10 @@ def weights_hash(module: nn.Module) -> str:
 
 def model_fingerprint(hf: Any) -> str:
     """Return the SHA-256 over configuration and weights of a Hugging Face model."""
-    digest = hashlib.sha256(json.dumps(_stable(hf.config.to_dict()), sort_keys=True, default=str).encode())
+    config = hf.config.to_dict()
+    # A trainer that is made around a model sets it; nothing is computed otherwise
+    config.pop("use_cache", None)
+    digest = hashlib.sha256(json.dumps(_stable(config), sort_keys=True, default=str).encode())
     digest.update(weights_hash(hf).encode())
     return digest.hexdigest()
 
