@@ -60,7 +60,8 @@ def installed_on(model: Any) -> tuple[Holder, ...]:
 
 
 def _all() -> tuple[Holder, ...]:
-    return () if _NONE.get() else (*_EVERYWHERE, *_INSTALLED.get())
+    # Each once: a call holds on to those that are installed for all threads
+    return () if _NONE.get() else tuple({id(each): each for each in (*_EVERYWHERE, *_INSTALLED.get())}.values())
 
 
 @contextmanager
@@ -71,13 +72,20 @@ def installing(holder: Holder, *, everywhere: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            _EVERYWHERE.remove(holder)
+            withdraw(holder)
         return
     _INSTALLED.set((*_INSTALLED.get(), holder))
     try:
         yield
     finally:
-        _INSTALLED.set(tuple(each for each in _INSTALLED.get() if each is not holder))
+        left = list(_INSTALLED.get())
+        newest = max(number for number, each in enumerate(left) if each is holder)
+        _INSTALLED.set((*left[:newest], *left[newest + 1 :]))
+
+
+def withdraw(holder: Holder) -> None:
+    """Take deltas from those that are installed for all threads; contexts that installed them keep them."""
+    _EVERYWHERE[:] = [each for each in _EVERYWHERE if each is not holder]
 
 
 @contextmanager

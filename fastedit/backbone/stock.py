@@ -22,6 +22,7 @@ from .context import scoped_hooks
 from .generic.adapter import generic
 from .packed import PackedState
 from .token_layout import Running, TokenLayout, showing
+from .vision import VISION
 
 if TYPE_CHECKING:
     from .model import EditableModel
@@ -49,21 +50,29 @@ def is_inside(holder: Any) -> bool:
 
 
 @contextmanager
-def _inside(holder: Any) -> Iterator[None]:
-    before = _INSIDE.get()
+def _inside(holder: Any, choice: Sequence[int] | None) -> Iterator[None]:
+    """Inside the block a holder's choice is this one; what it was for other calls comes back."""
+    before, chosen = _INSIDE.get(), holder.choice
     _INSIDE.set(before | {id(holder)})
+    holder.choice = None if choice is None else list(choice)
     try:
         yield
     finally:
+        holder.choice = chosen
         _INSIDE.set(before)
 
 
 @dataclass
 class Remembered:
-    """What holds for a cache: which edit acts on each row, and how many tokens were read behind the prompts."""
+    """What holds for a cache: which edit acts on each row, and what it held when the prompts had been read.
 
-    choices: dict[int, list[int] | None]
-    behind: int
+    Args:
+        choice: by row. held: tokens of the cache. behind: by row, tokens read behind the prompt by then.
+    """
+
+    choice: list[int] | None
+    held: int
+    behind: tuple[int, ...]
 
 
 class StockCalls:
@@ -88,16 +97,17 @@ class StockCalls:
         stock: Callable[..., Any],
         holder: Any,
         chosen: Sequence[int] | None,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        given: dict[str, Any],
+        *,
+        unknown: bool = False,
     ) -> Any:
         """Call the stock forward with a holder's deltas acting.
 
         Args:
             stock: the forward. holder: installed. chosen: by row the edit that acts, -1 for none; None lets the router
-                choose. args, kwargs: of the call.
+                choose. given: the arguments of the call by name.
+            unknown: whether a call may go on, unedited, behind a cache that was filled without the deltas.
         """
-        given = dict(zip(("input_ids",), args, strict=False)) | kwargs
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         tokens = ids if ids is not None else embeddings
         if tokens is None:
@@ -106,25 +116,28 @@ class StockCalls:
         cache = _cache(given)
         if self.goes_on(given):
             known = self._by_cache.get(cache)
+            if known is None and unknown:
+                # Filled before the deltas were there: it belongs to a call of the base model
+                with holder.paused():
+                    return stock(**given)
             if known is None:
                 raise ValueError(
                     "attach: a cache is filled while the deltas are attached, so that what acts on its rows is known "
                     "(got one that held tokens before)"
                 )
-            return self._step(stock, holder, known, rows, length, args, kwargs)
+            return self._step(stock, holder, known, rows, length, cache, given)
         prompts = self._prompts(given, tokens)
         with ExitStack() as entered:
-            entered.enter_context(_inside(holder))
-            entered.enter_context(showing(Running({rows * length: prompts.layout(length)})))
-            if chosen is not None:
-                holder.choice = list(chosen)
-            elif holder.router is not None:
-                holder.choice = None
+            entered.enter_context(_inside(holder, chosen))
+            image = prompts.image if holder.point[1] == VISION else None
+            shares = () if image is None else image.sum(1).tolist()
+            entered.enter_context(showing(Running({rows * length: prompts.layout(length)}, shares)))
+            if chosen is None and holder.router is not None:
                 entered.enter_context(self._deciding(holder, prompts))
-            output = stock(*args, **kwargs)
-        cache = cache if cache is not None else _cache(output)
-        if cache is not None:
-            self._by_cache[cache] = Remembered({id(holder): holder.choice}, 0)
+            output = stock(**given)
+            cache = cache if cache is not None else _cache(output)
+            if cache is not None:
+                self._by_cache[cache] = Remembered(holder.choice, length, prompts.behind())
         return output
 
     def _step(
@@ -134,21 +147,38 @@ class StockCalls:
         known: Remembered,
         rows: int,
         length: int,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        cache: Any,
+        given: dict[str, Any],
     ) -> Any:
         """Tokens behind prompts that were read before."""
-        choice = known.choices.get(id(holder))
-        if choice is not None and len(choice) != rows:
+        if len(known.behind) != rows:
             raise ValueError(
-                f"attach: a cache has the rows that it was filled with (got {rows} rows, filled with {len(choice)})"
+                f"attach: a cache has the rows that it was filled with (got {rows} rows, filled with "
+                f"{len(known.behind)})"
             )
-        holder.choice = choice
-        layout = TokenLayout((length,) * rows, behind=(1 + known.behind,) * rows)
-        with _inside(holder), showing(Running({rows * length: layout})):
-            output = stock(*args, **kwargs)
-        known.behind += length
-        return output
+        # Asked anew at every step: a cache may have been cropped
+        more = 1 + int(cache.get_seq_length()) - known.held
+        layout = TokenLayout((length,) * rows, behind=tuple(more + first for first in known.behind))
+        with _inside(holder, known.choice), showing(Running({rows * length: layout})):
+            return stock(**given)
+
+    @contextmanager
+    def looking(self, holder: Any, ids: Tensor | None, chosen: Sequence[int] | None) -> Iterator[None]:
+        """Inside the block deltas behind the vision tower know whose images are looked at, also before any forward.
+
+        Args:
+            ids: (R, N), of the prompts. chosen: by row the edit that acts; None is the only one.
+        """
+        if holder.point[1] != VISION or ids is None:
+            yield
+            return
+        before = holder.choice
+        holder.choice = None if chosen is None else list(chosen)
+        try:
+            with showing(Running({}, (ids == self.model.adapter.image_token_id).sum(1).tolist())):
+                yield
+        finally:
+            holder.choice = before
 
     def _prompts(self, given: dict[str, Any], tokens: Tensor) -> Prompts:
         """What the arguments of a call say of its rows."""
@@ -181,7 +211,7 @@ class StockCalls:
         if ids is not None:
             marks = ids == self.model.adapter.image_token_id
             image = marks if bool(marks.any()) else None
-        return Prompts(inside, last, image)
+        return Prompts(inside, last, image, real)
 
     @contextmanager
     def _deciding(self, holder: Any, prompts: Prompts) -> Iterator[None]:
@@ -214,12 +244,18 @@ class Prompts:
 
     Args:
         inside: (R, N), bool, tokens of the prompts. last: (R,), int64, the last of each row.
-        image: (R, N), bool, tokens of images, or None without any.
+        image: (R, N), bool, tokens of images, or None without any. real: (R, N), bool, no padding.
     """
 
     inside: Tensor
     last: Tensor
     image: Tensor | None
+    real: Tensor
+
+    def behind(self) -> tuple[int, ...]:
+        """By row, tokens behind the prompt: of its answer."""
+        place = torch.arange(self.real.shape[1], device=self.real.device)
+        return tuple((self.real & (place > self.last[:, None])).sum(1).tolist())
 
     def layout(self, length: int) -> TokenLayout:
         """Whose the padded tokens are, row after row."""
@@ -256,6 +292,8 @@ class Prompts:
 
 def _cache(given: Any) -> Any:
     """The cache among the arguments of a call, or of its output, under the names that transformers gives it."""
+    if isinstance(given, tuple):
+        return next((part for part in given if hasattr(part, "get_seq_length")), None)
     for name in ("cache", "past_key_values"):
         # Outputs warn where their older name is looked up
         found = given.get(name) if hasattr(given, "get") else None

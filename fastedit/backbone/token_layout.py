@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,12 +77,23 @@ class Running:
 
     Args:
         layouts: by number of tokens: of all in a walk, or of those that are wanted.
+        image_tokens: by row, tokens of images: other things that are seen of images are shared out likewise.
     """
 
-    def __init__(self, layouts: Mapping[int, TokenLayout]) -> None:
+    def __init__(self, layouts: Mapping[int, TokenLayout], image_tokens: Sequence[int] = ()) -> None:
         self.layouts = dict(layouts)
+        self._image_tokens = tuple(image_tokens)
         #: For those who hook in: what they worked out of a layout.
         self.memory: dict[Any, Any] = {}
+
+    def layout(self, tokens: int) -> TokenLayout | None:
+        """The layout of so many tokens; None where it is not known."""
+        total = sum(self._image_tokens)
+        if tokens not in self.layouts and total and tokens:
+            counts = [divmod(tokens * count, total) for count in self._image_tokens]
+            if not any(rest for _, rest in counts):
+                self.layouts[tokens] = TokenLayout(tuple(count for count, _ in counts))
+        return self.layouts.get(tokens)
 
 
 def _of_state(state: PackedState) -> Running:

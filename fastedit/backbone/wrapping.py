@@ -7,6 +7,7 @@ from typing import Any
 from .adapters import check_configuration, make_adapter
 from .loading import _float_dtype, end_tokens
 from .model import EditableModel
+from .processors import PartsProcessor
 from .quantization import _stored_kind
 
 
@@ -26,9 +27,9 @@ def wrap(
     is remembered of it is dropped once its weights were changed in place, by a trainer for example.
 
     Args:
-        hf_model: an image-text model, quantized by bitsandbytes or not; or a PEFT model around one,
-            whose active adapters are then part of the base model.
-        processor: of the model, with ``image_processor`` and ``tokenizer``.
+        hf_model: an image-text model, or a causal model of text alone, quantized by bitsandbytes or not; or a PEFT
+            model around one, whose active adapters are then part of the base model.
+        processor: of the model, with ``image_processor`` and ``tokenizer``; of a model of text alone its tokenizer.
         name: for messages; None is that of the configuration.
         template, image_cache_mib, state_cache_mib: see ``fastedit.load``.
     Raises:
@@ -38,6 +39,8 @@ def wrap(
     hf = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
     if not hasattr(getattr(hf, "config", None), "model_type"):
         raise TypeError(f"wrap: hf_model must be a model of transformers (got a {type(hf_model).__name__})")
+    if not hasattr(hf.config, "vision_config") and hasattr(processor, "convert_tokens_to_ids"):
+        processor = PartsProcessor(None, processor, getattr(processor, "chat_template", None))
     for part in ("image_processor", "tokenizer"):
         if not hasattr(processor, part):
             raise TypeError(f"wrap: processor must have an {part} (got a {type(processor).__name__})")

@@ -170,12 +170,12 @@ class RowsHolder:
     def spans(self, tokens: int) -> TokenSpans | None:
         """Spans of the packed tokens that run through the model now; None where rows are padded."""
         running, n_edits = self.model.running, self.stacked.size
-        if running is None or tokens not in running.layouts:
+        layout = None if running is None else running.layout(tokens)
+        if running is None or layout is None:
             return None
         positions = self.stacked.spec.positions
         key = (tokens, n_edits, positions, self.rows if self.choice is None else tuple(self.choice))
         if key not in running.memory:
-            layout = running.layouts[tokens]
             acting = layout.acting(positions)
             if self.choice is None:
                 made = TokenSpans.of(self.rows, layout.counts, n_edits, acting)

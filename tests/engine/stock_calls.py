@@ -47,9 +47,13 @@ HASTY: dict[str, Any] = {"steps": 2, "batch_size": 2, "valid_every": 2, "warmup"
 FELT = {"mend": 3.0, "ke": 3.0}
 
 
-@functools.cache
 def load(name: str, dtype: str = "float64") -> EditableModel:
     """A tiny random or embedded model, or, after "generic:", one of an architecture that is walked by tracing."""
+    return _loaded(name, dtype)
+
+
+@functools.cache
+def _loaded(name: str, dtype: str) -> EditableModel:
     if name.startswith("generic:"):
         key = name.partition(":")[2]
         return make_editable(key, make_stock(key, getattr(torch, dtype)))
