@@ -166,7 +166,7 @@ def _prompt_tokens(
         return traced.place_image(text, model.prompts, image)
     if seen and seen[0].video:
         placed = replace_token(ids, placeholder, [seen[0].expansion])
-        return placed, [token == placeholder for token in placed]
+        return placed, [token == seen[0].features_id for token in placed]
     return adapter.place_image(ids, *([image] if isinstance(image, int) else [part.tokens for part in seen]))
 
 

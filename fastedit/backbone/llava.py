@@ -6,7 +6,8 @@ tokens depends on its shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .adapters import check_count, image_token_id, input_place, sequential_positions, token_text
 from .context import scoped_hooks
+from .generic.processing import video_inputs
 from .prompts import expand_image_token
 from .several import joined, without_video
 from .states import ImageFeatures, ImageInputs, join_padded
@@ -111,6 +113,13 @@ class LlavaAdapter:
         return sequential_positions(image_mask)
 
 
+def _kind(image: ImageInputs) -> str:
+    """How LLaVA-OneVision looks at it."""
+    if image.video:
+        return "video"
+    return "cut" if image.tensors["batch_num_images"].tolist() == [1] else "whole"
+
+
 class LlavaTiledAdapter(LlavaAdapter):
     """LLaVA-NeXT and OneVision: an image is cut into tiles, their number and padding depend on its shape."""
 
@@ -127,6 +136,10 @@ class LlavaTiledAdapter(LlavaAdapter):
             raise ValueError(f"{rule} (got {cut!r:.80} and {joined!r:.80})")
         #: LLaVA-OneVision cuts an image into tiles where it is alone, and takes each of several whole.
         self.joins_lists = hasattr(hf.config, "vision_aspect_ratio")
+        if self.joins_lists:
+            self.video_token_id = int(hf.config.video_token_id)
+            self.video_text = token_text(processor, self.video_token_id) or ""
+            self.no_video = without_video(processor, self.video_text)
 
     def vision_linears(self) -> dict[str, str]:
         """None: features are cut and joined between projector and decoder."""
@@ -154,16 +167,32 @@ class LlavaTiledAdapter(LlavaAdapter):
         return joined("", parts)
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
-        """Run tower and projector over images that are cut, and over those that are not."""
+        """Run tower and projector over images that are cut, over those that are not, and over videos."""
         if not self.joins_lists:
             return super().image_features(images)
-        whole = [image.tensors["batch_num_images"].tolist() != [1] for image in images]
-        features: list[ImageFeatures | None] = [None] * len(images)
-        for kind in dict.fromkeys(whole):
-            chosen = [number for number, each in enumerate(whole) if each == kind]
-            for number, part in zip(chosen, self._looked([images[n] for n in chosen], whole=kind), strict=True):
-                features[number] = part
-        return [part for part in features if part is not None]
+        looks: dict[str, Callable[[Sequence[ImageInputs]], list[ImageFeatures]]] = {
+            "cut": partial(self._looked, whole=False),
+            "whole": partial(self._looked, whole=True),
+            "video": self._watched,
+        }
+        kinds = [_kind(image) for image in images]
+        features: dict[int, ImageFeatures] = {}
+        for kind in dict.fromkeys(kinds):
+            chosen = [number for number, each in enumerate(kinds) if each == kind]
+            features |= zip(chosen, looks[kind]([images[number] for number in chosen]), strict=True)
+        return [features[number] for number in range(len(images))]
+
+    def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
+        """Return a video's frames, which the model pools."""
+        return video_inputs(self.processor, self.video_text, self.video_token_id, self.image_token_id, frames, fps)
+
+    def _watched(self, videos: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        device, dtype = input_place(self.hf.model.vision_tower, self.hf)
+        # Frames are counted by the model over the whole call
+        return [
+            ImageFeatures(tokens=self.hf.model.get_video_features(pixels, return_dict=True).pooler_output[0])
+            for pixels in (video.tensors["pixel_values_videos"].to(device, dtype) for video in videos)
+        ]
 
     def _looked(self, images: Sequence[ImageInputs], *, whole: bool) -> list[ImageFeatures]:
         # The model cuts what is alone: one that is not to be cut gets a twin, whose features are left

@@ -45,9 +45,9 @@ class QwenVLAdapter:
         opening, closing = names if len(names) == 2 else ("<|vision_start|>", "<|vision_end|>")
         self.image_text = opening + processor.tokenizer.convert_ids_to_tokens(self.image_token_id) + closing
         self.video_token_id = int(hf.config.video_token_id)
-        self._video_token = processor.tokenizer.convert_ids_to_tokens(self.video_token_id) or ""
-        self.video_text = opening + self._video_token + closing
-        self.no_video = without_video(processor, self._video_token)
+        token = processor.tokenizer.convert_ids_to_tokens(self.video_token_id)
+        self.video_text = f"{opening}{token}{closing}" if token else ""
+        self.no_video = without_video(processor, self.video_text)
 
     @staticmethod
     def check(config: Any) -> None:
@@ -73,7 +73,7 @@ class QwenVLAdapter:
 
     def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
         """Return patches and grid of a video, and its tokens, times of frames among them where the family has such."""
-        return video_inputs(self.processor, self._video_token, self.video_token_id, frames, fps)
+        return video_inputs(self.processor, self.video_text, self.video_token_id, self.image_token_id, frames, fps)
 
     def vision_linears(self) -> dict[str, str]:
         """The merger's two maps."""

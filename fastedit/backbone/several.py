@@ -92,5 +92,5 @@ def without_video(processor: Any, token: str) -> str:
 def _told(visual: VisualSource) -> str:
     count = len(images_of(visual))
     if isinstance(visual, Video):
-        return f"a video of {count} frames"
+        return f"a video of {count} {'frame' if count == 1 else 'frames'}"
     return "an image" if count == 1 else f"{count} images"

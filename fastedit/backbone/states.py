@@ -43,7 +43,8 @@ class ImageInputs:
         expansion: tokens that the processor puts in the place of an image's placeholder, where it is asked for them.
         spelled: their text, where reading it gives those tokens again; else "".
         parts: of several images, one each in the order of their placeholders; () of one image and of a video.
-        video: whether the tokens are those of a video.
+        video: whether the tokens are those of a video. kind: what `mm_token_type_ids` are at them.
+        features_id: of a video, the token that features replace: some processors put images' tokens for its frames.
     """
 
     key: str
@@ -53,6 +54,8 @@ class ImageInputs:
     spelled: str = ""
     parts: tuple[ImageInputs, ...] = ()
     video: bool = False
+    kind: int = 1
+    features_id: int = -1
 
     @property
     def each(self) -> tuple[ImageInputs, ...]:
@@ -135,7 +138,7 @@ class Encoded:
         """Everything that the stock model's forward takes for these rows, as keyword arguments."""
         inputs: dict[str, Tensor] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
         if self.token_types:
-            kinds = torch.tensor([[2 if image is not None and image.video else 1] for image in self.images])
+            kinds = torch.tensor([[1 if image is None else image.kind] for image in self.images])
             inputs["mm_token_type_ids"] = self.image_mask.int() * kinds.int().to(self.image_mask.device)
         present = [part for image in self.images if image is not None for part in image.looked_at]
         for name in dict.fromkeys(name for part in present for name in part.tensors):

@@ -209,7 +209,10 @@ class StockCalls:
             # Models that embed their prompts before they generate; with beams each prompt has several rows
             ids = prompts.repeat_interleave(rows // len(prompts), 0)
         if ids is not None:
-            marks = ids == self.model.adapter.image_token_id
+            adapter = self.model.adapter
+            marks = ids == adapter.image_token_id
+            if adapter.video_token_id >= 0:
+                marks |= ids == adapter.video_token_id
             image = marks if bool(marks.any()) else None
         return Prompts(inside, last, image, real)
 

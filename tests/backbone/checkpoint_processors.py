@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.video_utils import VideoMetadata
 
 from fastedit.backbone.processors import _any_class
 from fastedit.backbone.synthetic.processors import made_up_tokenizer
@@ -134,3 +140,63 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
 }
+
+
+class Frames:
+    """Stands for a video processor where torchvision is not installed: what those of transformers return.
+
+    Args:
+        key: of an architecture. images: its image processor.
+    """
+
+    merge_size = temporal_patch_size = 2
+    model_input_names = ("pixel_values_videos",)
+
+    def __init__(self, key: str, images: Any) -> None:
+        self.key, self.images = key, images
+
+    def __call__(self, videos: Any, video_metadata: Any, **_: Any) -> dict[str, Any]:
+        """Return the frames of one video as the model takes them."""
+        told = VideoMetadata(**video_metadata[0])
+        if self.key.startswith("qwen"):
+            return {**self._patches(videos[0]), "video_metadata": [told]}
+        pixels = [Image.fromarray(frame).resize((32, 32)) for frame in videos[0]]
+        values = np.stack([np.asarray(frame, dtype=np.float32) / 127.5 - 1 for frame in pixels])
+        frames = torch.from_numpy(values).permute(0, 3, 1, 2)[None]
+        if self.key == "smolvlm":
+            seen = torch.ones(1, frames.shape[1], 32, 32, dtype=torch.long)
+            return {"pixel_values": frames, "pixel_attention_mask": seen, "video_metadata": [told]}
+        return {"pixel_values_videos": frames, "video_metadata": [told]}
+
+    def _patches(self, frames: Any) -> dict[str, Any]:
+        """Two frames at a time, the last one twice where their number is odd."""
+        single = [self.images(images=[Image.fromarray(frame)], return_tensors="pt") for frame in frames]
+        single += single[-1:] if len(single) % 2 else []
+        halves = [each["pixel_values"].view(-1, 3, 2, 64)[:, :, 0] for each in single]
+        pairs = [torch.stack(pair, 2).flatten(1) for pair in zip(halves[::2], halves[1::2], strict=True)]
+        _, height, width = single[0]["image_grid_thw"][0].tolist()
+        grid = torch.tensor([[len(pairs), height, width]])
+        return {"pixel_values_videos": torch.cat(pairs), "video_grid_thw": grid}
+
+
+#: Video processors of transformers, with arguments for tiny models.
+_VIDEO_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "internvl": ("InternVLVideoProcessor", {"size": square()}),
+    "llava_onevision": ("LlavaOnevisionVideoProcessor", {"size": square()}),
+    "smolvlm": ("SmolVLMVideoProcessor", {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}),
+}
+
+
+def with_video(key: str, processor: Any) -> Any:
+    """Give a processor a video processor: that of transformers where torchvision is installed."""
+    import transformers
+
+    if importlib.util.find_spec("torchvision") is None:
+        processor.video_processor = Frames(key, processor.image_processor)
+        return processor
+    patches = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    patches["size"] = {"shortest_edge": 1024, "longest_edge": 65536}
+    name = "Qwen3VLVideoProcessor" if key.startswith("qwen3") else "Qwen2VLVideoProcessor"
+    name, arguments = _VIDEO_CLASSES.get(key, (name, patches))
+    processor.video_processor = getattr(transformers, name)(**arguments)
+    return processor

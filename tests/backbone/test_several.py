@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +16,13 @@ from fastedit.backbone.adapters import make_adapter
 from fastedit.backbone.generic.adapter import GenericAdapter, generic
 from fastedit.backbone.loading import end_tokens
 from fastedit.backbone.packed_forward import packed_prefix, packed_start, packed_tail
-from fastedit.requests import Query, images_of
+from fastedit.backbone.several import without_video
+from fastedit.data.problems import ImageError
+from fastedit.requests import Query, Video, images_of
 
 from .architectures import make_stock
-from .checkpoint_processors import MAKERS
-from .conftest import picture
+from .checkpoint_processors import MAKERS, with_video
+from .conftest import cached_model, picture
 
 #: Walked by a family's own stack; by "+any" after it the same model by tracing.
 FAST = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -38,9 +43,11 @@ ROUNDING = {"paligemma": 2e-5}
 
 
 @functools.cache
-def editable(key: str) -> EditableModel:
+def editable(key: str, video: bool = False) -> EditableModel:
     name, _, any_path = key.partition(" ")
     hf, processor = make_stock(name), MAKERS[name]()
+    if video:
+        with_video(name, processor)
     return EditableModel(
         hf,
         processor,
@@ -175,3 +182,81 @@ def test_lists_are_told_apart_by_content_and_order(tmp_path: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"encode: row 0: \[1\]: image: no such file \(got 'absent\.png'\)"):
         model.encode([Query("what?", [A, tmp_path / "absent.png"])], answers=False)
     assert generic(model.adapter) is not None
+
+
+VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "qwen2_vl any", "qwen3_vl_moe", "qwen3_5")
+VIDEOS += ("internvl", "smolvlm", "llava_onevision any")
+
+
+@pytest.mark.parametrize("key", VIDEOS)
+@torch.no_grad()
+def test_videos_are_those_of_the_stock_processor_and_model(key: str) -> None:
+    model = editable(key, video=True)
+    long = Video([picture(number, 40, 56) for number in range(5)], 2.0)
+    asked = [
+        Query("what moves?", long, "a dog"),
+        Query("which one is red?", [A, B], "the left one"),
+        Query("what moves?", Video(long.frames[:3]), "red"),
+        Query("what?", None, "blue"),
+    ]
+    encoded = model.encode(asked, answers=True)
+    start = packed_start(model, encoded)
+    state = packed_prefix(model, start, 1, "ffn")
+    logits = torch.split(model.head(packed_tail(model, state)), list(state.wanted_counts))
+    for row in (0, 2):
+        video = asked[row].image
+        assert isinstance(video, Video)
+        told = {"fps": video.fps, "total_num_frames": len(video.frames), "height": 40, "width": 56}
+        told |= {"frames_indices": list(range(len(video.frames))), "duration": len(video.frames) / video.fps}
+        inputs = model.processor(
+            text=[f"{model.adapter.video_text}\nquestion: what moves? answer:"],
+            videos=[[np.asarray(frame) for frame in video.frames]],
+            video_metadata=[told],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        length = int(encoded.last_prompt[row]) + 1
+        assert encoded.input_ids[row, :length].tolist() == inputs["input_ids"][0].tolist()
+        assert int(encoded.image_mask[row].sum()) == encoded.images[row].tokens > 0
+        answer = encoded.labels[row][encoded.label_mask[row]].tolist()
+        assert float((logits[row] - stock_logits(model, dict(inputs), answer)).abs().max()) <= 1e-12
+    other = packed_start(model, model.encode([replace(asked[0], image=Video(long.frames[::-1], 2.0))], answers=True))
+    assert float((model.head(packed_tail(model, other)) - logits[0]).abs().max()) > 1e-3
+    timed = model.encode([replace(asked[0], image=Video(long.frames, 1.0))], answers=True)
+    if key.startswith(("qwen3", "smolvlm")):
+        assert timed.input_ids[0].tolist() != encoded.input_ids[0, : timed.input_ids.shape[1]].tolist()
+    assert model.generate(asked, max_new_tokens=4)[0] == model.generate(asked[:1], max_new_tokens=4)[0]
+
+
+def refusal(model: EditableModel, image: Any) -> str:
+    with pytest.raises(ImageError) as caught:
+        model.encode([Query("what?", image)], answers=False)
+    return str(caught.value)
+
+
+def test_what_a_model_does_not_take_is_refused_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    blip2, video = cached_model("random:blip2-tiny"), Video([A])
+    head = "encode: row 0: image: random:blip2-tiny takes "
+    assert refusal(blip2, [A, B]) == f"{head}1 image a question (got 2 images)"
+    assert refusal(blip2, video) == f"{head}one image a question, and no video (got a video of 1 frame)"
+    told = "llava takes no video; its frames can be asked about as a list of images (got a video of 2 frames)"
+    assert refusal(editable("llava"), Video([A, B])).endswith(told)
+    assert refusal(editable("gemma3"), Video([A, B])).endswith(told.replace("llava", "gemma3"))
+    for key in ("qwen2_vl", "internvl", "llava_onevision"):
+        model = editable(key)
+        for installed in (None, object()):
+            monkeypatch.setattr(importlib.util, "find_spec", lambda _name, found=installed: found)
+            monkeypatch.setattr(model.adapter, "no_video", without_video(model.processor, model.adapter.video_text))
+            why = "which needs torchvision: pip install torchvision" if installed is None else "does not have"
+            assert f"{key} takes a video by a video processor" in refusal(model, video)
+            assert why in refusal(model, video)
+
+
+def test_without_torchvision_a_video_processor_cannot_be_made() -> None:
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    from transformers import Qwen2VLVideoProcessor
+
+    with pytest.raises(ImportError, match="requires the Torchvision library"):
+        Qwen2VLVideoProcessor()
+    assert "needs torchvision" in editable("qwen2_vl").adapter.no_video

@@ -54,8 +54,9 @@ class GenericAdapter:
         self.placeholder = Placeholder(hf, processor)
         self.image_token_id = self.placeholder.token_id
         self.image_text = self.placeholder.text
-        self.listed_text = self.placeholder.listed_text(hf)
-        self.video_text, self.video_token_id = self.placeholder.video_text, self.placeholder.video_id
+        self.listed_text = self.placeholder.marked(hf, self.image_text, "vision", "image")
+        self.video_token_id = self.placeholder.video_id
+        self.video_text = self.placeholder.marked(hf, self.placeholder.video_token, "video", "vision")
         self.no_video = without_video(processor, self.video_text)
         self.most_images = most_images(hf.config) if self.image_text else 0
         self.features = FeatureMemory(hf, FEATURES)
@@ -115,7 +116,7 @@ class GenericAdapter:
 
     def video_inputs(self, frames: Sequence[Image], fps: float) -> ImageInputs:
         """Return a video as the processor prepares it."""
-        return video_inputs(self.processor, self.video_text, self.video_token_id, frames, fps)
+        return video_inputs(self.processor, self.video_text, self.video_token_id, self.image_token_id, frames, fps)
 
     def place_image(self, text: str, prompts: PromptBuilder, image: ImageInputs | int) -> tuple[list[int], list[bool]]:
         """Return the tokens of a prompt with those of an image in place, and which of them are image tokens.
@@ -134,7 +135,7 @@ class GenericAdapter:
 
     def features_id(self, image: ImageInputs | int | None) -> int:
         """The token that features replace in a row."""
-        return self.video_token_id if isinstance(image, ImageInputs) and image.video else self.image_token_id
+        return image.features_id if isinstance(image, ImageInputs) and image.video else self.image_token_id
 
     def rows(self, encoded: Encoded) -> list[Row]:
         """Return what the decoder is handed of encoded rows."""
@@ -235,7 +236,7 @@ class GenericAdapter:
         marks = row == self.features_id(image)
         inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         if self.token_types:
-            inputs["mm_token_type_ids"] = marks.int() * (2 if image is not None and image.video else 1)
+            inputs["mm_token_type_ids"] = marks.int() * (1 if image is None else image.kind)
         if self._block_types:
             inputs["token_type_ids"] = self.placeholder.token_types(marks, prompt)
         if image is not None:

@@ -34,32 +34,40 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
     }
 
 
-def video_inputs(processor: Any, text: str, features_id: int, frames: Sequence[Image], fps: float) -> ImageInputs:
+def video_inputs(
+    processor: Any, text: str, token_id: int, image_token_id: int, frames: Sequence[Image], fps: float
+) -> ImageInputs:
     """Return a video as a checkpoint's own processor prepares it, every frame kept.
 
     Args:
-        processor: with a video processor. text: its placeholder. features_id: the token that features replace.
-        frames, fps: of the video.
+        processor: with a video processor. text: what stands for a video in a prompt. token_id: its placeholder in it.
+        image_token_id: what some processors put for the frames of a video too. frames, fps: of the video.
     Raises:
         ValueError: the processor refuses it.
     """
     tokenizer = processor.tokenizer
-    videos = [[np.asarray(frame) for frame in frames]]
-    told = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    told: dict[str, Any] = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
     told |= {"duration": len(frames) / fps, "height": frames[0].height, "width": frames[0].width}
     batch = processor(
-        text=[text + _WORD], videos=videos, video_metadata=[told], do_sample_frames=False, return_tensors="pt"
+        text=[text + _WORD],
+        videos=[[np.asarray(frame) for frame in frames]],
+        video_metadata=[told],
+        do_sample_frames=False,
+        return_tensors="pt",
     )
     ids = batch["input_ids"][0].tolist()
-    word = list(tokenizer(_WORD, add_special_tokens=False)["input_ids"])
     plain = list(tokenizer(text + _WORD)["input_ids"])
-    opening = plain.index(tokenizer.convert_tokens_to_ids(text))
-    closing = len(plain) - opening - 1 - len(word)
-    expansion = ids[opening : len(ids) - closing - len(word)]
+    before = plain.index(token_id)
+    expansion = ids[before : len(ids) - (len(plain) - before - 1)]
     spelled = tokenizer.decode(expansion, skip_special_tokens=False)
     same = list(tokenizer(spelled, add_special_tokens=False)["input_ids"]) == expansion
-    count = expansion.count(features_id)
-    return ImageInputs("", tensors_of(batch), count, tuple(expansion), spelled if same else "", video=True)
+    features_id = token_id if token_id in expansion else image_token_id
+    types = batch.get("mm_token_type_ids")
+    kind = 2 if types is None else max(torch.as_tensor(types)[0].tolist())
+    return ImageInputs(
+        "", tensors_of(batch), expansion.count(features_id), tuple(expansion), spelled if same else "",
+        video=True, kind=kind, features_id=features_id,
+    )  # fmt: skip
 
 
 class Placeholder:
@@ -79,7 +87,7 @@ class Placeholder:
         self.closing: tuple[int, ...] = ()
         self._before: tuple[int, ...] = ()
         self.typed_id = int(self.tokenizer.convert_tokens_to_ids(self.text)) if self.text else -1
-        self.video_text, self.video_id = self._video()
+        self.video_token, self.video_id = self._video()
 
     def _token_id(self) -> int:
         if not hasattr(self.config, "vision_config"):
@@ -113,23 +121,23 @@ class Placeholder:
         token = self.tokenizer.convert_tokens_to_ids(text)
         return ("", -1) if token is None or token == self.tokenizer.unk_token_id else (text, int(token))
 
-    def listed_text(self, hf: Any) -> str:
-        """What stands for each of several images in a raw prompt.
+    def marked(self, hf: Any, text: str, *kinds: str) -> str:
+        """Return a placeholder for raw prompts, between marks of its beginning and end where positions need those.
 
-        Positions with time, height and width take image tokens that follow each other for one image: between marks of
-        its beginning and end, which chat templates of such models write, each is told from the next.
+        Positions with time, height and width take image tokens that follow each other for one image: between the marks
+        that chat templates of such models write, each is told from the next.
+
+        Args:
+            hf: the model. text: of the placeholder. kinds: names of marks in the configuration, the first known counts.
         """
-        if not hasattr(getattr(hf, "model", None), "get_rope_index"):
-            return self.text
-        for names in (
-            ("vision_start_token_id", "vision_end_token_id"),
-            ("image_start_token_id", "image_end_token_id"),
-        ):
-            tokens = [getattr(self.config, name, None) for name in names]
+        if not text or not hasattr(getattr(hf, "model", None), "get_rope_index"):
+            return text
+        for kind in kinds:
+            tokens = [getattr(self.config, f"{kind}_{end}_token_id", None) for end in ("start", "end")]
             if None not in tokens:
                 opening, closing = self.tokenizer.convert_ids_to_tokens(tokens)
-                return f"{opening}{self.text}{closing}"
-        return self.text
+                return f"{opening}{text}{closing}"
+        return text
 
     def some_ids(self, count: int) -> list[int]:
         """Tokens of some text, none of them special."""
@@ -210,7 +218,7 @@ class Placeholder:
 
     def written(self, text: str, image: ImageInputs) -> str:
         """Return a prompt's text with the text of each image in the place of its placeholder; "" without such text."""
-        between = text.split(self.video_text if image.video else self.text)
+        between = text.split(self.video_token if image.video else self.text)
         spelled = [part.spelled for part in image.each]
         if not all(spelled) or len(between) != len(spelled) + 1:
             return ""

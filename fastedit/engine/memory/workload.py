@@ -70,7 +70,7 @@ def measure_workload(
         edits: of the run. evaluate: whether they are scored. tokens_per_row: instead of the measured ones.
     """
     step = max(1, -(-len(edits) // SAMPLE)) if edits else 1
-    sample = list(edits[::step]) if edits else [typical_edit()]
+    sample = list(edits[::step]) if edits else [typical_edit(model)]
     fitted = [[_fitted(edit, role) for edit in sample] for role in roles]
     asked = [view.query for edit in sample for view in evaluation_views(edit)] if evaluate else []
     images: dict[str, ImageInputs] = {}
@@ -102,17 +102,22 @@ def measure_workload(
     return replace(work, training=kinds[0], evaluation=kinds[1])
 
 
-def typical_edit() -> EditRequest:
-    """An edit of usual size: a photo, a short question, an answer of a few words."""
-    photo, other = Image.new("RGB", (640, 480), "white"), Image.new("RGB", (640, 480), "black")
-    return EditRequest(
+def typical_edit(model: EditableModel) -> EditRequest:
+    """An edit of usual size: a photo where the model takes one, a short question, an answer of a few words."""
+    text = EditRequest(
         prompt="What is the color of the bus on the left?",
         target="red and white",
-        image=photo,
         rephrase="Which color does the bus on the left side have?",
-        image_rephrase=Image.new("RGB", (640, 480), "red"),
         locality_prompt="What is the name of the capital of the country?",
         locality_answer="the name of a city",
+    )
+    if model.adapter.most_images == 0:
+        return text
+    photo, other = Image.new("RGB", (640, 480), "white"), Image.new("RGB", (640, 480), "black")
+    return replace(
+        text,
+        image=photo,
+        image_rephrase=Image.new("RGB", (640, 480), "red"),
         image_locality_image=other,
         image_locality_prompt="What is the man in the photo doing there?",
         image_locality_answer="riding a bike",
