@@ -18,7 +18,6 @@ from fastedit.engine.memory.limits import process_bytes
 from fastedit.engine.run import plain
 from fastedit.evaluation import bootstrap
 from fastedit.methods import resolve
-from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
 
 #: Edits that processor seconds are taken over.
@@ -126,8 +125,7 @@ def _given(
 def _trained(case: Case, model: Any, pool: Sequence[EditRequest], folder: Path) -> tuple[Path, float | None] | None:
     """The file of the method's trained parts, made if it is absent, and the seconds of making it."""
     plan = resolve(case.method, case.settings)
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, case.method)
+    kind = plan.artifact_kind
     if kind is None:
         return None
     own = "" if not case.training else "-" + "-".join(f"{k}={v}" for k, v in sorted(case.training.items()))

@@ -18,7 +18,7 @@ from fastedit.deltas import EditDelta, Rows, installed
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine import Run
 from fastedit.methods import METHODS, method_names, resolve
-from fastedit.methods.base import hook
+from fastedit.methods.base import is_computed
 from fastedit.training import Artifact
 from tests.engine.conftest import make_edits, picture
 from tests.engine.test_editing import largest_difference
@@ -30,7 +30,7 @@ NAMES = [name for name in method_names() if not name.startswith("kl+")]
 FEW: dict[str, Any] = {"steps": 3, "valid_records": 2}
 #: Trained parts that are made in a moment; what they are worth is measured in benchmarks/quality.py.
 HASTY: dict[str, Any] = {"steps": 2, "batch_size": 2, "valid_every": 2, "warmup": 0}
-FITTED = [name for name in NAMES if hook(resolve(name, {}).method, "write") is None]
+FITTED = [name for name in NAMES if not is_computed(resolve(name, {}).method)]
 SEQUENTIAL = [name for name in NAMES if METHODS[name.rpartition("+")[2]].sequence != "none"]
 
 _artifacts: dict[tuple[str, str, str], Artifact] = {}
@@ -50,8 +50,7 @@ def records() -> list[EditRequest]:
 def trained(model: EditableModel, name: str) -> dict[str, Any]:
     """What ``edit`` is to be given beside the method's name."""
     plan = resolve(name, {})
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, name)
+    kind = plan.artifact_kind
     if kind is None:
         return {}
     key = (model.fingerprint, str(model.dtype), kind)
@@ -104,7 +103,7 @@ def test_a_fresh_delta_changes_nothing(exact: EditableModel, edits: list[EditReq
     stacked = new_stack(spec, 1, dtype=torch.float64, trainable=False)
     before = logits(exact, edits)
     # What is shared by all edits of a method is not an edit's: without one no router lets it act
-    with installed(exact, stacked, Rows(), route=hook(plan.method, "write") is not None):
+    with installed(exact, stacked, Rows(), route=is_computed(plan.method)):
         assert torch.equal(logits(exact, edits), before)
 
 
@@ -278,8 +277,7 @@ def test_what_a_method_cannot_do_is_said_before_any_work(
     if f"odedit+{name}" not in NAMES:
         with pytest.raises(ValueError, match=f"'{name}' is spelled {name}"):
             resolve(f"odedit+{name}", {})
-    needs = hook(method, "artifact")
-    if needs is not None and needs(resolve(name, {}).config, name):
+    if resolve(name, {}).artifact_kind:
         with pytest.raises(ValueError, match=r"fastedit\.train"):
             run(exact, edits, name, artifact=None)
         other = fastedit.load("random:qwen2vl-tiny", dtype="float64")

@@ -18,7 +18,6 @@ from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.engine.run import plain
 from fastedit.files import write_json
 from fastedit.methods import resolve, setting_names
-from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact
 
@@ -65,8 +64,7 @@ class Comparison:
     def trained_part(self, method: str, model: str) -> tuple[str, Path] | None:
         """Kind and file of a method's trained parts; None for a method without any."""
         plan = resolve(method, self.settings[method])
-        needs = hook(plan.method, "artifact")
-        kind = None if needs is None else needs(plan.config, method)
+        kind = plan.artifact_kind
         if kind is None:
             return None
         return kind, self.artifacts / f"{Path(model).name}-{Path(self.data).stem}-{kind}.safetensors"

@@ -20,7 +20,6 @@ from fastedit.engine.checks import check_conflicts, check_sequence
 from fastedit.engine.output import expected_output_bytes, require_room
 from fastedit.engine.preflight import record_problems
 from fastedit.methods import resolve
-from fastedit.methods.base import hook
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact, require_artifact
@@ -73,8 +72,7 @@ def check_artifact(method: str, settings: Mapping[str, Any], artifact: Path | No
         ValueError, FileNotFoundError: names what is needed.
     """
     plan = resolve(method, settings)
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, method)
+    kind = plan.artifact_kind
     if kind is None:
         if artifact is not None:
             raise ValueError(f"--artifact: {method} has no trained parts (got {str(artifact)!r})")

@@ -10,7 +10,6 @@ from fastedit.backbone import EditableModel
 from fastedit.data.images import image_key
 from fastedit.data.report import question_key, target_key
 from fastedit.methods import EditPlan
-from fastedit.methods.base import hook
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact, load_artifact, require_artifact
 
@@ -59,8 +58,7 @@ def trained_parts(model: EditableModel, plan: EditPlan, artifact: Artifact | str
     Raises:
         ValueError: it needs some and none were given, or those given are of another kind or model, or it needs none.
     """
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, plan.name)
+    kind = plan.artifact_kind
     if kind is None:
         if artifact is not None:
             raise ValueError(f"edit: {plan.name} has no trained parts (got artifact={artifact!r:.80})")

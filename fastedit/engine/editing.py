@@ -36,7 +36,7 @@ from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.fitting.solver import FitOutcome
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import resolve
-from fastedit.methods.base import Resources, hook
+from fastedit.methods.base import Resources, is_computed
 from fastedit.ops import keep_freed_memory
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
@@ -118,7 +118,7 @@ def edit(
         # Those that do not act without their trained part say which it is
         spec = replace(spec, options={**spec.options, "artifact": trained.id})
     source = ViewSource(edits, pool, source=views, near=near, seed=seed)
-    if hook(plan.method, "write") is None:
+    if not is_computed(plan.method):
         source.check(plan.build_objective(solver.steps).roles)
     with progress("checking the records", 0, show_progress):
         check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
@@ -145,11 +145,11 @@ def edit(
         open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
         carrying(work, partial(_finished, work, describe, evaluate)),
     ):
-        setup = hook(plan.method, "setup")
-        if setup is not None:
-            with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
-                resources = Resources(work.pool, trained, seed, plan.prefix)
-                work.shared = once_more(model, lambda: setup(model, plan.config, resources), "setting up the method")
+        resources = Resources(work.pool, trained, seed, plan.prefix)
+        with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
+            work.shared = once_more(
+                model, lambda: plan.method.setup(model, plan.config, resources), "setting up the method"
+            )
         # Behind the setup, which refuses trained parts of another shape before the model is asked anything
         with timer.phase("setup"):
             once_more(model, lambda: check_finite(model, edits), "asking the first question")

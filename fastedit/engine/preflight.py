@@ -15,7 +15,7 @@ from fastedit.deltas.install import PLACEHOLDER
 from fastedit.engine.asked import AskedPart, asked_parts
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
-from fastedit.methods.base import hook
+from fastedit.methods.base import Method, is_computed
 from fastedit.requests import EditRequest, Query
 from fastedit.visuals import ImageSource, Video, image_places
 
@@ -41,12 +41,11 @@ class Context:
     @staticmethod
     def of(plan: EditPlan) -> Context | None:
         """That of a method that asks other questions than it is asked; None of all others."""
-        text = hook(plan.method, "context")
-        if text is None:
+        if plan.method.context is Method.context:
             return None
         room = getattr(plan.config, "answer_room", ANSWER_ROOM)
-        told_as = getattr(plan.method, "told_as", "the edit")
-        return Context(plan.name.rpartition("+")[2], partial(text, plan.config), told_as, room)
+        text = partial(plan.method.context, plan.config)
+        return Context(plan.name.rpartition("+")[2], text, plan.method.context_is, room)
 
 
 def check_run(
@@ -67,13 +66,13 @@ def check_run(
         RecordErrors: every problem of the edits and of the pool, each with its place and id.
     """
     roles = plan.build_objective(plan.method.solver(model, plan.config).steps).roles
-    fitted = len(roles) > 1 and hook(plan.method, "write") is None
+    fitted = len(roles) > 1 and not is_computed(plan.method)
     context, rows = Context.of(plan), Rows(model)
     problems = rows.problems(
         edits, lambda edit: asked_parts(edit, fitted=fitted, scored=evaluate, predicted=fitted and views.own),
         context=context, shared=mode == "sequential",
     )  # fmt: skip
-    if not views.own and ((fitted and views.source == "heldout") or hook(plan.method, "setup") is not None):
+    if not views.own and ((fitted and views.source == "heldout") or plan.method.setup is not Method.setup):
         problems += rows.problems(
             views.pool, lambda edit: asked_parts(edit, fitted=True, scored=False, predicted=True), name="pool"
         )

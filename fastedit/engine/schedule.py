@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
-from fastedit.deltas import EditDelta, accumulate, stack
+from fastedit.deltas import EditDelta, stack
 from fastedit.engine.checks import question_of
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory.oom import Halving, once_more
 from fastedit.engine.work import Work, make_deltas
 from fastedit.evaluation import EditScores, summarise
 from fastedit.fitting.solver import FitOutcome
-from fastedit.methods.base import hook
+from fastedit.methods.base import Method
 from fastedit.progress import ProgressLine, progress
 
 #: Of an edit's time, what its fit takes and not its scoring, before any is known.
@@ -110,10 +110,8 @@ def run_sequential(work: Work, batch_size: int, evaluate: bool, show: bool | Non
 
 def _next(work: Work, index: int, committed: Sequence[EditDelta]) -> EditDelta:
     """The delta of one edit, made on top of the newest committed one (closed memories of a method do not act)."""
-    own = hook(work.plan.method, "beneath")
-    acting = committed[-1:]
-    if own is not None:
-        acting = own(work.plan.config, committed, question_of(work.edits[index]))
+    question = question_of(work.edits[index])
+    acting = work.plan.method.active_while_fitting(work.plan.config, committed, question)
     fitted: list[EditDelta] = []
 
     def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
@@ -125,14 +123,12 @@ def _next(work: Work, index: int, committed: Sequence[EditDelta]) -> EditDelta:
 
 
 def _combined(work: Work, committed: list[EditDelta], new: EditDelta) -> list[EditDelta]:
-    own = hook(work.plan.method, "combine")
-    if own is not None:
-        combined: list[EditDelta] = own(work.plan.config, committed, new)
-        return combined
-    if work.plan.method.sequence == "route":
+    method = work.plan.method
+    if method.sequence == "route" and method.combine is Method.combine:
+        # In place: a copy for every edit would make a long sequence quadratic
         committed.append(new)
         return committed
-    return [accumulate([*committed, new])] if committed else [new]
+    return method.combine(work.plan.config, committed, new)
 
 
 def score_committed(

@@ -18,7 +18,7 @@ from fastedit.engine.memory.oom import is_out_of_memory, release_memory
 from fastedit.engine.output import claim_result, require_room
 from fastedit.engine.preflight import check_training
 from fastedit.methods import METHODS, EditPlan, resolve
-from fastedit.methods.base import hook
+from fastedit.methods.base import is_trained
 from fastedit.ops import keep_freed_memory
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
@@ -78,11 +78,9 @@ def train(
     if model.device.type == "cpu":
         keep_freed_memory()
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
-    make = hook(plan.method, "task")
-    assert make is not None
     with _alone(), nullcontext() if out is None else claim_result(out, field="train") as path:
         with progress(f"preparing {kind}", 0, show_progress):
-            task: Task = make(model, plan.config, objective, list(records), settings)
+            task = plan.method.task(model, plan.config, objective, list(records), settings)
         done = _done(path, model, kind, task, settings) if path is not None and resume else None
         if done is not None:
             return done
@@ -136,12 +134,11 @@ def trained_kind(plan: EditPlan) -> str:
     Raises:
         ValueError: it has none; names those that have.
     """
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, plan.name)
-    if kind is None or hook(plan.method, "task") is None:
-        known = [name for name, one in METHODS.items() if hook(one, "task") is not None]
+    kind = plan.artifact_kind
+    if kind is None or not is_trained(plan.method):
+        known = [name for name, method in METHODS.items() if is_trained(method)]
         raise ValueError(f"train: a method with trained parts, of {', '.join(known) or 'none'} (got {plan.name!r})")
-    return str(kind)
+    return kind
 
 
 def trainer_settings(plan: EditPlan, given: TrainerConfig | Mapping[str, Any] | None) -> TrainerConfig:
@@ -153,8 +150,7 @@ def trainer_settings(plan: EditPlan, given: TrainerConfig | Mapping[str, Any] | 
     if isinstance(given, TrainerConfig):
         typed("train", TrainerConfig, vars(given))
         return given
-    own = hook(plan.method, "trainer")
-    base: TrainerConfig = TrainerConfig() if own is None else own(plan.config)
+    base = plan.method.trainer(plan.config)
     known = {field.name for field in fields(TrainerConfig)}
     for name, value in (given or {}).items():
         if name not in known:

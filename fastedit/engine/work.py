@@ -25,7 +25,7 @@ from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import FitOutcome, SolverConfig, fit
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
-from fastedit.methods.base import hook
+from fastedit.methods.base import Method, is_computed
 from fastedit.objectives import Role
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
@@ -105,7 +105,7 @@ class Work:
     @property
     def writes(self) -> bool:
         """Whether deltas are computed, not fitted."""
-        return hook(self.plan.method, "write") is not None
+        return is_computed(self.plan.method)
 
 
 def make_deltas(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
@@ -118,7 +118,6 @@ def make_deltas(work: Work, waiting: deque[int], places: int, committed: Sequenc
 
 def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
     """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
-    finish = hook(work.plan.method, "finish")
     fitted_on = company(committed)
     as_fitted = {} if work.bind == "content" else {AS_FITTED: fitted_as(work.model)}
 
@@ -128,8 +127,7 @@ def _named(work: Work, committed: Sequence[EditDelta], take: Take) -> Take:
         bound = work.model.fingerprint if work.bind == "content" else work.model.architecture
         made = replace(delta, model_fingerprint=bound, request_id=request.id, fitted_on=fitted_on)
         made = replace(made, texts={**made.texts, **as_fitted})
-        if finish is not None:
-            (made,) = finish(work.model, work.plan.config, work.shared, [request], [made])
+        (made,) = work.plan.method.finish(work.model, work.plan.config, work.shared, [request], [made])
         made, outcome = _finite(made, outcome)
         take(number, replace(made, texts={**made.texts, QUESTIONS: question_of(request)}), outcome)
 
@@ -145,8 +143,6 @@ def _finite(delta: EditDelta, outcome: FitOutcome) -> tuple[EditDelta, FitOutcom
 
 
 def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
-    write = hook(work.plan.method, "write")
-    assert write is not None
     model, named = work.model, _named(work, committed, take)
     while waiting:
         numbers = [waiting[place] for place in range(min(places, len(waiting)))]
@@ -160,7 +156,7 @@ def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[Edi
                 stacked = stack([earlier], device=model.device)
                 entered.enter_context(installed(model, stacked, Rows(), route=False))
             with work.timer.phase("compute"):
-                found = write(model, work.plan.config, work.shared, requests, rows)
+                found = work.plan.method.compute(model, work.plan.config, work.shared, requests, rows)
         for number, made in zip(numbers, found, strict=True):
             waiting.popleft()
             options = {**work.spec.options, **made.options}
@@ -171,19 +167,16 @@ def _write(work: Work, waiting: deque[int], places: int, committed: Sequence[Edi
 def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditDelta], take: Take) -> None:
     model, timer, method = work.model, work.timer, work.plan.method
     objective = work.plan.build_objective(work.solver.steps)
-    start = hook(method, "start")
 
     def make(numbers: Sequence[int]) -> list[EditRows]:
         with timer.phase("encode"):
             views = [work.views.views(number, objective.roles) for number in numbers]
         return prepare(model, work.spec, views, timer)
 
-    def begin(numbers: Sequence[int], rows: Sequence[EditRows]) -> list[Mapping[str, Tensor]]:
-        assert start is not None
+    def begin(numbers: Sequence[int], rows: Sequence[EditRows]) -> Sequence[Mapping[str, Tensor]]:
         requests = [work.edits[number] for number in numbers]
         with timer.phase("setup"):
-            found: list[Mapping[str, Tensor]] = start(model, work.plan.config, work.shared, requests, rows)
-        return found
+            return method.start(model, work.plan.config, work.shared, requests, rows)
 
     def stepped(taken: int) -> None:
         assert work.on_step is not None
@@ -199,6 +192,6 @@ def _fit(work: Work, waiting: deque[int], places: int, committed: Sequence[EditD
             holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
         problem = BatchProblem(
             model, stacked, holders, held, objective, waiting, make, _named(work, committed, take), timer,
-            None if start is None else begin, None if work.on_step is None else stepped,
+            None if method.start is Method.start else begin, None if work.on_step is None else stepped,
         )  # fmt: skip
         fit(problem, stacked, work.solver)

@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from inspect import signature
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
-from fastedit.deltas import DeltaSpec
+from fastedit.deltas import DeltaSpec, EditDelta, accumulate
+from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.objectives import Objective
+from fastedit.objectives import NLLObjective, Objective
 from fastedit.requests import EditRequest
-from fastedit.training import Artifact
+from fastedit.training import Artifact, Task, TrainerConfig
 
 #: How the edits of a method add up in sequence. "accumulate": each is fitted on top of the earlier ones, and all act;
 #: "route": each is fitted alone on the base model, and a router lets at most one of them act on an input; "none": not.
 Accumulation = Literal["accumulate", "route", "none"]
-
-
-class Method(Protocol):
-    """A base editor: its config, where its delta sits, how it is stepped.
-
-    Besides these a method may have any of the hooks of ``HOOKS``, as static methods; see ``hook``.
-    """
-
-    Config: ClassVar[type]
-    sequence: ClassVar[Accumulation]
-
-    @staticmethod
-    def spec(model: EditableModel, config: Any) -> DeltaSpec:
-        """The delta's kind and sites on this model; known without anything trained."""
-
-    @staticmethod
-    def solver(model: EditableModel, config: Any) -> SolverConfig:
-        """The optimiser's settings on this model."""
-
-
-#: What a method may have besides, by name:
-#:
-#: * ``objective(config) -> Objective``: its own plain objective; else the NLL of the target.
-#: * ``setup(model, config, resources) -> shared``: once per run, before any work.
-#: * ``start(model, config, shared, requests, rows) -> list of {part: Tensor}``: what the deltas of edits start from.
-#: * ``write(model, config, shared, requests, rows) -> list[Written]``: deltas that are computed and not fitted.
-#: * ``finish(model, config, shared, requests, deltas) -> list[EditDelta]``: what is added to fitted deltas.
-#: * ``combine(config, committed, new) -> list[EditDelta]``: how a sequence takes up one more edit.
-#: * ``beneath(config, committed, question) -> list[EditDelta]``: what acts of a sequence while the next edit is made,
-#:   which answers that question (``deltas.questions``); else the newest committed delta.
-#: * ``task(model, config, objective, records, trainer) -> Task``: how its trained parts are trained.
-#: * ``trainer(config) -> TrainerConfig``: settings of that training, where the usual ones do not suit.
-#: * ``context(config, request) -> str``: text that stands before every question once the edit is made; "" for none.
-#: * ``artifact(config, name) -> str | None``: the kind of trained parts that it needs, if any; ``name`` is as spelled.
-HOOKS = (
-    "objective", "setup", "start", "write", "finish", "combine", "beneath", "task", "trainer", "context", "artifact",
-)  # fmt: skip
-
-
-def hook(method: type[Method], name: str) -> Callable[..., Any] | None:
-    """One of the ``HOOKS`` of a method, or None where it has no such."""
-    found: Callable[..., Any] | None = getattr(method, name, None)
-    return found
 
 
 @dataclass(frozen=True)
@@ -81,8 +41,8 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A delta that was computed.
+class ComputedDelta:
+    """A delta that is computed, not fitted.
 
     Args:
         tensors: by part. texts: see ``EditDelta``. options: put over those of the spec.
@@ -91,6 +51,151 @@ class Written:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    """A base editor: its config, where its delta sits, how it is stepped.
+
+    A method overrides ``Config``, ``sequence``, ``spec`` and ``solver``, and of the optional members those that it
+    needs. All are static and take what they use: a method holds no state. ``check_method`` refuses a public member
+    that is none of these when the registry is made.
+    """
+
+    Config: ClassVar[type]
+    sequence: ClassVar[Accumulation]
+    #: Names of the objectives that it can be spelled with, "" being its own; None is all.
+    objectives: ClassVar[tuple[str, ...] | None] = None
+    #: What ``context`` states, in words, for errors about its length.
+    context_is: ClassVar[str] = "the edit"
+
+    @staticmethod
+    def spec(model: EditableModel, config: Any) -> DeltaSpec:
+        """The delta's kind and sites on this model; known without anything trained."""
+        raise NotImplementedError
+
+    @staticmethod
+    def solver(model: EditableModel, config: Any) -> SolverConfig:
+        """The optimiser's settings on this model."""
+        raise NotImplementedError
+
+    @staticmethod
+    def objective(config: Any) -> Objective:
+        """Its own plain objective; by default the NLL of the target."""
+        return NLLObjective()
+
+    @staticmethod
+    def setup(model: EditableModel, config: Any, resources: Resources) -> Any:
+        """What all edits of a run share, made once before any of them."""
+        return None
+
+    @staticmethod
+    def start(
+        model: EditableModel, config: Any, shared: Any, requests: Sequence[EditRequest], rows: Sequence[EditRows]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """By edit, values by part that its delta starts from instead of the kind's own."""
+        return [{} for _ in requests]
+
+    @staticmethod
+    def compute(
+        model: EditableModel, config: Any, shared: Any, requests: Sequence[EditRequest], rows: Sequence[EditRows]
+    ) -> list[ComputedDelta]:
+        """Deltas that are computed at once; a method that overrides this is not fitted."""
+        raise NotImplementedError
+
+    @staticmethod
+    def finish(
+        model: EditableModel, config: Any, shared: Any, requests: Sequence[EditRequest], deltas: Sequence[EditDelta]
+    ) -> Sequence[EditDelta]:
+        """Fitted or computed deltas with what the method adds to them."""
+        return deltas
+
+    @staticmethod
+    def combine(config: Any, committed: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
+        """A sequence with one more edit; by default all in one delta. Of "route", overridden or one delta an edit."""
+        return [accumulate([*committed, new])] if committed else [new]
+
+    @staticmethod
+    def active_while_fitting(config: Any, committed: Sequence[EditDelta], question: str) -> Sequence[EditDelta]:
+        """What acts of a sequence while the next edit, which answers that question, is made; by default the newest.
+
+        ``question`` is as ``deltas.questions`` names it.
+        """
+        return committed[-1:]
+
+    @staticmethod
+    def context(config: Any, request: EditRequest) -> str:
+        """Text that stands before every question once the edit is made; "" for none."""
+        return ""
+
+    @staticmethod
+    def artifact(config: Any, name: str) -> str | None:
+        """The kind of trained parts that it needs, if any; ``name`` is the method as spelled."""
+        return None
+
+    @staticmethod
+    def trainer(config: Any) -> TrainerConfig:
+        """Settings of the training of its trained parts."""
+        return TrainerConfig()
+
+    @staticmethod
+    def task(
+        model: EditableModel,
+        config: Any,
+        objective: Objective | None,
+        records: Sequence[EditRequest],
+        trainer: TrainerConfig,
+    ) -> Task:
+        """How its trained parts are trained."""
+        raise NotImplementedError
+
+
+def is_computed(method: type[Method]) -> bool:
+    """Whether its deltas are computed, not fitted."""
+    return method.compute is not Method.compute
+
+
+def is_trained(method: type[Method]) -> bool:
+    """Whether it has trained parts under some settings."""
+    return method.task is not Method.task
+
+
+def check_method(name: str, method: type[Method]) -> None:
+    """Refuse a method that lacks what every method has, or has a public member that no method has.
+
+    Raises:
+        TypeError: names the member, and the nearest that exists.
+    """
+    if not issubclass(method, Method):
+        raise TypeError(f"methods: {name!r} is a subclass of Method (got {method!r})")
+    missing = [member for member in ("Config", "sequence") if not hasattr(method, member)]
+    missing += [member for member in ("spec", "solver") if getattr(method, member) is getattr(Method, member)]
+    if missing:
+        raise TypeError(f"methods: {name!r} defines Config, sequence, spec and solver (got none of {missing})")
+    if method.sequence not in get_args(Accumulation):
+        raise TypeError(
+            f"methods: sequence of {name!r} is one of {list(get_args(Accumulation))} (got {method.sequence!r})"
+        )
+    known = {member for member in (*vars(Method), *Method.__annotations__) if not member.startswith("_")}
+    classes = [cls for cls in method.__mro__ if cls not in Method.__mro__]
+    for member in dict.fromkeys(member for cls in classes for member in vars(cls)):
+        if member.startswith("_"):
+            continue
+        if member not in known:
+            raise TypeError(f"methods: {name!r} has a member {member!r} that no method has{nearest(member, known)}")
+        default, value = getattr(Method, member, None), getattr(method, member)
+        if default is not None and callable(default):
+            wanted, given = len(signature(default).parameters), len(signature(value).parameters)
+            if given != wanted:
+                raise TypeError(f"methods: {member} of {name!r} takes {wanted} arguments (got {given})")
+    if method.task is not Method.task and method.artifact is Method.artifact:
+        raise TypeError(f"methods: {name!r} has a task, so it names its artifact (got none)")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not known: the nearest that is, or all of them."""
+    listed = list(known)
+    close = difflib.get_close_matches(word, listed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(listed)}"
 
 
 @dataclass(frozen=True)
@@ -125,11 +230,14 @@ class EditPlan:
 
     def build_objective(self, steps: int) -> Objective:
         """The objective for a number of optimiser steps."""
-        own = hook(self.method, "objective")
-        if own is not None and not self.prefix:
-            made: Objective = own(self.config)
-            return made
+        if not self.prefix:
+            return self.method.objective(self.config)
         return self.objective.build(self.objective_config, steps)
+
+    @property
+    def artifact_kind(self) -> str | None:
+        """The kind of trained parts that its edits need, if any."""
+        return self.method.artifact(self.config, self.name)
 
     def settings(self) -> dict[str, Any]:
         """Every setting by its name, plain values, for provenance."""

@@ -9,7 +9,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, positions_option
 from fastedit.settings import check_fit
 
 
@@ -45,7 +45,7 @@ class FTConfig:
         check_positions("ft", self.positions)
 
 
-class FT:
+class FT(Method):
     """Full delta, always on."""
 
     Config: ClassVar[type] = FTConfig
@@ -93,7 +93,7 @@ class FTVisionConfig:
         check_fit("ft-vision", self)
 
 
-class FTVision:
+class FTVision(Method):
     """Full delta behind the vision tower, always on; questions without an image never meet it."""
 
     Config: ClassVar[type] = FTVisionConfig

@@ -19,7 +19,7 @@ from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import IN_SCOPE
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, last_layers
+from fastedit.methods.base import Accumulation, Method, Resources, last_layers
 from fastedit.objectives import Role
 from fastedit.requests import EditRequest, Query
 from fastedit.routers.ball import prompt_keys
@@ -63,7 +63,7 @@ class GRACEConfig:
         check_ranges("grace", self, at_least={"values": 1}, positive=("epsilon",))
 
 
-class GRACE:
+class GRACE(Method):
     """One value per edit, which stands from the last prompt token on where a prompt's key lies in the edit's ball."""
 
     Config: ClassVar[type] = GRACEConfig

@@ -15,7 +15,7 @@ from fastedit.deltas.install import PLACEHOLDER
 from fastedit.evaluation import evaluation_views
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, Written
+from fastedit.methods.base import Accumulation, ComputedDelta, Method, Resources
 from fastedit.methods.retrieval import ENCODERS, TextIndex, text_encoder
 from fastedit.requests import EditRequest, Query
 
@@ -67,7 +67,7 @@ class IKEConfig:
         return _filled(self.fact, {"{question}": question, "{answer}": answer})
 
 
-class IKE:
+class IKE(Method):
     """Nothing of the model changes, and nothing is fitted: every question is asked behind the edit's text."""
 
     Config: ClassVar[type] = IKEConfig
@@ -112,13 +112,13 @@ class IKE:
         return TextIndex(texts, encoder)
 
     @staticmethod
-    def write(
+    def compute(
         model: EditableModel,
         config: IKEConfig,
         shared: TextIndex | None,
         requests: Sequence[EditRequest],
         rows: Sequence[EditRows],
-    ) -> list[Written]:
+    ) -> list[ComputedDelta]:
         """The text before any question, for every edit.
 
         Raises:
@@ -136,7 +136,7 @@ class IKE:
             # The edit's own demonstrations say what is wanted of it, and nothing of how to treat others
             own = set(demonstrations(request, config))
             shown = [] if shared is None else [shared.texts[n] for n in numbers if shared.texts[n] not in own]
-            made.append(Written(texts={"template": _template(model, config, request, copy, shown)}))
+            made.append(ComputedDelta(texts={"template": _template(model, config, request, copy, shown)}))
         return made
 
 

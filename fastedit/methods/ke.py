@@ -15,15 +15,15 @@ from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, Written, check_positions
+from fastedit.methods.base import Accumulation, ComputedDelta, Method, Resources, check_positions
 from fastedit.methods.meta.hypernets import (
     Factors,
     Gradients,
     changed_layers,
+    computed,
     edit_gradients,
     planned_spec,
     restore,
-    written,
 )
 from fastedit.methods.meta.task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
@@ -190,7 +190,7 @@ class EditReader:
             return self.model.adapter.text.embed(tokens[None])[0].float()
 
 
-class KE:
+class KE(Method):
     """A low-rank delta made by a trained network, always on."""
 
     Config: ClassVar[type] = KEConfig
@@ -222,18 +222,18 @@ class KE:
         return network.to(model.device).eval().requires_grad_(False)
 
     @staticmethod
-    def write(
+    def compute(
         model: EditableModel,
         config: KEConfig,
         shared: KENetwork,
         requests: Sequence[EditRequest],
         rows: Sequence[EditRows],
-    ) -> list[Written]:
+    ) -> list[ComputedDelta]:
         """One pass of the edits' gradients through the network."""
         spec = KE.spec(model, config)
         gradients = edit_gradients(model, spec.sites, rows)
         with torch.no_grad():
-            return written(spec, shared(gradients, requests))
+            return computed(spec, shared(gradients, requests))
 
     @staticmethod
     def trainer(config: KEConfig) -> TrainerConfig:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, positions_option
 from fastedit.settings import check_fit, check_ranges
 
 
@@ -49,7 +49,7 @@ class LoRAConfig:
         check_positions("lora", self.positions)
 
 
-class LoRA:
+class LoRA(Method):
     """Low-rank delta, always on."""
 
     Config: ClassVar[type] = LoRAConfig

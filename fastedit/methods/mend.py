@@ -14,16 +14,16 @@ from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, Written, check_positions
+from fastedit.methods.base import Accumulation, ComputedDelta, Method, Resources, check_positions
 from fastedit.methods.meta.hypernets import (
     Factors,
     Gradients,
     Scale,
     changed_layers,
+    computed,
     edit_gradients,
     planned_spec,
     restore,
-    written,
 )
 from fastedit.methods.meta.task import MetaObjective, MetaTask, MetaWeights
 from fastedit.objectives import Objective
@@ -195,7 +195,7 @@ class _Block(nn.Module):
         return hidden + (change if self.signed else change.clamp(min=0))
 
 
-class MEND:
+class MEND(Method):
     """A low-rank delta made by a trained network, always on."""
 
     Config: ClassVar[type] = MENDConfig
@@ -226,18 +226,18 @@ class MEND:
         return network.to(model.device).eval().requires_grad_(False)
 
     @staticmethod
-    def write(
+    def compute(
         model: EditableModel,
         config: MENDConfig,
         shared: MendNetwork,
         requests: Sequence[EditRequest],
         rows: Sequence[EditRows],
-    ) -> list[Written]:
+    ) -> list[ComputedDelta]:
         """One pass of the edits' gradients through the network."""
         spec = MEND.spec(model, config)
         gradients = edit_gradients(model, spec.sites, rows)
         with torch.no_grad():
-            return written(spec, shared(gradients, requests))
+            return computed(spec, shared(gradients, requests))
 
     @staticmethod
     def trainer(config: MENDConfig) -> TrainerConfig:

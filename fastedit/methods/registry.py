@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastedit.methods.base import EditPlan, Method, ObjectiveChoice
+from fastedit.methods.base import EditPlan, Method, ObjectiveChoice, check_method, nearest
 from fastedit.methods.ft import FT, FTVision
 from fastedit.methods.grace import GRACE
 from fastedit.methods.ike import IKE
@@ -49,7 +48,13 @@ class KLConfig:
             raise ValueError(f"kl: kl_weight is not negative (got kl_weight={self.kl_weight!r})")
 
 
-METHODS: dict[str, type[Method]] = {
+def _checked(methods: dict[str, type[Method]]) -> dict[str, type[Method]]:
+    for name, method in methods.items():
+        check_method(name, method)
+    return methods
+
+
+METHODS = _checked({
     "ft": FT,
     "ft-vision": FTVision,
     "lora": LoRA,
@@ -62,7 +67,7 @@ METHODS: dict[str, type[Method]] = {
     "grace": GRACE,
     "serac": SERAC,
     "ike": IKE,
-}
+})  # fmt: skip
 
 OBJECTIVES: dict[str, ObjectiveChoice] = {
     "": ObjectiveChoice(NLLConfig, lambda _config, _steps: NLLObjective()),
@@ -81,7 +86,7 @@ def method_names() -> list[str]:
 
 def objectives_of(method: type[Method]) -> tuple[str, ...]:
     """Names of the objectives that a method can be spelled with, "" being its own."""
-    return tuple(getattr(method, "objectives", OBJECTIVES))
+    return tuple(OBJECTIVES) if method.objectives is None else method.objectives
 
 
 def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
@@ -94,10 +99,10 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
     """
     prefix, _, base = name.rpartition("+")
     if base not in METHODS:
-        raise ValueError(f"method: {base!r} is not known{_nearest(base, list(METHODS))} (got method={name!r})")
+        raise ValueError(f"method: {base!r} is not known{nearest(base, list(METHODS))} (got method={name!r})")
     if prefix not in OBJECTIVES:
         known = [key for key in OBJECTIVES if key]
-        raise ValueError(f"method: objective {prefix!r} is not known{_nearest(prefix, known)} (got method={name!r})")
+        raise ValueError(f"method: objective {prefix!r} is not known{nearest(prefix, known)} (got method={name!r})")
     method, objective = METHODS[base], OBJECTIVES[prefix]
     if prefix not in objectives_of(method):
         allowed = [f"{one}+{base}" if one else base for one in objectives_of(method)]
@@ -107,7 +112,7 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
     for key, value in overrides.items():
         if key not in method_fields | objective_fields:
             known = sorted(method_fields | objective_fields)
-            raise ValueError(f"{name}: field {key!r} is not known{_nearest(key, known)} (got {key}={value!r})")
+            raise ValueError(f"{name}: field {key!r} is not known{nearest(key, known)} (got {key}={value!r})")
     for_method = {key: value for key, value in overrides.items() if key in method_fields}
     for_objective = {key: value for key, value in overrides.items() if key in objective_fields}
     return EditPlan(
@@ -122,8 +127,3 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
 def setting_names(plan: EditPlan) -> set[str]:
     """Names of every field that can be overridden."""
     return {field.name for config in (plan.config, plan.objective_config) for field in fields(config)}
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -16,7 +16,7 @@ from fastedit.deltas import DeltaSpec
 from fastedit.deltas.key_value import place_of
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, Resources, last_layers, positions_option
 from fastedit.methods.captured import answer_inputs, wanted_inputs
 from fastedit.objectives import Role
 from fastedit.ops.key_value import ACTIVATIONS
@@ -96,7 +96,7 @@ class Remembered:
         return keep.to(self.record.device)[self.record]
 
 
-class TPatcher:
+class TPatcher(Method):
     """Neurons beside the last feed-forward blocks, always on.
 
     A neuron starts from the edit's own input q at its token, as the paper's: key ``q / ||q||^2`` and bias 0, so that 1

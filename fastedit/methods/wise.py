@@ -19,7 +19,7 @@ from fastedit.deltas.scope import TOKENS, row_marks
 from fastedit.deltas.side import empty_side, merged_side, moved, place_of
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation
+from fastedit.methods.base import Accumulation, Method
 from fastedit.methods.grace import deep_layer
 from fastedit.objectives import NLLObjective, Objective, Role
 from fastedit.requests import EditRequest
@@ -92,7 +92,7 @@ class WISEConfig:
         check_ranges("wise", self, at_least={"shard": 1, "merge_every": 1}, not_negative=("weight",))
 
 
-class WISE:
+class WISE(Method):
     """A side memory beside one linear map."""
 
     Config: ClassVar[type] = WISEConfig
@@ -156,7 +156,7 @@ class WISE:
         return found
 
     @staticmethod
-    def beneath(config: WISEConfig, committed: Sequence[EditDelta], question: str = "") -> list[EditDelta]:
+    def active_while_fitting(config: WISEConfig, committed: Sequence[EditDelta], question: str = "") -> list[EditDelta]:
         """The memory that the edit goes into: the one that has its question, else the one that is being filled."""
         held = _holding(committed, [question])
         chosen = committed[-1:] if held is None else [committed[held]]

@@ -14,7 +14,6 @@ from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta, Rows, installed, stack
 from fastedit.deltas.questions import questions_of
 from fastedit.engine import Run
-from fastedit.methods.base import hook
 from fastedit.methods.registry import resolve
 from fastedit.training import Artifact
 from tests.test_conformance import HASTY, run
@@ -43,8 +42,7 @@ def pool() -> list[EditRequest]:
 
 def sequence(model: EditableModel, edits: list[EditRequest], pool: list[EditRequest], name: str, **given: Any) -> Run:
     plan = resolve(name, {})
-    needs = hook(plan.method, "artifact")
-    if needs is not None and needs(plan.config, name) is not None:
+    if plan.artifact_kind is not None:
         if name not in _artifacts:
             settings = {"trainer": {**HASTY, "batch_size": 4}, "valid_records": 2, "show_progress": False}
             _artifacts[name] = fastedit.train(model, name, pool[10:30], **settings)

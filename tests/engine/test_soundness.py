@@ -187,14 +187,14 @@ def test_what_a_method_computes_that_is_no_number_changes_nothing(
     from fastedit.methods.mend import MEND
     from tests.test_conformance import run as conform
 
-    real = MEND.write
+    real = MEND.compute
 
-    def write(*args: Any) -> Any:
+    def compute(*args: Any) -> Any:
         first, *others = real(*args)
         spoiled = {name: tensor * math.nan for name, tensor in first.tensors.items()}
         return [replace(first, tensors=spoiled), *others]
 
-    monkeypatch.setattr(MEND, "write", write)
+    monkeypatch.setattr(MEND, "compute", compute)
     with pytest.warns(RuntimeWarning, match="1 of 2 fits diverged"):
         made = conform(fresh, edits[:2], "mend")
     assert [outcome.status for outcome in made.outcomes] == ["diverged", "computed"]

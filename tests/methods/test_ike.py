@@ -38,7 +38,7 @@ def edits() -> list[EditRequest]:
 
 def template(model: EditableModel, config: IKEConfig, edit: EditRequest, pool: list[EditRequest]) -> str:
     shared = IKE.setup(model, config, Resources(pool))
-    (made,) = IKE.write(model, config, shared, [edit], [])
+    (made,) = IKE.compute(model, config, shared, [edit], [])
     assert set(made.texts) == {"template"}
     assert not made.tensors
     return made.texts["template"]

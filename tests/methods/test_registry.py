@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from fastedit.methods import METHODS, method_names, resolve
-from fastedit.methods.base import hook
+from fastedit.methods import METHODS, LoRA, LoRAConfig, method_names, resolve
+from fastedit.methods.base import Method, check_method
 from fastedit.methods.registry import objectives_of
 from fastedit.objectives import InvariantObjective, KLObjective, NLLObjective, Role
 
@@ -16,7 +18,7 @@ def test_every_name_resolves() -> None:
     for name in method_names():
         plan = resolve(name, {})
         objective = plan.build_objective(10)
-        own = hook(plan.method, "objective") is not None
+        own = plan.method.objective is not Method.objective
         expected = {"": NLLObjective, "kl": KLObjective, "odedit": InvariantObjective}[plan.prefix]
         assert isinstance(objective, expected) or (own and not plan.prefix)
         assert Role.EDIT in objective.roles
@@ -44,3 +46,42 @@ def test_no_method_knows_the_objective() -> None:
 def test_what_is_no_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"method: .* is not known"):
         resolve(name, {})
+
+
+class _Editor(Method):
+    Config = LoRAConfig
+    sequence = "accumulate"
+    spec = staticmethod(LoRA.spec)
+    solver = staticmethod(LoRA.solver)
+
+
+def _method(**members: Any) -> type[Method]:
+    return type("Changed", (_Editor,), members)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRAConfig, "is a subclass of Method"),
+        (
+            type("Bare", (Method,), {}),
+            "defines Config, sequence, spec and solver",
+        ),
+        (_method(sequence="add"), r"sequence of 'x' is one of .*\(got 'add'\)"),
+        (
+            _method(finnish=staticmethod(lambda *_: [])),
+            "a member 'finnish' that no method has; did you mean 'finish'",
+        ),
+        (_method(context=staticmethod(lambda config: "")), r"context of 'x' takes 2 arguments \(got 1\)"),
+        (_method(task=staticmethod(lambda m, c, o, r, t: None)), "has a task, so it names its artifact"),
+    ],
+)
+def test_a_method_is_refused_where_it_is_none(method: type[Method], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        check_method("x", method)
+
+
+def test_every_method_is_checked() -> None:
+    check_method("x", _Editor)
+    for name, method in METHODS.items():
+        check_method(name, method)

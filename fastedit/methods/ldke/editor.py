@@ -19,7 +19,7 @@ from fastedit.deltas import DeltaSpec, EditDelta, split_point
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import SolverConfig
 from fastedit.fitting.views import ViewSource
-from fastedit.methods.base import Accumulation, Resources, positions_option
+from fastedit.methods.base import Accumulation, Method, Resources, positions_option
 from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, named_places, slots_of, trained_settings
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.methods.ldke.task import ClassifierTask
@@ -42,7 +42,7 @@ class _Shared:
     classifier: Disentangler | None = None
 
 
-class LDKE:
+class LDKE(Method):
     """Low-rank changes of the layers that an edit is found in, acting where a classifier says so."""
 
     Config: ClassVar[type] = LDKEConfig

@@ -23,7 +23,7 @@ from fastedit.backbone.packed_forward import packed_tail
 from fastedit.deltas import DeltaSpec, Rows
 from fastedit.deltas.rows import TokenSpans
 from fastedit.fitting.prepared import EditRows
-from fastedit.methods.base import Written, last_layers, positions_option
+from fastedit.methods.base import ComputedDelta, last_layers, positions_option
 from fastedit.objectives import Role
 from fastedit.ops import low_rank, risk
 from fastedit.requests import EditRequest
@@ -189,7 +189,7 @@ def planned_spec(sites: Sequence[Site], positions: str) -> DeltaSpec:
     return DeltaSpec("low_rank", tuple(sites), {"rank": PLANNED_RANK, "scale": 1.0, **positions_option(positions)})
 
 
-def written(spec: DeltaSpec, factors: Sequence[Factors]) -> list[Written]:
+def computed(spec: DeltaSpec, factors: Sequence[Factors]) -> list[ComputedDelta]:
     """Factors of B edits as the parts of low-rank deltas, each as wide as its edit needs."""
     made = []
     for edit in range(factors[0][0].shape[0]):
@@ -203,7 +203,7 @@ def written(spec: DeltaSpec, factors: Sequence[Factors]) -> list[Written]:
             name = f"{site.layer}.{site.name}"
             tensors[f"{name}:down"] = nn.functional.pad(down[edit].detach(), (0, missing))[:, :rank]
             tensors[f"{name}:up"] = nn.functional.pad(up[edit].detach(), (0, 0, 0, missing))[:rank]
-        made.append(Written(tensors, options={"rank": rank, "scale": 1.0}))
+        made.append(ComputedDelta(tensors, options={"rank": rank, "scale": 1.0}))
     return made
 
 

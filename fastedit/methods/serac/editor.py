@@ -15,7 +15,7 @@ from fastedit.deltas import DeltaSpec, split_point
 from fastedit.deltas.install import PLACEHOLDER
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, Written, last_layers
+from fastedit.methods.base import Accumulation, ComputedDelta, Method, Resources, last_layers
 from fastedit.methods.serac.config import SERACConfig, SeracObjective
 from fastedit.methods.serac.task import SeracTask
 from fastedit.objectives import Objective
@@ -35,7 +35,7 @@ class _Shared:
     heads: ScopeHeads
 
 
-class SERAC:
+class SERAC(Method):
     """Edits as text before the question, for questions in their scope."""
 
     Config: ClassVar[type] = SERACConfig
@@ -74,7 +74,7 @@ class SERAC:
         return SolverConfig(steps=0)
 
     #: What stands before a question, in words.
-    told_as: ClassVar[str] = "the cached edit"
+    context_is: ClassVar[str] = "the cached edit"
 
     @staticmethod
     def context(config: SERACConfig, request: EditRequest) -> str:
@@ -130,13 +130,13 @@ class SERAC:
 
     @staticmethod
     @torch.no_grad()
-    def write(
+    def compute(
         model: EditableModel,
         config: SERACConfig,
         shared: _Shared,
         requests: Sequence[EditRequest],
         rows: Sequence[EditRows],
-    ) -> list[Written]:
+    ) -> list[ComputedDelta]:
         """The text of every edit and its embedding.
 
         Raises:
@@ -149,7 +149,7 @@ class SERAC:
         state = packed_prefix(model, packed_start(model, encoded), *split_point(SERAC.spec(model, config)))
         places = shared.heads(scope_features(state, shared.heads.shape.segments))
         return [
-            Written({"scope": place}, {"template": template}, {"artifact": shared.artifact.id})
+            ComputedDelta({"scope": place}, {"template": template}, {"artifact": shared.artifact.id})
             for place, template in zip(places, templates, strict=True)
         ]
 

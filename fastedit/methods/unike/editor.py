@@ -15,7 +15,7 @@ from fastedit.deltas.attention_memory import without_memory
 from fastedit.deltas.key_value import place_of
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Resources, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, Resources, last_layers, positions_option
 from fastedit.methods.captured import wanted_inputs
 from fastedit.methods.ike import IKE, IKEConfig
 from fastedit.methods.retrieval import TextIndex
@@ -44,7 +44,7 @@ class Knowledge:
     texts: TextIndex | None = None
 
 
-class UniKE:
+class UniKE(Method):
     """Neurons beside the last feed-forward blocks and a memory beside the last attention blocks, always on.
 
     The paper's zeta' is a trained map of zeta, the direction from wrong to right answers in the truthful space. A map
@@ -169,7 +169,9 @@ class UniKE:
         return found
 
     @staticmethod
-    def beneath(config: UniKEConfig, committed: Sequence[EditDelta], question: str = "") -> list[EditDelta]:
+    def active_while_fitting(
+        config: UniKEConfig, committed: Sequence[EditDelta], question: str = ""
+    ) -> list[EditDelta]:
         """Neurons of earlier edits, without their entries: what the next edit's questions find will be its own."""
         newest = list(committed[-1:])
         if config.extrinsic != "latent" or not config.own:
@@ -192,7 +194,7 @@ class UniKE:
         """With in-context text, the edit and its demonstrations before every question."""
         if config.extrinsic != "prompt":
             return list(deltas)
-        told = IKE.write(model, _told(config, shared.texts), shared.texts, requests, [])
+        told = IKE.compute(model, _told(config, shared.texts), shared.texts, requests, [])
         return [replace(delta, texts=one.texts) for delta, one in zip(deltas, told, strict=True)]
 
 
