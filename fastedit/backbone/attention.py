@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .packed import KeyValue, PackedState, first_tokens, token_places, token_rows
+from .packed import KeyValue, PackedState, first_tokens, token_indices, token_rows
 
 #: What `flash_attn.flash_attn_varlen_func` is, or stands for it.
 VarlenFunction = Callable[..., Tensor]
@@ -73,7 +73,7 @@ def plan_attention(
     keys, width = max(ends), max(counts)
     full = not any(state.starts) and len(set(state.counts)) == 1 and capacity is None
     causal = chosen is None and not any(state.starts) and (window is None or window >= keys)
-    row, place = token_rows(state.counts, device), token_places(state, device)
+    row, place = token_rows(state.counts, device), token_indices(state, device)
     key_slots = None if full else row * (keys if capacity is None else capacity) + place
     row_q, place_q = (row, place) if chosen is None else (row[chosen], place[chosen])
     rank = torch.arange(len(row_q), device=device) - first_tokens(counts, device)[row_q]

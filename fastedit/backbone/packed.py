@@ -210,7 +210,7 @@ def token_rows(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts), device=device), sizes, output_size=sum(counts))
 
 
-def token_places(state: PackedState, device: torch.device) -> Tensor:
+def token_indices(state: PackedState, device: torch.device) -> Tensor:
     """(T,), int64: the place of each token in its row, constant ones counted."""
     row = token_rows(state.counts, device)
     first = torch.tensor(state.starts, device=device) - first_tokens(state.counts, device)

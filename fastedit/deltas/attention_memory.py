@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas.base import DeltaSpec, EditDelta
 from fastedit.deltas.company import company
-from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, place_of, plain_options, side_by_side
+from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, part_prefix, plain_options, side_by_side
 from fastedit.deltas.questions import standing
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import nearest_keys
@@ -77,12 +77,12 @@ class AttentionMemoryDelta(KeyValueDelta):
         for site in spec.sites:
             if site.name not in ("o", "down"):
                 raise ValueError(f"attention_memory: a memory stands beside 'o' (got site {site.layer}.{site.name})")
-            place = place_of(site)
+            prefix = part_prefix(site)
             if site.name == "o":
-                shapes[f"{place}share"] = (max(m, 1),)
+                shapes[f"{prefix}share"] = (max(m, 1),)
                 if m:
-                    shapes[f"{place}states"] = (m, site.d_out)
-                    fixed |= {f"{place}keys": (m, site.d_out), f"{place}from": (m, site.d_out), f"{place}on": (m,)}
+                    shapes[f"{prefix}states"] = (m, site.d_out)
+                    fixed |= {f"{prefix}keys": (m, site.d_out), f"{prefix}from": (m, site.d_out), f"{prefix}on": (m,)}
         return shapes, fixed
 
     def reader(self, site: int) -> str | None:
@@ -122,14 +122,14 @@ class AttentionMemoryDelta(KeyValueDelta):
             raise ValueError(
                 f"attention_memory: a spec names its artifact before it acts (got {dict(self.spec.options)})"
             )
-        place, dtype = place_of(here), memory.states.dtype
+        prefix, dtype = part_prefix(here), memory.states.dtype
         offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
         owner = torch.repeat_interleave(offsets.diff(), output_size=x.shape[0])
-        share = self.gain * self.differentiable(f"{place}share")
+        share = self.gain * self.differentiable(f"{prefix}share")
         entries = None
         if self.own:
-            states = self.fixed[f"{place}from"] + self.gain * self.differentiable(f"{place}states")
-            keys, on = self.fixed[f"{place}keys"], self.fixed[f"{place}on"]
+            states = self.fixed[f"{prefix}from"] + self.gain * self.differentiable(f"{prefix}states")
+            keys, on = self.fixed[f"{prefix}keys"], self.fixed[f"{prefix}on"]
             entries = Entries(keys.to(dtype), states.to(dtype), on > 0, owner)
         return memory.towards(x.to(dtype), output.to(dtype), share.to(dtype)[owner], entries)
 
@@ -167,8 +167,8 @@ class LayerMemory:
     """
 
     def __init__(self, model: EditableModel, site: Site, tensors: Mapping[str, Tensor], spec: DeltaSpec) -> None:
-        place, options = f"{site.layer}:", spec.options
-        if f"{place}semantic" not in tensors:
+        prefix, options = f"{site.layer}:", spec.options
+        if f"{prefix}semantic" not in tensors:
             raise ValueError(f"attention_memory: the artifact has a memory of layer {site.layer} (got none)")
         alpha = options.get("alpha", "dynamic")
         self.alpha = None if alpha == "dynamic" else float(alpha)
@@ -184,8 +184,8 @@ class LayerMemory:
         if self.raw:
             # The mix of the paper's code, with the usual scale of the scores, which it leaves out
             self.width, self.scale, self.query_norm = site.d_out, site.d_out**-0.5, None
-        self.encoder = [tensors[f"{place}enc_sem.{n}"].to(model.device, model.dtype) for n in range(4)]
-        semantic, self.states = (tensors[place + n].to(model.device, model.dtype) for n in ("semantic", "positive"))
+        self.encoder = [tensors[f"{prefix}enc_sem.{n}"].to(model.device, model.dtype) for n in range(4)]
+        semantic, self.states = (tensors[prefix + n].to(model.device, model.dtype) for n in ("semantic", "positive"))
         self.searched = self._compared(semantic)
         self.keys, self.values = self._read(self.states)
 
@@ -291,8 +291,8 @@ def encode(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def without_memory(delta: EditDelta) -> EditDelta:
     """Return what is left of a delta without its memory: its neurons."""
     feeding = AttentionMemoryDelta.neuron_sites(delta.spec)
-    places = tuple(place_of(site) for site in feeding)
-    tensors = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(places)}
+    prefixes = tuple(part_prefix(site) for site in feeding)
+    tensors = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(prefixes)}
     return replace(delta, spec=replace(delta.spec, sites=feeding), tensors=tensors, merged=company([delta]))
 
 
@@ -318,13 +318,13 @@ def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
     for site in spec.sites:
         if site.name != "o":
             continue
-        place = place_of(site)
-        shares = [gain * delta.tensors[f"{place}share"] for gain, delta in zip(gains, deltas, strict=True)]
-        tensors[f"{place}share"] = torch.cat(shares) if options["own"] else torch.stack(shares).sum(0)
+        prefix = part_prefix(site)
+        shares = [gain * delta.tensors[f"{prefix}share"] for gain, delta in zip(gains, deltas, strict=True)]
+        tensors[f"{prefix}share"] = torch.cat(shares) if options["own"] else torch.stack(shares).sum(0)
         if options["own"]:
-            states = [gain * delta.tensors[f"{place}states"] for gain, delta in zip(gains, deltas, strict=True)]
-            tensors[f"{place}states"] = torch.cat(states)
-            tensors |= {place + n: torch.cat([d.tensors[place + n] for d in deltas]) for n in ("keys", "from", "on")}
-            tensors[f"{place}on"] *= standing([delta.texts for delta in deltas], int(options["own"]))
+            states = [gain * delta.tensors[f"{prefix}states"] for gain, delta in zip(gains, deltas, strict=True)]
+            tensors[f"{prefix}states"] = torch.cat(states)
+            tensors |= {prefix + n: torch.cat([d.tensors[prefix + n] for d in deltas]) for n in ("keys", "from", "on")}
+            tensors[f"{prefix}on"] *= standing([delta.texts for delta in deltas], int(options["own"]))
     request_id = "+".join(delta.request_id for delta in deltas)
     return replace(deltas[0], spec=replace(spec, options=options), tensors=tensors, request_id=request_id)

@@ -40,12 +40,12 @@ class CodebookDelta(FlatStack):
             got = [f"{site.layer}.{site.name}" for site in spec.sites]
             raise ValueError(f"codebook: an entry stands beside one 'down' (got sites={got})")
         (site,) = spec.sites
-        self.place = f"{site.layer}.{site.name}:"
+        self.prefix = f"{site.layer}.{site.name}:"
         # A feed-forward block ends as wide as it begins
-        fixed = {f"{self.place}key": (site.d_out,)}
-        fixed |= {f"{self.place}radius": (1,), f"{self.place}length": (1,), f"{self.place}label": (4,)}
+        fixed = {f"{self.prefix}key": (site.d_out,)}
+        fixed |= {f"{self.prefix}radius": (1,), f"{self.prefix}length": (1,), f"{self.prefix}label": (4,)}
         self.n_values = int(spec.options.get("values", 1))
-        shapes = {f"{self.place}value": (self.n_values, site.d_out)}
+        shapes = {f"{self.prefix}value": (self.n_values, site.d_out)}
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
         self.replaces = bool(spec.options.get("replace", False))
 
@@ -60,13 +60,13 @@ class CodebookDelta(FlatStack):
             raise ValueError(
                 "codebook: an entry acts where the model knows which tokens are an answer's (got padded rows)"
             )
-        value = self.differentiable(f"{self.place}value")
+        value = self.differentiable(f"{self.prefix}value")
         sizes = rows.offsets_tensor(x.shape[0], self.size, x.device).diff()
         owner = torch.repeat_interleave(torch.arange(self.size, device=x.device), sizes, output_size=x.shape[0])
         change = value[owner, steps.clamp(0, self.n_values - 1)]
         if self.replaces:
             change = change - output.to(change.dtype)
-        length = self.fixed[f"{self.place}length"][:, 0].clamp(max=self.n_values)
+        length = self.fixed[f"{self.prefix}length"][:, 0].clamp(max=self.n_values)
         acting = (steps >= 0) & (steps < length[owner])
         held = self._held(x, rows)
         return change * (acting if held is None else acting & held)[:, None]
@@ -77,7 +77,7 @@ class CodebookDelta(FlatStack):
         if marks is None:
             return None
         # Keys and radii of edits that enter are written after the rows are known: not to be kept
-        key, radius = self.fixed[f"{self.place}key"], self.fixed[f"{self.place}radius"][:, 0]
+        key, radius = self.fixed[f"{self.prefix}key"], self.fixed[f"{self.prefix}radius"][:, 0]
         distance = torch.linalg.vector_norm(x[marks.last].to(key.dtype) - key[marks.owner], dim=1)
         held: Tensor = in_scope(self.row_roles, x.device) | (distance <= radius[marks.owner])
         return held[marks.row]

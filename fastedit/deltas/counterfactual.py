@@ -44,8 +44,8 @@ class CounterfactualDelta(FlatStack):
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change (tokens, d_out) of the output of site number ``site`` for x (tokens, d_in), whosever they are."""
-        place = self.spec.sites[site]
-        part = f"{place.layer}.{place.name}"
+        chosen = self.spec.sites[site]
+        part = f"{chosen.layer}.{chosen.name}"
         x = x.to(self.flat.dtype)
         if not self.rank:
             return x @ self.weights[f"{part}:delta"].T

@@ -24,7 +24,7 @@ class KeyValueDelta(FlatStack):
 
     UniKE, arXiv 2409.19872, equations (1) and (6). The sites are the modules that end the feed-forward blocks ("down");
     x is the block's input, which is that of "up". V and w start at 0, so a fresh delta changes nothing. Every edit
-    starts from the same keys, drawn from ``seed``, so that its result does not depend on its place in a batch.
+    starts from the same keys, drawn from ``seed``, so that its result does not depend on its slot in a batch.
 
     Options of the spec:
         n, activation ("relu", "gelu" or "silu"), gate (bool), seed.
@@ -51,7 +51,7 @@ class KeyValueDelta(FlatStack):
         if "activation_weight" in spec.options:
             for site in self.feeding:
                 shape = (size, int(spec.options["n"]), site.d_out)
-                self.tokens[f"{place_of(site)}tokens"] = torch.zeros(shape, dtype=dtype, device=device)
+                self.tokens[f"{part_prefix(site)}tokens"] = torch.zeros(shape, dtype=dtype, device=device)
         self.restart(range(size))
 
     @staticmethod
@@ -99,19 +99,19 @@ class KeyValueDelta(FlatStack):
         """(B,) the activation and memory losses of the neurons; see ``neuron_losses``."""
         if not self.memories:
             return None
-        return torch.stack([self._site_losses(place_of(site)) for site in self.feeding]).sum(0)
+        return torch.stack([self._site_losses(part_prefix(site)) for site in self.feeding]).sum(0)
 
-    def _site_losses(self, place: str) -> Tensor:
+    def _site_losses(self, prefix: str) -> Tensor:
         options = self.spec.options
         part = "gate_" if options.get("gate", False) else ""
-        keys, bias = self.differentiable(f"{place}{part}keys"), self.differentiable(f"{place}{part}bias")
-        off = self.fixed.get(f"{place}off")
+        keys, bias = self.differentiable(f"{prefix}{part}keys"), self.differentiable(f"{prefix}{part}bias")
+        off = self.fixed.get(f"{prefix}off")
         own, others = neuron_losses(
             keys,
             bias,
-            self.tokens.get(f"{place}tokens"),
-            self.memories[f"{place}memory"],
-            self.foreign[f"{place}foreign"],
+            self.tokens.get(f"{prefix}tokens"),
+            self.memories[f"{prefix}memory"],
+            self.foreign[f"{prefix}foreign"],
             torch.ones_like(bias) if off is None else 1.0 - off,
             margin=float(options["margin"]),
             most=int(options["most"]),
@@ -119,7 +119,7 @@ class KeyValueDelta(FlatStack):
         return float(options.get("activation_weight", 0.0)) * own + float(options["memory_weight"]) * others
 
 
-def place_of(site: Site) -> str:
+def part_prefix(site: Site) -> str:
     """What the names of a site's parts begin with."""
     return f"{site.layer}.{site.name}:"
 
@@ -141,16 +141,16 @@ def neuron_shapes(spec: DeltaSpec, sites: Sequence[Site]) -> tuple[Shapes, Shape
         if site.name != "down":
             raise ValueError(f"key_value: neurons stand beside 'down' (got site {site.layer}.{site.name})")
         # A feed-forward block ends as wide as it begins
-        place, width = place_of(site), site.d_out
-        shapes |= {f"{place}keys": (width, n), f"{place}bias": (n,)}
+        prefix, width = part_prefix(site), site.d_out
+        shapes |= {f"{prefix}keys": (width, n), f"{prefix}bias": (n,)}
         if spec.options.get("gate", False):
-            shapes |= {f"{place}gate_keys": (width, n), f"{place}gate_bias": (n,)}
-        shapes[f"{place}values"] = (n, width)
+            shapes |= {f"{prefix}gate_keys": (width, n), f"{prefix}gate_bias": (n,)}
+        shapes[f"{prefix}values"] = (n, width)
         if spec.options.get("switches", False):
-            fixed[f"{place}off"] = (n,)
+            fixed[f"{prefix}off"] = (n,)
         if "steering" in spec.options:
-            shapes[f"{place}steer"] = (1,)
-            fixed[f"{place}direction"] = (width,)
+            shapes[f"{prefix}steer"] = (1,)
+            fixed[f"{prefix}direction"] = (width,)
     return shapes, fixed
 
 
@@ -167,18 +167,18 @@ def drawn_keys(spec: DeltaSpec, shapes: Mapping[str, tuple[int, ...]], like: Ten
 
 def neurons(stack: FlatStack, site: Site, x: Tensor, rows: Rows | TokenSpans) -> Tensor:
     """What the neurons at a site add for tokens x (T, d), sorted by edit: (T, d)."""
-    place, options = place_of(site), stack.spec.options
-    keys, bias = stack.differentiable(f"{place}keys"), stack.differentiable(f"{place}bias")
+    prefix, options = part_prefix(site), stack.spec.options
+    keys, bias = stack.differentiable(f"{prefix}keys"), stack.differentiable(f"{prefix}bias")
     gate = None
     if options.get("gate", False):
-        gate = stack.differentiable(f"{place}gate_keys"), stack.differentiable(f"{place}gate_bias")
-    values = stack.differentiable(f"{place}values")
+        gate = stack.differentiable(f"{prefix}gate_keys"), stack.differentiable(f"{prefix}gate_bias")
+    values = stack.differentiable(f"{prefix}values")
     if "steering" in options:
         # (B, 1) * (B, d): the same row beside every value
-        towards = stack.differentiable(f"{place}steer") * stack.fixed[f"{place}direction"]
+        towards = stack.differentiable(f"{prefix}steer") * stack.fixed[f"{prefix}direction"]
         values = values + float(options["steering"]) * towards[:, None]
     if options.get("switches", False):
-        values = values * (1.0 - stack.fixed[f"{place}off"])[:, :, None]
+        values = values * (1.0 - stack.fixed[f"{prefix}off"])[:, :, None]
     offsets = rows.offsets_tensor(x.shape[0], stack.size, x.device)
     # Half-precision tokens are taken as they are; sums and parameters are float32 all the same
     narrow = x.dtype in (torch.bfloat16, torch.float16) and keys.dtype == torch.float32
@@ -230,14 +230,14 @@ def _mean_of_largest(exponents: Tensor, counted: Tensor, most: int) -> Tensor:
     return torch.exp(flat.topk(k, dim=1, sorted=False).values).sum(1) / found
 
 
-def acting_values(delta: EditDelta, place: str) -> Tensor:
+def acting_values(delta: EditDelta, prefix: str) -> Tensor:
     """(n, d), what a delta's neurons add when they put out 1: values with their steering, zeros where switched off."""
-    values, options = delta.tensors[f"{place}values"], delta.spec.options
+    values, options = delta.tensors[f"{prefix}values"], delta.spec.options
     if "steering" in options:
-        towards = delta.tensors[f"{place}steer"] * delta.tensors[f"{place}direction"]
+        towards = delta.tensors[f"{prefix}steer"] * delta.tensors[f"{prefix}direction"]
         values = values + float(options["steering"]) * towards
     if options.get("switches", False):
-        values = values * (1.0 - delta.tensors[f"{place}off"])[:, None]
+        values = values * (1.0 - delta.tensors[f"{prefix}off"])[:, None]
     return values
 
 
@@ -246,10 +246,10 @@ def plain_neurons(delta: EditDelta, sites: Sequence[Site]) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     gated = bool(delta.spec.options.get("gate", False))
     for site in sites:
-        place = place_of(site)
+        prefix = part_prefix(site)
         for part in ("keys", "bias", "gate_keys", "gate_bias") if gated else ("keys", "bias"):
-            plain[place + part] = delta.tensors[place + part]
-        plain[f"{place}values"] = acting_values(delta, place)
+            plain[prefix + part] = delta.tensors[prefix + part]
+        plain[f"{prefix}values"] = acting_values(delta, prefix)
     return plain
 
 

@@ -20,7 +20,7 @@ class LowRankDelta(FlatStack):
     """Two thin matrices per edit and site: ``y += scale · (x @ down) @ up``.
 
     LoRA (arXiv 2106.09685): ``down`` starts random, ``up`` at zero, so a fresh delta changes nothing. Every edit starts
-    from the same ``down`` (drawn from ``seed``), so that an edit's result does not depend on its place in a batch.
+    from the same ``down`` (drawn from ``seed``), so that an edit's result does not depend on its slot in a batch.
 
     Options of the spec: ``rank``, ``scale`` (alpha / rank), ``seed``.
     Parts: ``"{layer}.{name}:down"`` (B, d_in, r) and ``"{layer}.{name}:up"`` (B, r, d_out).

@@ -48,9 +48,9 @@ class SideDelta(FullDelta):
         if len(spec.sites) != 1:
             raise ValueError(f"side: a copy of one linear map (got sites={[site.module_path for site in spec.sites]})")
         super().__init__(spec, size, dtype=dtype, device=device, trainable=trainable)
-        self.place = place_of(spec)
+        self.prefix = part_prefix(spec)
         for name, width in FIXED.items():
-            self.fixed[f"{self.place}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
+            self.fixed[f"{self.prefix}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
         self._distance: Tensor | None = None
         self._seen: tuple[Tensor, Tensor, RowMarks, Tensor] | None = None
 
@@ -83,7 +83,7 @@ class SideDelta(FullDelta):
             return None
         marks, options, device = self._seen[2], self.spec.options, self._distance.device
         inside = in_scope(self.row_roles, device)
-        unit = self.fixed[f"{self.place}unit"][:, 0].clamp(min=torch.finfo(self.flat.dtype).tiny)
+        unit = self.fixed[f"{self.prefix}unit"][:, 0].clamp(min=torch.finfo(self.flat.dtype).tiny)
         distance = self._distance / unit[marks.owner]
         near, far = distance[inside], distance[~inside]
         own_near, own_far = marks.owner[inside], marks.owner[~inside]
@@ -98,7 +98,7 @@ class SideDelta(FullDelta):
     def end_step(self) -> None:
         """After the backward pass: gradients outside of the mask are dropped."""
         super().end_step()
-        apply_mask_(self.grad, self.fixed[f"{self.place}mask"], float(self.spec.options["keep"]))
+        apply_mask_(self.grad, self.fixed[f"{self.prefix}mask"], float(self.spec.options["keep"]))
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own; one that was fitted has its threshold measured before."""
@@ -116,11 +116,11 @@ class SideDelta(FullDelta):
             return
         distance = self.distances(index, x[tokens], output[tokens], self.earlier)
         means = row_means(distance, marks.row[tokens], len(marks.owner))
-        self.fixed[f"{self.place}threshold"][index] = float(self.spec.options["share"]) * means[wanted].min()
+        self.fixed[f"{self.prefix}threshold"][index] = float(self.spec.options["share"]) * means[wanted].min()
 
     def distances(self, edit: int, x: Tensor, output: Tensor, earlier: Sequence[StackedDelta] = ()) -> Tensor:
         """(T,) how far an edit moves tokens whose input x (T, d_in) the frozen map takes to output (T, d_out)."""
-        change = x.to(self.flat.dtype) @ self.parts[f"{self.place}delta"][edit].T
+        change = x.to(self.flat.dtype) @ self.parts[f"{self.prefix}delta"][edit].T
         for other in earlier:
             change = change + other.delta(0, x, Rows(), output).to(change.dtype)
         return moved(output, change)
@@ -130,7 +130,7 @@ class SideDelta(FullDelta):
 FIXED = {"mask": 4, "unit": 1, "threshold": 1, "edits": 1, "merged": 1}
 
 
-def place_of(spec: DeltaSpec) -> str:
+def part_prefix(spec: DeltaSpec) -> str:
     """What the names of the parts begin with."""
     return f"{spec.sites[0].layer}.{spec.sites[0].name}:"
 
@@ -157,7 +157,7 @@ def accumulate_side(deltas: Sequence[EditDelta]) -> EditDelta:
 
 def merged_side(deltas: Sequence[EditDelta], density: float) -> EditDelta:
     """One memory by TIES (arXiv 2306.01708): what is small is dropped, signs are elected, agreeing values averaged."""
-    name = f"{place_of(deltas[0].spec)}delta"
+    name = f"{part_prefix(deltas[0].spec)}delta"
     tensors = {name: ties([delta.tensors[name] for delta in deltas], density), **_joined(deltas, merged=1.0)}
     texts = joined_questions([delta.texts for delta in deltas])
     request_id = "+".join(delta.request_id for delta in deltas)
@@ -167,25 +167,25 @@ def merged_side(deltas: Sequence[EditDelta], density: float) -> EditDelta:
 
 def empty_side(like: EditDelta) -> EditDelta:
     """A memory without edits, which acts nowhere."""
-    place = place_of(like.spec)
+    prefix = part_prefix(like.spec)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in like.tensors.items()}
-    tensors[f"{place}threshold"] = torch.full((1,), torch.inf)
+    tensors[f"{prefix}threshold"] = torch.full((1,), torch.inf)
     return replace(like, tensors=tensors, texts={}, request_id="", fitted_on=(), merged=())
 
 
 def _joined(deltas: Sequence[EditDelta], *, merged: float) -> Mapping[str, Tensor]:
     """Fixed tensors of several memories together."""
-    place = place_of(deltas[0].spec)
+    prefix = part_prefix(deltas[0].spec)
 
     def column(name: str) -> Tensor:
-        return torch.cat([delta.tensors[f"{place}{name}"] for delta in deltas])
+        return torch.cat([delta.tensors[f"{prefix}{name}"] for delta in deltas])
 
     return {
-        f"{place}mask": deltas[-1].tensors[f"{place}mask"],
-        f"{place}unit": column("unit").max()[None],
-        f"{place}threshold": column("threshold").min()[None],
-        f"{place}edits": column("edits").sum()[None],
-        f"{place}merged": torch.full((1,), merged),
+        f"{prefix}mask": deltas[-1].tensors[f"{prefix}mask"],
+        f"{prefix}unit": column("unit").max()[None],
+        f"{prefix}threshold": column("threshold").min()[None],
+        f"{prefix}edits": column("edits").sum()[None],
+        f"{prefix}merged": torch.full((1,), merged),
     }
 
 

@@ -21,30 +21,30 @@ FORMAT, UNCHECKED = "fastedit-deltas/2", "fastedit-deltas/1"
 _WARNING = "deltas: {path} was written without checksums ({format}): what it holds is not checked; save it again"
 
 
-def save_deltas(deltas: Sequence[EditDelta], path: str | Path, places: Sequence[int] | None = None) -> Path:
+def save_deltas(deltas: Sequence[EditDelta], path: str | Path, numbers: Sequence[int] | None = None) -> Path:
     """Write deltas to one safetensors file, atomically (written beside, then renamed).
 
     Tensor names are ``"{index:06d}/{part}"``; header field ``fastedit`` holds format, specs, ids, fingerprints and
-    checksums, and the places of the deltas in their run where they are not simply one after another.
+    checksums, and the numbers of the deltas in their run where they are not simply one after another.
 
     Raises:
-        ValueError: not as many places as deltas, or a value that is not finite; nothing is written then.
+        ValueError: not as many numbers as deltas, or a value that is not finite; nothing is written then.
         OSError: the file cannot be written; nothing is left of it then.
     """
     path = Path(path)
-    write_deltas(deltas, path, places)
+    write_deltas(deltas, path, numbers)
     return path
 
 
 def write_deltas(
-    deltas: Sequence[EditDelta], path: Path, places: Sequence[int] | None = None, *, exclusive: bool = False
+    deltas: Sequence[EditDelta], path: Path, numbers: Sequence[int] | None = None, *, exclusive: bool = False
 ) -> str:
     """What ``save_deltas`` does; returns the header's checksum.
 
     Raises:
         FileExistsError: it is exclusive, and there is a file.
     """
-    return write_tensors(*_content(deltas, places), path, "deltas", exclusive=exclusive)
+    return write_tensors(*_content(deltas, numbers), path, "deltas", exclusive=exclusive)
 
 
 def load_deltas(path: str | Path) -> list[EditDelta]:
@@ -75,10 +75,10 @@ def header_checksum(path: str | Path) -> str:
         return file.header.checksum
 
 
-def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _content(deltas: Sequence[EditDelta], numbers: Sequence[int] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file."""
-    if places is not None and len(places) != len(deltas):
-        raise ValueError(f"deltas: a place for every delta (got {len(places)} for {len(deltas)})")
+    if numbers is not None and len(numbers) != len(deltas):
+        raise ValueError(f"deltas: a number for every delta (got {len(numbers)} for {len(deltas)})")
     tensors: dict[str, Tensor] = {}
     entries = []
     specs: dict[str, int] = {}
@@ -104,8 +104,8 @@ def _content(deltas: Sequence[EditDelta], places: Sequence[int] | None) -> tuple
         for name, tensor in delta.tensors.items():
             tensors[f"{index:06d}/{name}"] = tensor
     content: dict[str, Any] = {"format": FORMAT, "specs": whole, "deltas": entries, "ids": list(table)}
-    if places is not None:
-        content["places"] = list(places)
+    if numbers is not None:
+        content["places"] = list(numbers)
     return tensors, content
 
 
@@ -161,16 +161,16 @@ class Header:
             self.specs = [_spec(each) for each in header["specs"]]
             self.entries = [_Entry.of(entry, self.format == FORMAT) for entry in header["deltas"]]
             self._ids = [str(each) for each in header.get("ids", ())]
-            places = header.get("places")
-            self.places = None if places is None else [int(place) for place in places]
+            numbers = header.get("places")
+            self.numbers = None if numbers is None else [int(number) for number in numbers]
             for entry in self.entries:
                 # Negative numbers would count from the end
                 range(len(self.specs))[entry.spec]
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"deltas: a complete header (got {error!r:.200} in path={str(path)!r})") from error
-        if self.places is not None and len(self.places) != len(self.entries):
-            told = f"{len(self.places)} for {len(self.entries)}"
-            raise ValueError(f"deltas: a place for every delta (got {told} in path={str(path)!r})")
+        if self.numbers is not None and len(self.numbers) != len(self.entries):
+            told = f"{len(self.numbers)} for {len(self.entries)}"
+            raise ValueError(f"deltas: a number for every delta (got {told} in path={str(path)!r})")
         self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:

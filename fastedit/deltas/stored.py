@@ -16,7 +16,7 @@ class StoredDeltas(Sequence[EditDelta]):
     """Deltas in the files of a folder, read when asked for: memory does not grow with their number.
 
     A file holds what was appended at once and is named by its number, ``deltas-000000.safetensors`` being the first.
-    Edits end in any order: files say which place of the run a delta has, and the deltas that are there are in that
+    Edits end in any order: files say which number in the run a delta has, and the deltas that are there are in that
     order, also where the run was broken off. Reading one checks it and its file's header, and nothing else.
 
     Args:
@@ -31,7 +31,7 @@ class StoredDeltas(Sequence[EditDelta]):
         if not self.folder.is_dir():
             error_type = ValueError if self.folder.exists() else FileNotFoundError
             raise error_type(f"deltas: the folder exists (got folder={str(folder)!r}); StoredDeltas.create makes one")
-        # by place: the number of the file, the number there, and whose it is
+        # by number of the edit: that of the file, the row there, and whose it is
         self._found: dict[int, tuple[int, int, str]] = {}
         self._sorted: list[int] = []
         self._checksums: list[str] = []
@@ -44,8 +44,8 @@ class StoredDeltas(Sequence[EditDelta]):
                 header = file.header
             if number == 0:
                 header.warn()
-            places = self._free(path.name, len(header), header.places)
-            self._add([entry.request_id for entry in header.entries], places, header.checksum)
+            numbers = self._free(path.name, len(header), header.numbers)
+            self._add([entry.request_id for entry in header.entries], numbers, header.checksum)
 
     def __repr__(self) -> str:
         return f"<StoredDeltas: {len(self)} deltas in {self.folder}>"
@@ -75,51 +75,51 @@ class StoredDeltas(Sequence[EditDelta]):
             return ""
         return hashlib.sha256(json_text(self._checksums).encode()).hexdigest()
 
-    def append(self, deltas: Sequence[EditDelta], places: Sequence[int] | None = None) -> None:
+    def append(self, deltas: Sequence[EditDelta], numbers: Sequence[int] | None = None) -> None:
         """Write deltas as one file that is there whole or not at all.
 
         Args:
-            deltas: n. places: of each in the run, in any order over the files; behind the others if absent.
+            deltas: n. numbers: of each in the run, in any order over the files; behind the others if absent.
         Raises:
-            ValueError: a place for every delta, and none twice; a value that is not finite; or another writer has put
+            ValueError: a number for every delta, and none twice; a value that is not finite; or another writer has put
                 a file there. Nothing is written then.
             OSError: the file cannot be written, the disk is full ...; nothing is left of it then.
         """
-        if not deltas and not places:
+        if not deltas and not numbers:
             return
         path = self.folder / _file_name(len(self._checksums))
-        chosen = self._free(path.name, len(deltas), places)
+        chosen = self._free(path.name, len(deltas), numbers)
         try:
-            checksum = write_deltas(deltas, path, places, exclusive=True)
+            checksum = write_deltas(deltas, path, numbers, exclusive=True)
         except FileExistsError:
             told = f"{path.name} of another one in folder={str(self.folder)!r}"
             raise ValueError(f"deltas: one process writes a folder (got {told})") from None
         self._add([delta.request_id for delta in deltas], chosen, checksum)
 
-    def _free(self, where: str, count: int, places: Sequence[int] | None) -> Sequence[int]:
-        """The places of a file's deltas, once it is known that none is taken twice."""
+    def _free(self, where: str, count: int, numbers: Sequence[int] | None) -> Sequence[int]:
+        """The numbers of a file's deltas, once it is known that none is taken twice."""
         first = 1 + max(self._found, default=-1)
-        chosen = range(first, first + count) if places is None else places
+        chosen = range(first, first + count) if numbers is None else numbers
         seen: set[int] = set()
-        for place in chosen:
-            if place in self._found or place in seen:
-                raise ValueError(f"deltas: every place is taken once (got place={place} again in {where})")
-            seen.add(place)
+        for number in chosen:
+            if number in self._found or number in seen:
+                raise ValueError(f"deltas: every number is taken once (got number={number} again in {where})")
+            seen.add(number)
         return chosen
 
-    def _add(self, ids: Sequence[str], places: Sequence[int], checksum: str) -> None:
+    def _add(self, ids: Sequence[str], numbers: Sequence[int], checksum: str) -> None:
         file = len(self._checksums)
-        self._found.update((place, (file, row, ids[row])) for row, place in enumerate(places))
+        self._found.update((number, (file, row, ids[row])) for row, number in enumerate(numbers))
         self._checksums.append(checksum)
 
     @property
     def request_ids(self) -> list[str]:
         """Whose the deltas are, without reading them."""
-        return [self._found[place][2] for place in self.places]
+        return [self._found[number][2] for number in self.numbers]
 
     @property
-    def places(self) -> list[int]:
-        """The places of the deltas in their run: 0, 1, 2 ... where it was finished."""
+    def numbers(self) -> list[int]:
+        """The numbers of the deltas in their run: 0, 1, 2 ... where it was finished."""
         if len(self._sorted) != len(self._found):
             self._sorted = sorted(self._found)
         return self._sorted
@@ -135,11 +135,11 @@ class StoredDeltas(Sequence[EditDelta]):
         """Read one delta, or those of a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        number, row, _ = self._found[self.places[index]]
-        path = self.folder / _file_name(number)
+        file_number, row, _ = self._found[self.numbers[index]]
+        path = self.folder / _file_name(file_number)
         with opened(path, self._header) as file:
             self._header = file.header
-            if file.header.checksum != self._checksums[number]:
+            if file.header.checksum != self._checksums[file_number]:
                 raise ValueError(f"deltas: files stay as they were (got another content in path={str(path)!r})")
             return file.read(row)
 

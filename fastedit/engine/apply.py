@@ -162,16 +162,16 @@ def memories(deltas: Sequence[EditDelta], check_sequence: bool) -> list[EditDelt
         ValueError: one was fitted on top of others that are not there.
     """
     grouped: list[list[EditDelta]] = []
-    place_of: dict[tuple[str, ...], int] = {}
+    part_prefix: dict[tuple[str, ...], int] = {}
     for number, delta in enumerate(deltas):
-        place = place_of.get(delta.fitted_on) if delta.fitted_on else None
+        place = part_prefix.get(delta.fitted_on) if delta.fitted_on else None
         if place is None:
             if delta.fitted_on and check_sequence:
                 raise ValueError(_not_in_sequence(number, delta, len(deltas)))
             place = len(grouped)
             grouped.append([])
         grouped[place].append(delta)
-        place_of[company(grouped[place])] = place
+        part_prefix[company(grouped[place])] = place
     return [accumulate(memory) if len(memory) > 1 else memory[0] for memory in grouped]
 
 

@@ -29,9 +29,9 @@ from fastedit.engine.profiling.flops import Peak, is_counted, nfu
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.engine.profiling.utilisation import necessary_flops
 from fastedit.engine.run import Run, Timing
+from fastedit.engine.run_state import EditJob, EndedEdits, RunState
 from fastedit.engine.schedule import run_sequential, run_single
 from fastedit.engine.soundness import check_finite, not_finite, warn_of
-from fastedit.engine.work import Work
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.fitting.solver import FitOutcome
 from fastedit.fitting.views import ViewSource
@@ -124,30 +124,27 @@ def edit(
         check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
     if mode == "sequential" and conflicts == "error":
         check_conflicts(edits)
-    delta_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):
         batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=deltas_folder is None)
-    work = Work(
-        model, edits, plan, spec, solver, source, timer, delta_dtype, None, batch_size,
-        seed=seed, pool=() if pool is None else pool, artifact=trained, bind=bind,
-    )  # fmt: skip
+    job = EditJob(model, edits, plan, spec, solver, source, () if pool is None else pool, trained, seed, bind)
+    run = RunState(job, EndedEdits(timer, per_file=batch_size), timer)
 
     if model.device.type == "cpu":
         keep_freed_memory()
     elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     describe = partial(
-        _provenance, work, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
+        _provenance, job, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
     )
     room = expected_output_bytes(model, plan, len(edits), evaluate=False)
     with (
-        open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as work.store,
-        carrying(work, partial(_finished, work, describe, evaluate)),
+        open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as run.ended.store,
+        carrying(run, partial(_finished, run, describe, evaluate)),
     ):
-        resources = Resources(work.pool, trained, seed, plan.prefix)
+        resources = Resources(job.pool, trained, seed, plan.prefix)
         with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
-            work.shared = once_more(
+            run.shared = once_more(
                 model, lambda: plan.method.setup(model, plan.config, resources), "setting up the method"
             )
         # Behind the setup, which refuses trained parts of another shape before the model is asked anything
@@ -155,14 +152,14 @@ def edit(
             once_more(model, lambda: check_finite(model, edits), "asking the first question")
         with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
             if mode == "single":
-                run_single(work, batch_size, evaluate, show_progress)
+                run_single(run, batch_size, evaluate, show_progress)
             else:
-                run_sequential(work, batch_size, evaluate, show_progress, score_at)
-        return _result(work, range(len(edits)), work.all_deltas(), describe(), evaluate=evaluate, peak=peak)
+                run_sequential(run, batch_size, evaluate, show_progress, score_at)
+        return _result(run, range(len(edits)), run.ended.all_deltas(), describe(), evaluate=evaluate, peak=peak)
 
 
 def _result(
-    work: Work,
+    run: RunState,
     numbers: Sequence[int],
     deltas: Sequence[EditDelta],
     notes: dict[str, Any],
@@ -171,46 +168,46 @@ def _result(
     peak: Peak | None = None,
 ) -> Run:
     """The run of these edits."""
-    outcomes = [work.outcomes[number] for number in numbers]
-    scored = [work.scored.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
-    scores = summarise(scored, seed=work.seed) if evaluate else {}
-    timing = _timing(work, outcomes, peak)
+    outcomes = [run.ended.outcomes[number] for number in numbers]
+    scored = [run.ended.scores.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
+    scores = summarise(scored, seed=run.job.seed) if evaluate else {}
+    timing = _timing(run, outcomes, peak)
     notes |= {"not_finite": not_finite(scored)} if evaluate else {}
     warn_of(outcomes, scored)
-    return Run(deltas, outcomes, scores, scored, timing, notes, work.checkpoints, work.artifact)
+    return Run(deltas, outcomes, scores, scored, timing, notes, run.ended.checkpoints, run.job.artifact)
 
 
-def _finished(work: Work, describe: Callable[[], dict[str, Any]], evaluate: bool, numbers: Sequence[int]) -> Run:
+def _finished(run: RunState, describe: Callable[[], dict[str, Any]], evaluate: bool, numbers: Sequence[int]) -> Run:
     """What there is of a run that ended early."""
-    notes = {**describe(), "finished": {"edits": list(numbers), "of": len(work.edits)}}
-    return _result(work, numbers, work.kept(numbers), notes, evaluate=evaluate and bool(work.scored))
+    notes = {**describe(), "finished": {"edits": list(numbers), "of": len(run.job.edits)}}
+    return _result(run, numbers, run.ended.deltas_of(numbers), notes, evaluate=evaluate and bool(run.ended.scores))
 
 
-def _timing(work: Work, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
-    spent = work.timer.total(without=("evaluation",))
+def _timing(run: RunState, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
+    spent = run.timer.total(without=("evaluation",))
     used = None
-    if peak is not None and spent and is_counted(work.spec, work.model):
-        roles = work.plan.build_objective(work.solver.steps).roles
-        necessary = necessary_flops(work.model, work.spec, work.views, roles, outcomes)
+    if peak is not None and spent and is_counted(run.job.spec, run.job.model):
+        roles = run.job.plan.build_objective(run.job.solver.steps).roles
+        necessary = necessary_flops(run.job.model, run.job.spec, run.job.views, roles, outcomes)
         used = nfu(necessary.total, spent, peak)
     return Timing(
         edits_per_s=len(outcomes) / spent if spent else float("nan"),
-        seconds=dict(work.timer.seconds),
+        seconds=dict(run.timer.seconds),
         steps=sum(outcome.steps for outcome in outcomes),
-        peak_memory_mib=peak_memory_mib(work.model.device),
+        peak_memory_mib=peak_memory_mib(run.job.model.device),
         nfu=used,
     )
 
 
 def _provenance(
-    work: Work, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
+    job: EditJob, method: str, *, pool: Sequence[EditRequest] | None, seed: int, **settings: Any
 ) -> dict[str, Any]:
-    model = work.model
+    model = job.model
     return {
         "method": method,
-        "config": work.plan.settings(),
-        "solver": {**vars(work.solver)},
-        "sites": [f"{site.layer}.{site.name}" for site in work.spec.sites],
+        "config": job.plan.settings(),
+        "solver": {**vars(job.solver)},
+        "sites": [f"{site.layer}.{site.name}" for site in job.spec.sites],
         "run": settings,
         "seed": seed,
         "protocols": PROTOCOLS,
@@ -223,8 +220,8 @@ def _provenance(
             "device": str(model.device),
             **provenance.prompts(model),
         },
-        "data": {"edits": len(work.edits), "fingerprint": fingerprint(work.edits)},
-        "artifact": None if work.artifact is None else {"kind": work.artifact.kind, "id": work.artifact.id},
+        "data": {"edits": len(job.edits), "fingerprint": fingerprint(job.edits)},
+        "artifact": None if job.artifact is None else {"kind": job.artifact.kind, "id": job.artifact.id},
         "pool": None if pool is None else {"records": len(pool), "fingerprint": fingerprint(pool)},
         "versions": provenance.versions(),
         "machine": provenance.machine(),

@@ -19,123 +19,29 @@ from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import FitOutcome
 from fastedit.objectives import Losses, Objective, TokenBatch
 
-#: Share of the places that must be free before others enter (they are encoded together), and of the rows that must
+#: Share of the slots that must be free before others enter (they are encoded together), and of the rows that must
 #: have ended before they are taken out: both rearrange everything.
-WORTH_WHILE = 4
+REFILL_FRACTION = 0.25
+
+#: Gets an edit that has ended: its number, its delta and its outcome; no delta acts meanwhile.
+OnFinished = Callable[[int, EditDelta, FitOutcome], None]
 
 
-#: Numbers and rows of edits to the values that parts of their deltas start from.
-Begin = Callable[[Sequence[int], Sequence[EditRows]], Sequence[Mapping[str, Tensor]]]
-
-
-class BatchProblem:
-    """Losses of the edits in B places at the current deltas (``fastedit.fitting.solver.Problem``).
-
-    The deltas must be installed while this is used.
+@dataclass
+class ActiveDeltas:
+    """What acts while edits are fitted.
 
     Args:
         model: frozen.
-        stacked: the deltas of the B places.
-        holders: of the deltas that act, that of ``stacked`` first; paused while anything unedited is computed.
+        stacked: the deltas of the B slots.
+        holders: of the deltas that act, that of ``stacked`` first.
         held: outputs that are kept between steps.
-        objective: per-edit losses.
-        waiting: numbers of the edits that are to be fitted; taken from the left.
-        make: prepares the rows of edits.
-        begin: first values of the deltas of edits that enter, where the method has any of its own.
-        take: gets every edit that has ended, its delta and its outcome; no delta acts meanwhile.
-        timer: seconds by phase.
-        on_step: gets the steps taken so far by all edits that are at work, before each of them.
     """
 
-    def __init__(
-        self,
-        model: EditableModel,
-        stacked: StackedDelta,
-        holders: Sequence[RowsHolder],
-        held: Held,
-        objective: Objective,
-        waiting: deque[int],
-        make: Callable[[Sequence[int]], list[EditRows]],
-        take: Callable[[int, EditDelta, FitOutcome], None],
-        timer: PhaseTimer,
-        begin: Begin | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> None:
-        self.begin, self.on_step = begin, on_step
-        self.model, self.stacked, self.holders, self.held = model, stacked, holders, held
-        self.objective, self.waiting, self.make, self.take, self.timer = objective, waiting, make, take, timer
-        #: By place, the number of its edit and its rows, in order of the places.
-        self.working: dict[int, tuple[int, EditRows]] = {}
-        self._ended: set[int] = set()
-        self._tokens: _Tokens | None = None
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time a part of the loop."""
-        return self.timer.phase(name)
-
-    def losses(self, steps: Tensor) -> Losses:
-        """Losses of all places; one without rows has no tokens."""
-        if self.on_step is not None:
-            self.on_step(sum(int(steps[place]) for place in self.working if place not in self._ended))
-        with self.timer.phase("tail_forward"):
-            if self._tokens is None:
-                self._tokens = self._assembled()
-            tokens = self._tokens
-            hidden = packed_tail(self.model, tokens.state)
-            logits = self.model.head(hidden)
-        with self.timer.phase("objective"):
-            batch = TokenBatch(
-                hidden=hidden,
-                logits=logits,
-                labels=tokens.labels,
-                edit=tokens.edit,
-                role=tokens.role,
-                n_edits=self.stacked.size,
-                reference=tokens.reference,
-                flat=self.stacked.parameters_as_input(),
-            )
-            losses = self.objective(batch, steps)
-            own = self.stacked.extra_loss()
-            return losses if own is None else replace(losses, total=losses.total + own)
-
-    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
-        """Hand over the deltas of edits that have ended."""
-        for place, outcome in outcomes.items():
-            with self.timer.phase("store"):
-                delta = self.stacked.unstack(place)
-            self._ended.add(place)
-            with self.paused():
-                self.take(self.working[place][0], delta, outcome)
-
-    def started(self, places: Sequence[int]) -> None:
-        """Give the edits that have entered what their deltas start from."""
-        if self.begin is None:
-            return
-        with self.paused():
-            found = [self.working[place] for place in places]
-            values = self.begin([number for number, _ in found], [rows for _, rows in found])
-        for place, own in zip(places, values, strict=True):
-            self.stacked.set(place, own)
-
-    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
-        """Let waiting edits into free places once enough are free; take out the rows of those that have ended."""
-        entering = min(len(free), len(self.waiting))
-        enough = idle or len(free) * WORTH_WHILE >= self.stacked.size
-        if (entering and enough) or len(self._ended) * WORTH_WHILE >= len(self.working):
-            self._drop()
-        if not (entering and enough):
-            return []
-        # Out of the queue only once they are in: what fails on the way is still waiting
-        chosen = [self.waiting[number] for number in range(entering)]
-        with self.paused():
-            rows = self.make(chosen)
-        places = list(free)[:entering]
-        for place, number, own in zip(places, chosen, rows, strict=True):
-            self.waiting.popleft()
-            self.working[place] = (number, own)
-        self.working = dict(sorted(self.working.items()))
-        self._tokens = None
-        return places
+    model: EditableModel
+    stacked: StackedDelta
+    holders: Sequence[RowsHolder]
+    held: Held
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -146,21 +52,139 @@ class BatchProblem:
                 entered.enter_context(holder.paused())
             yield
 
+
+@dataclass
+class WaitingEdits:
+    """Edits that are to be fitted.
+
+    Args:
+        numbers: of the edits; taken from the left.
+        prepare: makes their rows.
+        start: first values of their deltas, by part; None where the kind's own are.
+    """
+
+    numbers: deque[int]
+    prepare: Callable[[Sequence[int]], list[EditRows]]
+    start: Callable[[Sequence[int], Sequence[EditRows]], Sequence[Mapping[str, Tensor]]] | None = None
+
+
+class FitProblem:
+    """Losses of the edits in B slots at the current deltas (``fastedit.fitting.solver.Problem``).
+
+    The deltas must be installed while this is used.
+
+    Args:
+        active: the deltas and what else acts; paused while anything unedited is computed.
+        waiting: edits that enter as slots become free.
+        objective: per-edit losses.
+        timer: seconds by phase.
+        on_finished: gets every edit that has ended.
+        on_step: gets the steps taken so far by all edits that are at work, before each of them.
+    """
+
+    def __init__(
+        self,
+        active: ActiveDeltas,
+        waiting: WaitingEdits,
+        objective: Objective,
+        timer: PhaseTimer,
+        *,
+        on_finished: OnFinished,
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.active, self.waiting, self.objective, self.timer = active, waiting, objective, timer
+        self.on_finished, self.on_step = on_finished, on_step
+        #: By slot, the number of its edit and its rows, in order of the slots.
+        self.working: dict[int, tuple[int, EditRows]] = {}
+        self._ended: set[int] = set()
+        self._tokens: _Tokens | None = None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a part of the loop."""
+        return self.timer.phase(name)
+
+    def losses(self, steps: Tensor) -> Losses:
+        """Losses of all slots; one without rows has no tokens."""
+        model, stacked = self.active.model, self.active.stacked
+        if self.on_step is not None:
+            self.on_step(sum(int(steps[slot]) for slot in self.working if slot not in self._ended))
+        with self.timer.phase("tail_forward"):
+            if self._tokens is None:
+                self._tokens = self._assembled()
+            tokens = self._tokens
+            hidden = packed_tail(model, tokens.state)
+            logits = model.head(hidden)
+        with self.timer.phase("objective"):
+            batch = TokenBatch(
+                hidden=hidden,
+                logits=logits,
+                labels=tokens.labels,
+                edit=tokens.edit,
+                role=tokens.role,
+                n_edits=stacked.size,
+                reference=tokens.reference,
+                flat=stacked.parameters_as_input(),
+            )
+            losses = self.objective(batch, steps)
+            extra = stacked.extra_loss()
+            return losses if extra is None else replace(losses, total=losses.total + extra)
+
+    def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
+        """Hand over the deltas of edits that have ended."""
+        for slot, outcome in outcomes.items():
+            with self.timer.phase("store"):
+                delta = self.active.stacked.unstack(slot)
+            self._ended.add(slot)
+            with self.active.paused():
+                self.on_finished(self.working[slot][0], delta, outcome)
+
+    def started(self, slots: Sequence[int]) -> None:
+        """Give the edits that have entered what their deltas start from."""
+        if self.waiting.start is None:
+            return
+        with self.active.paused():
+            entered = [self.working[slot] for slot in slots]
+            values = self.waiting.start([number for number, _ in entered], [rows for _, rows in entered])
+        for slot, parts in zip(slots, values, strict=True):
+            self.active.stacked.set(slot, parts)
+
+    def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
+        """Let waiting edits into free slots once enough are free; take out the rows of those that have ended."""
+        numbers = self.waiting.numbers
+        entering = min(len(free), len(numbers))
+        enough = idle or len(free) >= REFILL_FRACTION * self.active.stacked.size
+        if (entering and enough) or len(self._ended) >= REFILL_FRACTION * len(self.working):
+            self._drop()
+        if not (entering and enough):
+            return []
+        # Out of the queue only once they are in: what fails on the way is still waiting
+        chosen = [numbers[index] for index in range(entering)]
+        with self.active.paused():
+            prepared = self.waiting.prepare(chosen)
+        slots = list(free)[:entering]
+        for slot, number, rows in zip(slots, chosen, prepared, strict=True):
+            numbers.popleft()
+            self.working[slot] = (number, rows)
+        self.working = dict(sorted(self.working.items()))
+        self._tokens = None
+        return slots
+
     def _drop(self) -> None:
-        for place in self._ended:
-            del self.working[place]
+        for slot in self._ended:
+            del self.working[slot]
         if self._ended:
             self._tokens = None
         self._ended = set()
 
     def _assembled(self) -> _Tokens:
-        """All rows at work as one batch, in order of the places."""
-        self.held.clear()
-        counts = [0] * self.stacked.size
-        for place, (_, rows) in self.working.items():
-            counts[place] = len(rows.state)
-        self.holders[0].rows = Rows(tuple(counts))
-        self.stacked.row_roles = tuple(role for _, rows in self.working.values() for role in rows.row_roles)
+        """All rows at work as one batch, in order of the slots."""
+        active = self.active
+        active.held.clear()
+        counts = [0] * active.stacked.size
+        for slot, (_, rows) in self.working.items():
+            counts[slot] = len(rows.state)
+        active.holders[0].rows = Rows(tuple(counts))
+        active.stacked.row_roles = tuple(role for _, rows in self.working.values() for role in rows.row_roles)
         parts = [rows for _, rows in self.working.values()]
         references = [rows.reference for rows in parts if rows.reference is not None]
         sizes = torch.tensor([len(rows.labels) for rows in parts])
@@ -169,7 +193,7 @@ class BatchProblem:
             state=PackedState.cat([rows.state for rows in parts]),
             labels=torch.cat([rows.labels for rows in parts]),
             role=torch.cat([rows.role for rows in parts]),
-            edit=edit.to(self.model.device),
+            edit=edit.to(active.model.device),
             reference=torch.cat(references) if references else None,
         )
 

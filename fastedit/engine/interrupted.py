@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastedit.engine.memory.oom import is_out_of_memory, release_memory
-from fastedit.engine.work import Work
+from fastedit.engine.run_state import RunState
 
 if TYPE_CHECKING:
     from fastedit.engine.run import Run
@@ -20,7 +20,7 @@ class _Carrier(BaseException):
     Args:
         message: why it ended, how much is done and where it lies.
         run: of the finished edits; None only where none was given.
-        numbers: places of the finished edits among all edits, in the order of ``run.deltas``.
+        numbers: of the finished edits among all edits, in the order of ``run.deltas``.
     """
 
     def __init__(self, message: str, run: Run | None = None, numbers: Sequence[int] = ()) -> None:
@@ -42,11 +42,11 @@ class RunStopped(_Carrier, KeyboardInterrupt):
 
 
 @contextmanager
-def carrying(work: Work, finished: Callable[[Sequence[int]], Run]) -> Iterator[None]:
+def carrying(state: RunState, finished: Callable[[Sequence[int]], Run]) -> Iterator[None]:
     """Inside the block edits are made; what ends it early carries those that are done.
 
     Args:
-        work: of the run. finished: the run of the edits with these numbers.
+        state: of the run. finished: the run of the edits with these numbers.
     Raises:
         RunInterrupted, RunStopped: from what ended the block, once an edit is finished. Before that, it goes on itself.
     """
@@ -56,14 +56,14 @@ def carrying(work: Work, finished: Callable[[Sequence[int]], Run]) -> Iterator[N
         if is_out_of_memory(error):
             # The frames hold the tensors that there was no room for; they are of no more use
             traceback.clear_frames(error.__traceback__)
-            release_memory(work.model)
-        numbers = work.finished()
+            release_memory(state.job.model)
+        numbers = state.ended.finished()
         if not numbers:
             raise
         run = finished(numbers)
-        kept = f"{len(numbers)} of {len(work.edits)} edits are finished and in this error's 'run'"
-        if work.store is not None:
-            kept += f"; their deltas lie in {work.store.folder}"
+        kept = f"{len(numbers)} of {len(state.job.edits)} edits are finished and in this error's 'run'"
+        if state.ended.store is not None:
+            kept += f"; their deltas lie in {state.ended.store.folder}"
         message = f"edit: the run ended early; {kept} (got {_told(error)})"
         if isinstance(error, KeyboardInterrupt):
             raise RunStopped(message, run, numbers) from error

@@ -86,7 +86,7 @@ WORSE, LOST, LARGE = (0.01, 1e-3), 1.0, 1e5
 
 @dataclass
 class _Course:
-    """The losses of one place so far."""
+    """The losses of one slot so far."""
 
     loss: float = math.nan
     nll: float = math.nan
@@ -109,19 +109,19 @@ class _Course:
 
 
 class Problem(Protocol):
-    """What the loop asks of the edits: B places, each with one edit in it or free."""
+    """What the loop asks of the edits: B slots, each with one edit in it or free."""
 
     def losses(self, steps: Tensor) -> Losses:
         """Losses (B,) at the current parameters; ``steps`` (B,) int64 on the CPU: taken so far. Free ones: anything."""
 
     def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
-        """The edits in these places have ended; their parameters stay untouched until the place is filled again."""
+        """The edits in these slots have ended; their parameters stay untouched until the slot is filled again."""
 
     def refill(self, free: Sequence[int], *, idle: bool) -> Sequence[int]:
-        """Put waiting edits into free places, where any wait and it is worth while; which. ``idle``: all are free."""
+        """Put waiting edits into free slots, where any wait and it is worth while; which. ``idle``: all are free."""
 
-    def started(self, places: Sequence[int]) -> None:
-        """The deltas of these places are fresh; whatever they should start from is to be written now."""
+    def started(self, slots: Sequence[int]) -> None:
+        """The deltas of these slots are fresh; whatever they should start from is to be written now."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """A timer for a part of the loop."""
@@ -130,15 +130,15 @@ class Problem(Protocol):
 def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
     """Fit edits until none waits; an edit's parameters are bit-untouched from the moment it ends.
 
-    An edit that ends frees its place in the stack, and a waiting one enters there with steps, moments and parameters of
-    its own. Nothing is reduced over places, so an edit comes out the same whatever shares its steps.
+    An edit that ends frees its slot in the stack, and a waiting one enters there with steps, moments and parameters of
+    its own. Nothing is reduced over slots, so an edit comes out the same whatever shares its steps.
 
     Args:
         problem: gives edits and per-edit losses, takes outcomes.
         stacked: the deltas, changed in place.
         config: settings.
     """
-    loop = _Places(stacked, config, problem)
+    loop = _Slots(stacked, config, problem)
     while loop.fill(problem):
         losses = problem.losses(torch.tensor(loop.taken))
         active = loop.check(problem, losses)
@@ -146,7 +146,7 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
             continue
         stacked.begin_step()
         with problem.phase("backward"):
-            # Not indexed: a GPU need not be waited for. Losses of other places may be anything.
+            # Not indexed: a GPU need not be waited for. Losses of other slots may be anything.
             torch.where(active, losses.total, 0.0).sum().backward()  # type: ignore[no-untyped-call]
             stacked.end_step()
         with problem.phase("optimiser"), torch.no_grad():
@@ -154,8 +154,8 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
         loop.count(problem)
 
 
-class _Places:
-    """The optimiser's state of every place, and who is where."""
+class _Slots:
+    """The optimiser's state of every slot, and who is where."""
 
     def __init__(self, stacked: StackedDelta, config: SolverConfig, problem: Problem) -> None:
         self.stacked, self.config = stacked, config
@@ -173,7 +173,7 @@ class _Places:
 
     def fill(self, problem: Problem) -> bool:
         """Let waiting edits enter; whether there is anything to do."""
-        free = [place for place, busy in enumerate(self.active) if not busy]
+        free = [slot for slot, busy in enumerate(self.active) if not busy]
         while free:
             filled = problem.refill(free, idle=not any(self.active))
             if not filled:
@@ -183,52 +183,52 @@ class _Places:
                 problem.started(filled)
             if self.config.steps > 0:
                 break
-            problem.ended({place: FitOutcome("max_steps", 0, math.nan, math.nan) for place in filled})
+            problem.ended({slot: FitOutcome("max_steps", 0, math.nan, math.nan) for slot in filled})
         return any(self.active)
 
-    def _restart(self, places: Sequence[int]) -> None:
-        self.stacked.restart(places)
-        for place in places:
-            self.first[place].zero_()
-            self.second[place].zero_()
-            self.steps[place] = 0
-            self.taken[place] = 0
-            self.courses[place] = _Course()
-            self.active[place] = self.config.steps > 0
-        self.broken[list(places)] = False
+    def _restart(self, slots: Sequence[int]) -> None:
+        self.stacked.restart(slots)
+        for slot in slots:
+            self.first[slot].zero_()
+            self.second[slot].zero_()
+            self.steps[slot] = 0
+            self.taken[slot] = 0
+            self.courses[slot] = _Course()
+            self.active[slot] = self.config.steps > 0
+        self.broken[list(slots)] = False
         self._mask = None
 
     @property
     def mask(self) -> Tensor:
-        """(B,) bool, the places at work."""
+        """(B,) bool, the slots at work."""
         if self._mask is None:
             self._mask = torch.tensor(self.active, device=self.steps.device)
         return self._mask
 
     def check(self, problem: Problem, losses: Losses) -> Tensor | None:
-        """Take out the edits that are done or broken; return the places (B,) bool that make a step, None for none."""
+        """Take out the edits that are done or broken; return the slots (B,) bool that make a step, None for none."""
         total, stop = losses.total.detach(), self.config.stop_loss
         done = torch.zeros_like(losses.correct) if stop is None else losses.correct & (losses.nll < stop)
         # The one value of a step that the host reads
         columns = (total, losses.nll, losses.correct, done, self.broken)
         table = torch.stack([column.double() for column in columns], 1).tolist()
         ended: dict[int, FitOutcome] = {}
-        for place, (value, nll, is_correct, is_done, is_broken) in enumerate(table):
-            if not self.active[place]:
+        for slot, (value, nll, is_correct, is_done, is_broken) in enumerate(table):
+            if not self.active[slot]:
                 continue
             if is_broken:
-                ended[place] = self._broke(place)
+                ended[slot] = self._broke(slot)
                 continue
-            self.courses[place].note(value, nll, bool(is_correct))
+            self.courses[slot].note(value, nll, bool(is_correct))
             if not (math.isfinite(value) and math.isfinite(nll)):
-                ended[place] = self._outcome(place, "diverged")
+                ended[slot] = self._outcome(slot, "diverged")
             elif is_done:
-                ended[place] = self._outcome(place, "converged")
+                ended[slot] = self._outcome(slot, "converged")
         self._end(problem, ended)
         return self.mask if any(self.active) else None
 
     def step(self, active: Tensor) -> None:
-        """One AdamW step of the places at work; none where the gradient is not finite."""
+        """One AdamW step of the slots at work; none where the gradient is not finite."""
         # The sum of a row tells it, in one pass that waits for nothing
         finite = self.stacked.grad.sum(1).isfinite()
         self.broken = active & ~finite
@@ -255,28 +255,28 @@ class _Places:
             broken, norms = self.broken.tolist(), self.norms.tolist()
             self._end(problem, {p: self._broke(p) if broken[p] else self._full(p, norms[p]) for p in full})
 
-    def _full(self, place: int, gradient: float) -> FitOutcome:
+    def _full(self, slot: int, gradient: float) -> FitOutcome:
         """How an edit ended that has had all its steps."""
-        largest = float(torch.linalg.vector_norm(self.stacked.flat[place], math.inf))
+        largest = float(torch.linalg.vector_norm(self.stacked.flat[slot], math.inf))
         if not math.isfinite(largest):
-            return self._outcome(place, "diverged")
-        diverging = self.courses[place].is_diverging(largest, gradient)
-        return self._outcome(place, "diverging" if diverging else "max_steps")
+            return self._outcome(slot, "diverged")
+        diverging = self.courses[slot].is_diverging(largest, gradient)
+        return self._outcome(slot, "diverging" if diverging else "max_steps")
 
-    def _broke(self, place: int) -> FitOutcome:
+    def _broke(self, slot: int) -> FitOutcome:
         """How an edit ended whose last step was not made."""
-        self.taken[place] -= 1
-        return self._outcome(place, "diverged")
+        self.taken[slot] -= 1
+        return self._outcome(slot, "diverged")
 
-    def _outcome(self, place: int, status: str) -> FitOutcome:
-        course = self.courses[place]
-        return FitOutcome(status, self.taken[place], course.loss, course.nll, course.first_nll, course.best_nll)
+    def _outcome(self, slot: int, status: str) -> FitOutcome:
+        course = self.courses[slot]
+        return FitOutcome(status, self.taken[slot], course.loss, course.nll, course.first_nll, course.best_nll)
 
     def _end(self, problem: Problem, ended: Mapping[int, FitOutcome]) -> None:
         if not ended:
             return
-        for place in ended:
-            self.active[place] = False
+        for slot in ended:
+            self.active[slot] = False
         self._mask = None
         problem.ended(ended)
 

@@ -105,7 +105,7 @@ class GRACE(Method):
     ) -> list[Mapping[str, Tensor]]:
         """Keys, radii and labels; and, where it replaces the output, a value that is the unedited one."""
         layer = deep_layer(config.layer, model.n_layers, "grace")
-        place = f"{layer}.down:"
+        prefix = f"{layer}.down:"
         found: list[Mapping[str, Tensor]] = []
         for request, own in zip(requests, rows, strict=True):
             keys = prompt_keys(model, layer, own.state)
@@ -114,15 +114,15 @@ class GRACE(Method):
             # Without a pool: what lies between keys of this length that have nothing in common
             unit = math.sqrt(2) * float(keys[edit].float().norm()) if shared is None else shared
             values = {
-                f"{place}key": keys[edit],
-                f"{place}radius": _radius(config.epsilon * unit, distances, own.row_roles),
-                f"{place}length": torch.tensor([float(own.state.wanted_counts[edit])]),
-                f"{place}label": torch.tensor(mask_key(0, request.target.strip().lower())),
+                f"{prefix}key": keys[edit],
+                f"{prefix}radius": _radius(config.epsilon * unit, distances, own.row_roles),
+                f"{prefix}length": torch.tensor([float(own.state.wanted_counts[edit])]),
+                f"{prefix}label": torch.tensor(mask_key(0, request.target.strip().lower())),
             }
             if config.replace:
                 state = own.state.of_row(edit)
                 output = feed_forward_parts(model, layer, state.hidden[state.wanted[: config.values]], "down")[1]
-                values[f"{place}value"] = torch.cat(
+                values[f"{prefix}value"] = torch.cat(
                     [output, output.new_zeros(config.values - len(output), output.shape[1])]
                 )
             found.append(values)

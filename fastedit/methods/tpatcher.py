@@ -13,7 +13,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.data.images import image_key
 from fastedit.deltas import DeltaSpec
-from fastedit.deltas.key_value import place_of
+from fastedit.deltas.key_value import part_prefix
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Method, Resources, last_layers, positions_option
@@ -161,9 +161,9 @@ class TPatcher(Method):
             first += len(guess)
             values: dict[str, Tensor] = {}
             for reader, down in zip(readers, downs, strict=True):
-                place = place_of(down)
-                values |= patches(inputs[reader][wrong], config.neurons, place, gated=is_gated(model))
-                values |= {f"{place}memory": shared.inputs[down.layer], f"{place}foreign": shared.foreign(request)}
+                prefix = part_prefix(down)
+                values |= patches(inputs[reader][wrong], config.neurons, prefix, gated=is_gated(model))
+                values |= {f"{prefix}memory": shared.inputs[down.layer], f"{prefix}foreign": shared.foreign(request)}
             found.append(values)
         return found
 
@@ -190,12 +190,12 @@ def remember(model: EditableModel, sites: Sequence[Site], resources: Resources, 
     return Remembered(kept, record, tuple((each.prompt, _image(each)) for each in records))
 
 
-def patches(tokens: Tensor, n: int, place: str, *, gated: bool) -> dict[str, Tensor]:
+def patches(tokens: Tensor, n: int, prefix: str, *, gated: bool) -> dict[str, Tensor]:
     """What neurons for some tokens start from (T-Patcher, arXiv 2301.09785, section 3.3).
 
     Args:
         tokens: (m, d), m <= n, what enters the block at the tokens. n: neurons; those behind the first m are off.
-        place: what the names of the parts begin with.
+        prefix: what the names of the parts begin with.
         gated: whether the neurons are gated; the key is the gate's then.
     """
     m, d = tokens.shape
@@ -204,12 +204,12 @@ def patches(tokens: Tensor, n: int, place: str, *, gated: bool) -> dict[str, Ten
     keys = (own / own.square().sum(1, keepdim=True).clamp(min=1e-12)).T
     off = tokens.new_ones(n)
     off[:m] = 0.0
-    made = {f"{place}tokens": own, f"{place}off": off}
+    made = {f"{prefix}tokens": own, f"{prefix}off": off}
     if not gated:
-        return {**made, f"{place}keys": keys, f"{place}bias": torch.zeros_like(off)}
+        return {**made, f"{prefix}keys": keys, f"{prefix}bias": torch.zeros_like(off)}
     # The gate alone decides: what it is multiplied with is 1
-    plain = {f"{place}keys": torch.zeros_like(keys), f"{place}bias": torch.ones_like(off)}
-    return {**made, **plain, f"{place}gate_keys": keys, f"{place}gate_bias": torch.zeros_like(off)}
+    plain = {f"{prefix}keys": torch.zeros_like(keys), f"{prefix}bias": torch.ones_like(off)}
+    return {**made, **plain, f"{prefix}gate_keys": keys, f"{prefix}gate_bias": torch.zeros_like(off)}
 
 
 def is_gated(model: EditableModel) -> bool:

@@ -16,7 +16,7 @@ from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
 from fastedit.deltas.questions import questions_of
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import TOKENS, row_marks
-from fastedit.deltas.side import empty_side, merged_side, moved, place_of
+from fastedit.deltas.side import empty_side, merged_side, moved, part_prefix
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Method
@@ -133,7 +133,7 @@ class WISE(Method):
     ) -> list[Mapping[str, Tensor]]:
         """Keys of masks and units of distances."""
         spec = WISE.spec(model, config)
-        place, layer = place_of(spec), spec.sites[0].layer
+        prefix, layer = part_prefix(spec), spec.sites[0].layer
         found: list[Mapping[str, Tensor]] = []
         for request, own in zip(requests, rows, strict=True):
             state = own.state.of_row(own.row_roles.index(int(Role.EDIT)))
@@ -146,11 +146,11 @@ class WISE(Method):
             norms = moved(torch.zeros_like(output), output)
             found.append(
                 {
-                    f"{place}mask": torch.tensor(
+                    f"{prefix}mask": torch.tensor(
                         mask_key(config.seed, f"{request.id}|{request.prompt}|{request.target}")
                     ),
-                    f"{place}unit": norms.mean()[None],
-                    f"{place}edits": torch.ones(1),
+                    f"{prefix}unit": norms.mean()[None],
+                    f"{prefix}edits": torch.ones(1),
                 }
             )
         return found
@@ -173,12 +173,12 @@ class WISE(Method):
         if known is not None and known < len(committed) - 1:
             return [*committed[:known], _grown(committed[known], new), *committed[known + 1 :]]
         *closed, filling = committed or [empty_side(new)]
-        edits = f"{place_of(new.spec)}edits"
+        edits = f"{part_prefix(new.spec)}edits"
         filling = _grown(filling, new)
         if float(filling.tensors[edits]) < _shard(config, new.spec):
             return [*closed, filling]
         closed.append(filling)
-        merged = f"{place_of(new.spec)}merged"
+        merged = f"{part_prefix(new.spec)}merged"
         shards = [memory for memory in closed if not float(memory.tensors[merged])]
         held = sum(float(shard.tensors[edits]) for shard in shards)
         if config.merge_every is not None and held >= config.merge_every:
@@ -198,14 +198,14 @@ def _holding(committed: Sequence[EditDelta], questions: Sequence[str]) -> int | 
 
 
 def _count(memory: EditDelta) -> float:
-    return float(memory.tensors[f"{place_of(memory.spec)}edits"])
+    return float(memory.tensors[f"{part_prefix(memory.spec)}edits"])
 
 
 def _grown(memory: EditDelta, new: EditDelta) -> EditDelta:
     """A memory with one more edit, which was fitted on top of it."""
     if not _count(memory):
         return new
-    merged = f"{place_of(new.spec)}merged"
+    merged = f"{part_prefix(new.spec)}merged"
     grown = accumulate([memory, new])
     return replace(grown, tensors={**grown.tensors, merged: memory.tensors[merged]})
 

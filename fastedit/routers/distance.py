@@ -32,7 +32,7 @@ class DistanceRouter:
 
     def __init__(self, model: EditableModel, stacked: Moving) -> None:
         (self.site,) = stacked.spec.sites
-        self.place = f"{self.site.layer}.{self.site.name}:"
+        self.prefix = f"{self.site.layer}.{self.site.name}:"
         self.model, self.stacked = model, stacked
         self.tokens = str(stacked.spec.options["tokens"])
 
@@ -41,7 +41,7 @@ class DistanceRouter:
         counted = self._counted(state)
         row = token_rows(state.counts, state.hidden.device)[counted]
         x, output = feed_forward_parts(self.model, self.site.layer, state.hidden[counted], self.site.name)
-        threshold = fixed[f"{self.place}threshold"][:, 0].clamp(min=torch.finfo(self.dtype).tiny)
+        threshold = fixed[f"{self.prefix}threshold"][:, 0].clamp(min=torch.finfo(self.dtype).tiny)
         if own is None:
             every = [self._means(self.stacked.distances(edit, x, output), row, len(state)) for edit in range(self.size)]
             return torch.stack(every, 1) / threshold
@@ -53,7 +53,7 @@ class DistanceRouter:
 
     def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
         """(B,) 1: scores are distances over what was measured when the edits were fitted."""
-        return fixed[f"{self.place}threshold"][:, 0].new_ones(self.size)
+        return fixed[f"{self.prefix}threshold"][:, 0].new_ones(self.size)
 
     @property
     def size(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastedit.backbone import PackedState
-from fastedit.backbone.packed import token_places, token_rows
+from fastedit.backbone.packed import token_indices, token_rows
 from fastedit.backbone.token_layout import token_layout
 
 
@@ -90,7 +90,7 @@ def prompt_tokens(state: PackedState) -> PromptTokens:
     hidden, device = state.hidden, state.hidden.device
     row = token_rows(state.counts, device)
     lengths = torch.tensor(token_layout(state).prompts, device=device)
-    inside = token_places(state, device) < lengths[row]
+    inside = token_indices(state, device) < lengths[row]
     image = torch.zeros_like(inside) if state.image is None else state.image & inside
     text = inside & ~image
     return PromptTokens(*_padded(hidden, row, text, len(state)), *_padded(hidden, row, image, len(state)))
@@ -100,10 +100,10 @@ def _padded(hidden: Tensor, row: Tensor, chosen: Tensor, rows: int) -> tuple[Ten
     """Chosen tokens by row (R, N, d), and how many each row has."""
     owner = row[chosen]
     count = torch.zeros(rows, dtype=torch.long, device=row.device).index_add_(0, owner, torch.ones_like(owner))
-    place = torch.arange(len(owner), device=row.device) - (count.cumsum(0) - count)[owner]
+    column = torch.arange(len(owner), device=row.device) - (count.cumsum(0) - count)[owner]
     width = int(count.max()) if rows else 0
     out = hidden.new_zeros(rows, width, hidden.shape[1])
-    out[owner, place] = hidden[chosen]
+    out[owner, column] = hidden[chosen]
     return out, count
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel, PackedState
-from fastedit.backbone.packed import token_places, token_rows
+from fastedit.backbone.packed import token_indices, token_rows
 from fastedit.backbone.token_layout import token_layout
 from fastedit.routers import Routed
 
@@ -119,7 +119,7 @@ def scope_features(state: PackedState, segments: int) -> ScopeFeatures:
     rows, width = len(state), hidden.shape[1]
     row = token_rows(state.counts, device)
     lengths = torch.tensor(token_layout(state).prompts, device=device)
-    place = token_places(state, device)
+    place = token_indices(state, device)
     inside = place < lengths[row]
     image = torch.zeros_like(inside) if state.image is None else state.image
     text = inside & ~image

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastedit.backbone import PackedState
 from fastedit.backbone.attention import AttentionPlan, ConstantPast, StoredPast, attend, plan_attention, varlen_function
-from fastedit.backbone.packed import KeyValue, token_places, token_rows
+from fastedit.backbone.packed import KeyValue, token_indices, token_rows
 
 D_HEAD, GROUPS, SCALE, LAYER = 3, 2, 0.6, 5
 TOLERANCE = 1e-13
@@ -65,7 +65,7 @@ def reference(
     window: int | None,
 ) -> Tensor:
     """All rows, each by itself; `before` are a row's keys and values that come first."""
-    row, place = token_rows(state.counts, key.device), token_places(state, key.device)
+    row, place = token_rows(state.counts, key.device), token_indices(state, key.device)
     row_q, place_q = (row, place) if chosen is None else (row[chosen], place[chosen])
     found = []
     for number in range(len(state)):

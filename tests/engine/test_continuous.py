@@ -18,9 +18,10 @@ from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, load_deltas, save_deltas, stack
-from fastedit.engine import Run, editing, fit_problem, work
+from fastedit.engine import Run, editing, fit_problem, fitting
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.interrupted import RunInterrupted
+from fastedit.engine.run_state import EndedEdits
 from fastedit.fitting import prepared
 from fastedit.fitting.solver import FitOutcome
 from fastedit.requests import Query
@@ -75,7 +76,7 @@ class Refills:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
         self.sizes: list[int] = []
-        real = work.prepare
+        real = fitting.prepare
 
         def prepared(model: Any, spec: Any, views: Any, timer: Any) -> Any:
             self.sizes.append(len(views))
@@ -83,7 +84,7 @@ class Refills:
                 raise torch.OutOfMemoryError("no room for more")
             return real(model, spec, views, timer)
 
-        monkeypatch.setattr(work, "prepare", prepared)
+        monkeypatch.setattr(fitting, "prepare", prepared)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,7 +116,7 @@ def test_a_quarter_of_the_places_must_be_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     refills = Refills(monkeypatch)
-    monkeypatch.setattr(fit_problem, "WORTH_WHILE", 1)
+    monkeypatch.setattr(fit_problem, "REFILL_FRACTION", 1.0)
     found = run(exact_model, many, "lora", batch_size=PLACES)
     # All of them here
     assert refills.sizes == [3, 3, 2]
@@ -165,7 +166,7 @@ def test_files_hold_deltas_in_order_whatever_ends_first(
     again = StoredDeltas(tmp_path)
     for deltas in (stored.deltas, again):
         assert deltas.request_ids == [edit.id for edit in many]
-        assert deltas.places == list(range(MANY))
+        assert deltas.numbers == list(range(MANY))
         assert largest_difference(list(deltas), list(singles["lora", "all"].deltas)) < 1e-8
 
 
@@ -175,7 +176,7 @@ def test_files_of_a_run_that_broke_off_say_whose_they_are(
     class Stopped(Exception):
         pass
 
-    real, ended = work.Work.keep, []
+    real, ended = EndedEdits.keep, []
 
     def keep(self: Any, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         real(self, number, delta, outcome)
@@ -183,25 +184,25 @@ def test_files_of_a_run_that_broke_off_say_whose_they_are(
         if len(ended) == 4:
             raise Stopped
 
-    monkeypatch.setattr(work.Work, "keep", keep)
+    monkeypatch.setattr(EndedEdits, "keep", keep)
     with pytest.raises(RunInterrupted) as caught:
         run(exact_model, many, "lora", batch_size=PLACES, deltas_folder=tmp_path)
     assert isinstance(caught.value.__cause__, Stopped)
     # Files hold as many as there are places; the fourth was written when the run ended
     left = StoredDeltas(tmp_path)
-    assert left.places == sorted(ended[:4])
+    assert left.numbers == sorted(ended[:4])
     assert len(left.files()) == 2
-    assert left.request_ids == [many[place].id for place in left.places]
-    message = rf"every place is taken once \(got place={left.places[0]} again in deltas-000002"
+    assert left.request_ids == [many[place].id for place in left.numbers]
+    message = rf"every number is taken once \(got number={left.numbers[0]} again in deltas-000002"
     with pytest.raises(ValueError, match=message):
-        left.append([left[0]], left.places[:1])
-    with pytest.raises(ValueError, match=r"every place is taken once \(got place=90 again"):
+        left.append([left[0]], left.numbers[:1])
+    with pytest.raises(ValueError, match=r"every number is taken once \(got number=90 again"):
         left.append([left[0], left[1]], [90, 90])
-    with pytest.raises(ValueError, match=r"a place for every delta \(got 1 for 2"):
+    with pytest.raises(ValueError, match=r"a number for every delta \(got 1 for 2"):
         left.append([left[0], left[1]], [90])
     # What was refused left nothing behind
     assert len(left.files()) == 2
-    assert StoredDeltas(left.folder).places == left.places
+    assert StoredDeltas(left.folder).numbers == left.numbers
 
 
 def test_memory_that_runs_out_at_a_refill_costs_no_ended_edit(
@@ -210,13 +211,13 @@ def test_memory_that_runs_out_at_a_refill_costs_no_ended_edit(
 ) -> None:  # fmt: skip
     refills = Refills(monkeypatch, fail_at=3)
     ended: list[int] = []
-    real = work.Work.keep
+    real = EndedEdits.keep
 
     def keep(self: Any, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         ended.append(number)
         real(self, number, delta, outcome)
 
-    monkeypatch.setattr(work.Work, "keep", keep)
+    monkeypatch.setattr(EndedEdits, "keep", keep)
     with pytest.warns(RuntimeWarning, match="memory ran out in a batch of 3; going on with batches of 1"):
         found = run(exact_model, many, "kl+lora", batch_size=PLACES, evaluate=True)
     at_first = sum(refills.sizes[:2])

@@ -18,7 +18,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.generation import Reader
 from fastedit.deltas import StoredDeltas
 from fastedit.engine import Run, fit_problem, schedule
-from fastedit.engine.work import Work
+from fastedit.engine.run_state import EndedEdits
 from tests.engine.test_editing import largest_difference
 from tests.test_conformance import run
 
@@ -38,7 +38,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "extend": (Reader, "extend"),
     "decode": (Reader, "decode"),
     "stack": (schedule, "stack"),
-    "keep": (Work, "keep"),
+    "keep": (EndedEdits, "keep"),
 }
 CASES = [(place, "lora") for place in PLACES]
 CASES += [(place, name) for name in ("ft", "grace", "mend", "serac", "odedit+lora") for place in ("encode", "keep")]

@@ -136,7 +136,7 @@ def slots_of(config: LDKEConfig, candidates: Sequence[int]) -> int:
     return len(set(config.layers))
 
 
-def named_places(config: LDKEConfig, n_layers: int) -> tuple[int, ...] | None:
+def named_positions(config: LDKEConfig, n_layers: int) -> tuple[int, ...] | None:
     """Places among the candidates of the layers that the settings name; None where they name none.
 
     Raises:

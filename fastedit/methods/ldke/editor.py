@@ -20,7 +20,7 @@ from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import SolverConfig
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Accumulation, Method, Resources, positions_option
-from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, named_places, slots_of, trained_settings
+from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, named_positions, slots_of, trained_settings
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.methods.ldke.task import ClassifierTask
 from fastedit.methods.ldke.views import Untimed, walked
@@ -35,9 +35,9 @@ TOGETHER = 16
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the edits of a run have in common; places of layers among the candidates, None where each has its own."""
+    """What the edits of a run have in common; positions of layers among the candidates, None where each has its own."""
 
-    places: tuple[int, ...] | None
+    positions: tuple[int, ...] | None
     artifact: Artifact | None = None
     classifier: Disentangler | None = None
 
@@ -141,9 +141,9 @@ class LDKE(Method):
                         f"ldke: an edit has the settings that its classifier was trained with (got {name}={mine!r}, "
                         f"trained with {known.get(name)!r})"
                     )
-        places = _common_places(model, config, resources, artifact)
+        positions = _common_positions(model, config, resources, artifact)
         classifier = None if artifact is None else Disentangler.of(artifact, model.device)
-        return _Shared(places, artifact, classifier)
+        return _Shared(positions, artifact, classifier)
 
     @staticmethod
     def start(
@@ -156,13 +156,13 @@ class LDKE(Method):
         """The layers of every edit, and what the classifier keeps of its question."""
         sites = LDKE.spec(model, config).sites
         slots = slots_of(config, [site.layer for site in sites])
-        if shared.places is not None:
-            places = [shared.places] * len(rows)
+        if shared.positions is not None:
+            positions = [shared.positions] * len(rows)
         elif config.layers == "random":
-            places = [random_layers(len(sites), slots, f"{config.seed}|{_told(request)}") for request in requests]
+            positions = [random_layers(len(sites), slots, f"{config.seed}|{_told(request)}") for request in requests]
         else:
-            places = best_layers(_scores(model, config, rows), slots, window=config.window)
-        found = [{"layers": torch.tensor(own, dtype=torch.float32) + 1} for own in places]
+            positions = best_layers(_scores(model, config, rows), slots, window=config.window)
+        found = [{"layers": torch.tensor(own, dtype=torch.float32) + 1} for own in positions]
         if shared.classifier is not None:
             point = split_point(LDKE.spec(model, config))
             # Walked anew, as rows may be without their images. One by one: the same to the bit whatever the batch
@@ -212,10 +212,10 @@ def _vote(model: EditableModel, config: LDKEConfig, records: Sequence[EditReques
 def _voted(model: EditableModel, config: LDKEConfig, records: Sequence[EditRequest]) -> dict[str, list[int]]:
     """What an artifact says of the vote: numbers of the layers."""
     candidates = candidate_layers(config, model.n_layers)
-    return {"voted": [candidates[place] for place in _vote(model, config, records)]}
+    return {"voted": [candidates[position] for position in _vote(model, config, records)]}
 
 
-def _common_places(
+def _common_positions(
     model: EditableModel, config: LDKEConfig, resources: Resources, artifact: Artifact | None
 ) -> tuple[int, ...] | None:
     """Places among the candidates that all edits have; None where each has its own."""
@@ -223,7 +223,7 @@ def _common_places(
     if isinstance(config.layers, str) and slots_of(config, candidates) == len(candidates):
         return tuple(range(len(candidates)))
     if config.layers != "voted":
-        return named_places(config, model.n_layers)
+        return named_positions(config, model.n_layers)
     known = [] if artifact is None else list(artifact.config.get("voted", []))
     if len(known) == slots_of(config, candidates):
         return tuple(candidates.index(layer) for layer in known)

@@ -158,8 +158,8 @@ class ClassifierTask:
         """Records of a step: all of them in a new order every epoch."""
         made: list[int] = []
         orders: dict[int, list[int]] = {}
-        for place in range(step * self.trainer.batch_size, (step + 1) * self.trainer.batch_size):
-            epoch, within = divmod(place, self.n_train)
+        for index in range(step * self.trainer.batch_size, (step + 1) * self.trainer.batch_size):
+            epoch, within = divmod(index, self.n_train)
             if epoch not in orders:
                 make = torch.Generator().manual_seed(self.trainer.seed * 1_000_003 + epoch)
                 orders[epoch] = torch.randperm(self.n_train, generator=make).tolist()
@@ -196,8 +196,8 @@ class ClassifierTask:
         known = [*before, *held]
         edits: Keys = [(record, self._edit(record)) for record in known]
         asked, stored = self._vectors(keys), self._vectors(edits)
-        place = {record: number for number, record in enumerate(known)}
-        own = torch.tensor([place[record] for record, _ in keys], device=asked[0].device)
+        column = {record: number for number, record in enumerate(known)}
+        own = torch.tensor([column[record] for record, _ in keys], device=asked[0].device)
         every = self.classifier.log_probability(asked[0] @ stored[0].T, asked[1] @ stored[1].T)
         alone = every.gather(1, own[:, None])[:, 0]
         kinds = [self.questions.of[record][number].kind for record, number in keys]

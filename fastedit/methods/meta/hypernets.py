@@ -119,14 +119,14 @@ def _without_zeros(x: Tensor, grad: Tensor, counts: Sequence[int]) -> tuple[Tens
     row = token_rows(counts, x.device)[kept]
     number = torch.bincount(row, minlength=len(counts))
     width = max(1, int(number.max()))
-    place = torch.arange(len(row), device=x.device) - (number.cumsum(0) - number)[row]
+    column = torch.arange(len(row), device=x.device) - (number.cumsum(0) - number)[row]
     filled = []
     for values in (x, grad):
         out = torch.zeros(len(counts), width, values.shape[1], device=x.device)
-        out[row, place] = values[kept].float()
+        out[row, column] = values[kept].float()
         filled.append(out)
     mask = torch.zeros(len(counts), width, dtype=torch.bool, device=x.device)
-    mask[row, place] = True
+    mask[row, column] = True
     return filled[0], filled[1], mask
 
 

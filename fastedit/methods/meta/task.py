@@ -219,8 +219,8 @@ class MetaTask:
         first = step * self.trainer.batch_size
         made: list[tuple[int, int]] = []
         orders: dict[int, list[int]] = {}
-        for place in range(first, first + self.trainer.batch_size):
-            epoch, within = divmod(place, self.n_train)
+        for index in range(first, first + self.trainer.batch_size):
+            epoch, within = divmod(index, self.n_train)
             if epoch not in orders:
                 generator = torch.Generator().manual_seed(self.trainer.seed * 1_000_003 + epoch)
                 orders[epoch] = torch.randperm(self.n_train, generator=generator).tolist()

@@ -147,10 +147,10 @@ class SERAC(Method):
             _check_fits(model, request, template)
         encoded = model.encode([Query(request.prompt, request.image) for request in requests], answers=False)
         state = packed_prefix(model, packed_start(model, encoded), *split_point(SERAC.spec(model, config)))
-        places = shared.heads(scope_features(state, shared.heads.shape.segments))
+        points = shared.heads(scope_features(state, shared.heads.shape.segments))
         return [
-            ComputedDelta({"scope": place}, {"template": template}, {"artifact": shared.artifact.id})
-            for place, template in zip(places, templates, strict=True)
+            ComputedDelta({"scope": point}, {"template": template}, {"artifact": shared.artifact.id})
+            for point, template in zip(points, templates, strict=True)
         ]
 
 

@@ -62,14 +62,14 @@ class FeatureStore:
         parts = self.get(chosen)
         kinds = [each.kind for index in chosen for each in self.views.of(index)]
         row = token_rows([len(part) for part in parts], self.model.device)
-        places = heads(ScopeFeatures.cat(parts))
+        points = heads(ScopeFeatures.cat(parts))
         first = torch.tensor([kind == CHANGED[0] for kind in kinds], device=row.device)
         changed = torch.tensor([kind in CHANGED for kind in kinds], device=row.device)
-        edits = places[first]
-        own = (places - edits[row]).square().sum(1)
+        edits = points[first]
+        own = (points - edits[row]).square().sum(1)
         each = scope_loss(own, changed)
         loss = recall * _mean(each, changed & ~first) + _mean(each, ~changed)
-        others = squared_distances(places[changed], edits)
+        others = squared_distances(points[changed], edits)
         apart = row[changed][:, None] != torch.arange(len(edits), device=row.device)
         outside = scope_loss(others, torch.zeros_like(others, dtype=torch.bool))[apart]
         # Nearly all of these are far away: the hardest few are what is learned from

@@ -125,8 +125,8 @@ class SeracTask:
         held = range(self.n_train, len(self.records))
         self.heads.eval()
         for index, features in zip(held, self.features.get(held), strict=True):
-            places = self.heads(features)
-            acts = (torch.exp(-squared_distances(places, places[:1])[:, 0]) >= 0.5).tolist()
+            points = self.heads(features)
+            acts = (torch.exp(-squared_distances(points, points[:1])[:, 0]) >= 0.5).tolist()
             for each, inside in zip(self.views.of(index), acts, strict=True):
                 if each.kind in KEPT:
                     found.setdefault(each.kind, []).append(float(not inside))
@@ -213,7 +213,7 @@ class SeracTask:
         """
         views: list[_Numbered] = []
         counts, contexts = [], []
-        for place, index in enumerate(chosen):
+        for order, index in enumerate(chosen):
             record, of_record = self.records[index], self.views.of(index)
             numbers = self.views.chosen(index, step, 1)
             changed = [n for n in numbers if of_record[n].kind in CHANGED]
@@ -222,7 +222,7 @@ class SeracTask:
                 changed = changed[:1] + rng.sample(changed[1:], min(1, len(changed) - 1))
             else:
                 changed = [rng.choice(changed)]
-                kept = kept if place % KEPT_EVERY == 0 else []
+                kept = kept if order % KEPT_EVERY == 0 else []
             own = [_Numbered(number, of_record[number].view) for number in [*changed, *kept]]
             if self.settings.faithful:
                 own = [each for each in own if each.view.role is not Role.IMAGE_LOCALITY]

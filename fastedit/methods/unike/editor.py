@@ -12,7 +12,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, PackedState, Site
 from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.deltas.attention_memory import without_memory
-from fastedit.deltas.key_value import place_of
+from fastedit.deltas.key_value import part_prefix
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Method, Resources, last_layers, positions_option
@@ -155,16 +155,16 @@ class UniKE(Method):
         for request, tokens in zip(requests, _edit_tokens(model, layers, rows), strict=True):
             values: dict[str, Tensor] = {}
             for site in reading:
-                values |= entries(tokens[site.layer, "q"], config.own, place_of(site))
+                values |= entries(tokens[site.layer, "q"], config.own, part_prefix(site))
             for site in feeding:
-                place = place_of(site)
+                prefix = part_prefix(site)
                 if config.keys == "tokens":
-                    values |= own_keys(tokens[site.layer, "up"], config.n, place, gated=gated, seed=config.seed)
+                    values |= own_keys(tokens[site.layer, "up"], config.n, prefix, gated=gated, seed=config.seed)
                 if config.steers:
-                    values[f"{place}direction"] = shared.directions[site.layer]
+                    values[f"{prefix}direction"] = shared.directions[site.layer]
                 if shared.remembered is not None:
-                    values[f"{place}memory"] = shared.remembered.inputs[site.layer]
-                    values[f"{place}foreign"] = shared.remembered.foreign(request)
+                    values[f"{prefix}memory"] = shared.remembered.inputs[site.layer]
+                    values[f"{prefix}foreign"] = shared.remembered.foreign(request)
             found.append(values)
         return found
 
@@ -204,33 +204,33 @@ def layers_of(model: EditableModel, config: UniKEConfig) -> tuple[int, ...]:
     return last_layers(wanted, model.n_layers, "unike")
 
 
-def own_keys(tokens: Tensor, n: int, place: str, *, gated: bool, seed: int) -> dict[str, Tensor]:
+def own_keys(tokens: Tensor, n: int, prefix: str, *, gated: bool, seed: int) -> dict[str, Tensor]:
     """What n neurons for the tokens (T, d), in turn, start from: as T-Patcher's, all on, and a little apart.
 
     Neurons of one token that were alike would be chosen between by rounding where a loss takes the largest terms. A
     gate has the key; what it is multiplied with keeps the drawn keys.
     """
-    made = patches(tokens.repeat(-(-n // len(tokens)), 1)[:n], n, place, gated=gated)
-    name = f"{place}gate_keys" if gated else f"{place}keys"
+    made = patches(tokens.repeat(-(-n // len(tokens)), 1)[:n], n, prefix, gated=gated)
+    name = f"{prefix}gate_keys" if gated else f"{prefix}keys"
     draw = torch.rand(made[name].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
     made[name] = made[name] + APART * (draw * tokens.shape[1] ** -0.5).to(made[name])
-    dropped = {f"{place}off"} | ({f"{place}keys"} if gated else set())
+    dropped = {f"{prefix}off"} | ({f"{prefix}keys"} if gated else set())
     return {key: value for key, value in made.items() if key not in dropped}
 
 
-def entries(tokens: Tensor, m: int, place: str) -> dict[str, Tensor]:
+def entries(tokens: Tensor, m: int, prefix: str) -> dict[str, Tensor]:
     """An edit's entries in the memory of a layer: from a token of the target on, the state behind the target.
 
     Args:
         tokens: (T, d), what enters the attention block from the last token of the question to the last of the target.
-        m: entries; those behind the first T are off. place: what the names of the tensors begin with.
+        m: entries; those behind the first T are off. prefix: what the names of the tensors begin with.
     """
     count = min(m, len(tokens))
     keys = tokens.new_zeros(m, tokens.shape[1])
     keys[:count] = tokens[:count]
     on = tokens.new_zeros(m)
     on[:count] = 1.0
-    return {f"{place}keys": keys, f"{place}from": tokens[-1].expand(m, -1), f"{place}on": on}
+    return {f"{prefix}keys": keys, f"{prefix}from": tokens[-1].expand(m, -1), f"{prefix}on": on}
 
 
 def _edit_tokens(

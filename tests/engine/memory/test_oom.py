@@ -13,7 +13,7 @@ import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.deltas import StoredDeltas
-from fastedit.engine import Run, work
+from fastedit.engine import Run, fitting
 from fastedit.engine.memory.oom import is_out_of_memory
 from tests.engine.test_editing import largest_difference, run
 
@@ -22,7 +22,7 @@ from tests.engine.test_editing import largest_difference, run
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches of more than two edits fail; the sizes that were tried are kept."""
     tried: list[int] = []
-    real = work._fit
+    real = fitting._fit
 
     def fit(shared: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
         tried.append(places)
@@ -30,7 +30,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         return real(shared, waiting, places, committed, take)
 
-    monkeypatch.setattr(work, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit", fit)
     return tried
 
 
@@ -51,7 +51,7 @@ def test_one_edit_that_does_not_fit_is_an_error(
     def fit(shared: Any, waiting: Any, places: int, committed: Any, take: Any) -> Any:
         raise torch.OutOfMemoryError(f"no room for {places}")
 
-    monkeypatch.setattr(work, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit", fit)
     with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError, match="no room for 1"):
         run(exact_model, edits, batch_size=4)
 

@@ -14,7 +14,7 @@ import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
-from fastedit.deltas.key_value import place_of
+from fastedit.deltas.key_value import part_prefix
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine import schedule
 from fastedit.engine.profiling.timing import PhaseTimer
@@ -112,14 +112,14 @@ def test_a_fit_starts_from_what_enters_at_the_answer(model: EditableModel, artif
         for site in reading:
             (states,) = (tokens for at, tokens in inputs.items() if (at.layer, at.name) == (site.layer, "q"))
             count = min(3, len(states))
-            torch.testing.assert_close(own[f"{place_of(site)}keys"][:count], states[:count])
-            torch.testing.assert_close(own[f"{place_of(site)}from"][0], states[-1])
+            torch.testing.assert_close(own[f"{part_prefix(site)}keys"][:count], states[:count])
+            torch.testing.assert_close(own[f"{part_prefix(site)}from"][0], states[-1])
         for site in (site for site in spec.sites if site.name == "down"):
             (states,) = (tokens for at, tokens in inputs.items() if (at.layer, at.name) == (site.layer, "up"))
-            wanted = own_keys(states, 4, place_of(site), gated=is_gated(model), seed=0)
+            wanted = own_keys(states, 4, part_prefix(site), gated=is_gated(model), seed=0)
             for name, tensor in wanted.items():
                 torch.testing.assert_close(own[name], tensor)
-            assert torch.equal(own[f"{place_of(site)}direction"], shared.directions[site.layer])
+            assert torch.equal(own[f"{part_prefix(site)}direction"], shared.directions[site.layer])
     # Everything that is given has a place of its shape
     options = {**spec.options, "artifact": artifact.id}
     stacked = new_stack(dataclasses.replace(spec, options=options), 3, dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_in_sequence_neurons_act_beneath_the_next_and_entries_do_not(
     assert [len(acting) for acting in beneath] == [0, 1, 1]
     for number, (delta,) in enumerate(beneath[1:], start=1):
         assert {site.name for site in delta.spec.sites} == {"down"}
-        place = place_of(delta.spec.sites[0])
+        place = part_prefix(delta.spec.sites[0])
         laid = torch.cat([own.tensors[f"{place}values"] for own in run.deltas[:number]])
         torch.testing.assert_close(delta.tensors[f"{place}values"], laid)
     assert run.scores["strict"]["reliability"].n == 3

@@ -1,0 +1,135 @@
+"""How waiting edits become deltas: fitted together, or computed at once."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastedit.backbone import held_inputs
+from fastedit.deltas import EditDelta, Rows, company, installed, split_point, stack
+from fastedit.deltas.kinds import new_stack
+from fastedit.deltas.questions import QUESTIONS
+from fastedit.engine.apply import AS_FITTED, fitted_as
+from fastedit.engine.checks import question_of
+from fastedit.engine.fit_problem import ActiveDeltas, FitProblem, OnFinished, WaitingEdits
+from fastedit.engine.run_state import RunState
+from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.solver import FitOutcome, fit
+from fastedit.methods.base import Method, is_computed
+from fastedit.objectives import Role
+
+
+def make_deltas(
+    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
+) -> None:
+    """Turn waiting edits into deltas on top of the committed ones; those that are finished leave the queue.
+
+    Args:
+        run: that they belong to. waiting: their numbers. slots: how many at a time.
+        committed: deltas that act while they are made.
+        on_finished: gets the number, the delta and the outcome of every edit, while no delta acts.
+    """
+    named = _named(run, committed, on_finished)
+    if is_computed(run.job.plan.method):
+        _compute(run, waiting, slots, committed, named)
+    else:
+        _fit(run, waiting, slots, committed, named)
+
+
+def _named(run: RunState, committed: Sequence[EditDelta], on_finished: OnFinished) -> OnFinished:
+    """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
+    job = run.job
+    model = job.model
+    fitted_on = company(committed)
+    as_fitted = {} if job.bind == "content" else {AS_FITTED: fitted_as(model)}
+
+    def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        request = job.edits[number]
+        # Here no delta of the run acts
+        bound = model.fingerprint if job.bind == "content" else model.architecture
+        delta = replace(delta, model_fingerprint=bound, request_id=request.id, fitted_on=fitted_on)
+        delta = replace(delta, texts={**delta.texts, **as_fitted})
+        (delta,) = job.plan.method.finish(model, job.plan.config, run.shared, [request], [delta])
+        delta, outcome = _finite(delta, outcome)
+        on_finished(number, replace(delta, texts={**delta.texts, QUESTIONS: question_of(request)}), outcome)
+
+    return named
+
+
+def _finite(delta: EditDelta, outcome: FitOutcome) -> tuple[EditDelta, FitOutcome]:
+    """A delta with values that are not finite as one that changes nothing, of an edit that has diverged."""
+    if all(bool(tensor.isfinite().all()) for tensor in delta.tensors.values()):
+        return delta, outcome
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in delta.tensors.items()}
+    return replace(delta, tensors=nothing), replace(outcome, status="diverged")
+
+
+def _compute(
+    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
+) -> None:
+    job, timer = run.job, run.timer
+    model = job.model
+    while waiting:
+        numbers = [waiting[index] for index in range(min(slots, len(waiting)))]
+        requests = [job.edits[number] for number in numbers]
+        with timer.phase("encode"):
+            views = [job.views.views(number, (Role.EDIT,)) for number in numbers]
+        # Changed questions have no rows on the frozen model that would be of use
+        rows = prepare(model, job.spec, views, timer) if job.spec.sites else []
+        with ExitStack() as entered:
+            for earlier in committed:
+                stacked = stack([earlier], device=model.device)
+                entered.enter_context(installed(model, stacked, Rows(), route=False))
+            with timer.phase("compute"):
+                computed = job.plan.method.compute(model, job.plan.config, run.shared, requests, rows)
+        for number, each in zip(numbers, computed, strict=True):
+            waiting.popleft()
+            options = {**job.spec.options, **each.options}
+            delta = EditDelta(replace(job.spec, options=options), dict(each.tensors), texts=dict(each.texts))
+            on_finished(number, delta, FitOutcome("computed", 0, math.nan, math.nan))
+
+
+def _fit(
+    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
+) -> None:
+    job, timer, method = run.job, run.timer, run.job.plan.method
+    model, spec = job.model, job.spec
+    objective = job.plan.build_objective(job.solver.steps)
+
+    def prepared(numbers: Sequence[int]) -> list[EditRows]:
+        with timer.phase("encode"):
+            views = [job.views.views(number, objective.roles) for number in numbers]
+        return prepare(model, spec, views, timer)
+
+    def start(numbers: Sequence[int], rows: Sequence[EditRows]) -> Sequence[Mapping[str, Tensor]]:
+        requests = [job.edits[number] for number in numbers]
+        with timer.phase("setup"):
+            return method.start(model, job.plan.config, run.shared, requests, rows)
+
+    def stepped(steps: int) -> None:
+        assert run.on_step is not None
+        run.on_step(steps / max(1, job.solver.steps))
+
+    with timer.phase("setup"):
+        stacked = new_stack(spec, slots, dtype=job.delta_dtype, device=model.device)
+    with ExitStack() as entered:
+        held = entered.enter_context(held_inputs(model, *split_point(spec)))
+        holders = [entered.enter_context(installed(model, stacked, Rows(), route=False))]
+        stacked.earlier = [stack([delta], device=model.device) for delta in committed]
+        for earlier in stacked.earlier:
+            holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
+        problem = FitProblem(
+            ActiveDeltas(model, stacked, holders, held),
+            WaitingEdits(waiting, prepared, None if method.start is Method.start else start),
+            objective,
+            timer,
+            on_finished=on_finished,
+            on_step=None if run.on_step is None else stepped,
+        )
+        fit(problem, stacked, job.solver)
