@@ -14,20 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.metrics import kl_divergence, ranked_agreement, token_accuracy, top_ids
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.engine.profiling.timing import PhaseTimer
-from fastedit.evaluation import (
-    EditScores,
-    EvaluationView,
-    evaluation_views,
-    exact_match,
-    kl_divergence,
-    mean_by_name,
-    ranked_agreement,
-    token_accuracy,
-    token_f1,
-    top_ids,
-)
+from fastedit.evaluation import EditScores, EvaluationView, evaluation_views, exact_match, mean_by_name, token_f1
 from fastedit.requests import EditRequest, Query
 
 TOP_K = 10

@@ -18,7 +18,8 @@ from fastedit.evaluation import (
     EditScores,
     evaluation_views,
 )
-from fastedit.evaluation.scoring import AskedRow, edit_scores, row_means, token_scores
+from fastedit.evaluation.metrics import AskedRow
+from fastedit.evaluation.scoring import edit_scores, row_means, token_scores
 from fastedit.fitting.prepared import split_point
 from fastedit.requests import EditRequest, Query
 

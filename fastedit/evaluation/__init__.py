@@ -1,15 +1,6 @@
 """Scores: metrics without model calls, and the two protocols that use them."""
 
 from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference
-from fastedit.evaluation.metrics import (
-    all_right,
-    jaccard_agreement,
-    kl_divergence,
-    logit_agreement,
-    ranked_agreement,
-    token_accuracy,
-    top_ids,
-)
 from fastedit.evaluation.normalise import contains, exact_match, normalise, token_f1
 from fastedit.evaluation.protocol import (
     MUST_CHANGE,
@@ -29,20 +20,13 @@ __all__ = [
     "EditScores",
     "EvaluationView",
     "Score",
-    "all_right",
     "bootstrap",
     "bootstrap_difference",
     "contains",
     "evaluation_views",
     "exact_match",
-    "jaccard_agreement",
-    "kl_divergence",
-    "logit_agreement",
     "mean_by_name",
     "normalise",
-    "ranked_agreement",
     "summarise",
-    "token_accuracy",
     "token_f1",
-    "top_ids",
 ]

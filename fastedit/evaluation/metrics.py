@@ -1,172 +1,130 @@
-"""Per-row scores of logits and token ids. Pure functions: no model is called, nothing is averaged over rows.
+"""The metrics of both protocols, as a table: a column's name to the function of one answered question that fills it.
 
-Rows are questions, right-padded; `mask` says at which positions a score looks. Every function returns one float64 a
-row, NaN where the row has no such position. Definitions as in the multimodal editing literature: teacher-forced token
-accuracy, and locality by agreement with the unedited model (top-1 for text, rank-ordered top-10 for images in MMEdit,
-arXiv 2310.08475).
+A metric takes the row of a question and the edit's target, and returns a value, or None where it does not apply. A new
+one is a function and a line in ``METRICS``. Definitions as in the multimodal editing literature: teacher-forced token
+accuracy, and locality by agreement with the unedited model (top-1, and rank-ordered top-10; MMEdit, arXiv 2310.08475).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-#: Stands for "no token" where a position's logits are not numbers. Equal to no token, not even to itself.
-NO_TOKEN = -1
-#: Logits turned into distributions at a time: 16 MiB in float32, whatever the number of positions.
-_CHUNK = 2**22
+from fastedit.evaluation.normalise import exact_match, token_f1
+from fastedit.evaluation.protocol import EvaluationView
 
 
-def top_ids(logits: Tensor, k: int = 1) -> Tensor:
-    """Return the ids of the k largest logits, best first; equal logits in order of their ids.
-
-    The order of ties is fixed because bfloat16 logits tie often, and an order that depends on the device would count
-    as a change of the model.
+@dataclass
+class AskedRow:
+    """One question of one edit, with what was answered.
 
     Args:
-        logits: (..., V), any floating dtype.
-        k: 1 to V.
-    Returns:
-        (..., k) int64; `NO_TOKEN` in all k places where a logit is NaN (a diverged model is never right).
-    Raises:
-        ValueError: k outside of 1 to V. Message: "top_ids: rule (got ...)".
+        edit: number of the edit. view: the question. before, after: generated answers.
+        legacy: means over the tokens of the fed answer by name (``scoring.token_scores``); None where none was fed.
+        kl: KL(before || after) on those tokens, in nats.
+        acted: whether the router let an edit act; None where there is none.
+        broken_before, broken_after: whether logits that were not finite came up, in what was fed or answered.
     """
-    vocabulary = logits.shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"top_ids: k must be 1 to V (got k={k}, logits of shape {tuple(logits.shape)})")
-    flat = logits.detach().reshape(-1, vocabulary)
-    broken = flat.isnan().any(-1)
-    values, ids = flat.topk(k, dim=-1)
-    # Which of the ids that equal the k-th value topk takes is not defined: such rows are chosen by hand.
-    last = values[:, -1:]
-    unsure = ((flat == last).sum(-1) > (values == last).sum(-1)) & ~broken
-    if bool(unsure.any()):
-        ids[unsure] = _first_ids(flat[unsure], last[unsure], k)
-    ids = ids.sort(dim=-1).values
-    order = flat.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
-    ids = ids.gather(-1, order).masked_fill(broken[:, None], NO_TOKEN)
-    return ids.reshape(*logits.shape[:-1], k)
+
+    edit: int
+    view: EvaluationView
+    before: str = ""
+    after: str = ""
+    legacy: dict[str, float] | None = None
+    kl: float | None = None
+    acted: bool | None = None
+    broken_before: bool = False
+    broken_after: bool = False
+
+    @property
+    def not_finite(self) -> str | None:
+        """ "before", "after" or "both": whose logits were not finite; None where all were."""
+        if self.broken_before and self.broken_after:
+            return "both"
+        return "before" if self.broken_before else "after" if self.broken_after else None
+
+    @property
+    def wanted(self) -> str:
+        """The wanted answer, "" where none is known."""
+        return self.view.query.answer or ""
 
 
-def _first_ids(flat: Tensor, last: Tensor, k: int) -> Tensor:
-    """Return (T, k): the ids of all values above `last` (T, 1), filled up with the first ids that equal it."""
-    above, equal = flat > last, flat == last
-    wanted = k - above.sum(-1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(-1) <= wanted))
-    return chosen.nonzero()[:, 1].reshape(-1, k)
+Metric = Callable[[AskedRow, str], float | None]
 
 
-def token_accuracy(predicted: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the share of masked positions whose predicted token is the gold one (teacher-forced accuracy).
-
-    Args:
-        predicted: (R, M), int64. Argmax ids given the gold prefix.
-        labels: (R, M), int64. Gold next tokens; looked at under the mask only.
-        mask: (R, M), bool. Positions that count.
-    Returns:
-        (R,) float64 in 0..1, NaN where the mask is empty.
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
-    """
-    _check("token_accuracy", mask, predicted=predicted, labels=labels)
-    return _mean((predicted == labels) & (predicted != NO_TOKEN), mask)
+def _answered(row: AskedRow, _target: str) -> float | None:
+    """Whether the answer is the wanted one, or where it must stay, what it was."""
+    if row.view.changes:
+        return float(exact_match(row.after, row.wanted) and not row.broken_after)
+    return float(row.after == row.before and row.not_finite is None)
 
 
-def all_right(predicted: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 where every masked position is right, else 0; arguments and errors as `token_accuracy`."""
-    accuracy = token_accuracy(predicted, labels, mask)
-    return torch.where(accuracy.isnan(), accuracy, (accuracy == 1.0).double())
+def _answered_of_kind(row: AskedRow, target: str) -> float | None:
+    """The same of portability questions of one kind: steps that the base model cannot take are 0, and another score."""
+    return _answered(row, target) if row.view.changes and row.view.query.kind else None
 
 
-def ranked_agreement(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Return the share of (position, rank) pairs whose token is the same before and after an edit.
-
-    A swap of two ranks costs both. With k = 1 this is the agreement of the argmax.
-
-    Args:
-        before, after: (R, M, k), int64, from `top_ids`.
-        mask: (R, M), bool.
-    Returns:
-        (R,) float64 in 0..1, NaN where the mask is empty.
-    """
-    _check("ranked_agreement", mask, before=before[..., 0], after=after[..., 0])
-    _same_shape("ranked_agreement", before, after)
-    same = (before == after) & (before != NO_TOKEN)
-    return _mean(same.double().mean(-1), mask)
+def _f1(row: AskedRow, _target: str) -> float | None:
+    """F1 of the answer's tokens against the wanted ones."""
+    if not row.view.changes:
+        return None
+    return 0.0 if row.broken_after else token_f1(row.after, row.wanted)
 
 
-def jaccard_agreement(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over positions of |common| / |either| of the k best tokens, in any order.
-
-    Args:
-        before, after: (R, M, k), int64, from `top_ids`: no id twice at one position.
-        mask: (R, M), bool.
-    Returns:
-        (R,) float64 in 0..1, NaN where the mask is empty.
-    """
-    _check("jaccard_agreement", mask, before=before[..., 0], after=after[..., 0])
-    _same_shape("jaccard_agreement", before, after)
-    same = (before[..., :, None] == after[..., None, :]) & (before != NO_TOKEN)[..., :, None]
-    common = same.sum((-1, -2)).double()
-    return _mean(common / (2 * before.shape[-1] - common), mask)
+def _blindness(row: AskedRow, target: str) -> float | None:
+    """Whether a question about another image, or none, gets the edit's target, which was not its answer."""
+    if row.view.score not in ("near", "blind") or exact_match(row.before, target):
+        return None
+    return float(exact_match(row.after, target) and not row.broken_after)
 
 
-def logit_agreement(before: Tensor, after: Tensor, mask: Tensor, k: int = 1) -> Tensor:
-    """Return `ranked_agreement` of two sets of logits, each (R, M, V)."""
-    return ranked_agreement(top_ids(before, k), top_ids(after, k), mask)
+def _routed_in(row: AskedRow, _target: str) -> float | None:
+    """A router's true positives."""
+    return float(row.acted) if row.acted is not None and row.view.changes else None
 
 
-def kl_divergence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over positions of KL(before || after) between the two next-token distributions, in nats.
-
-    Computed in float32 (float64 for float64 logits) from log-probabilities; a token that `before` rules out counts
-    nothing, one that only `after` rules out makes it infinite.
-
-    Args:
-        before, after: (R, M, V) logits, any floating dtype.
-        mask: (R, M), bool.
-    Returns:
-        (R,) float64, at least 0; inf where logits are NaN or inf, NaN where the mask is empty.
-    """
-    _check("kl_divergence", mask, before=before[..., 0], after=after[..., 0])
-    _same_shape("kl_divergence", before, after)
-    # Only masked positions are turned into distributions, a few at a time: V is large and masks are mostly empty.
-    rows = max(1, _CHUNK // before.shape[-1])
-    parts = zip(torch.split(before.detach()[mask], rows), torch.split(after.detach()[mask], rows), strict=True)
-    values = mask.new_zeros(mask.shape, dtype=torch.float64)
-    values[mask] = torch.cat([_kl(p, q) for p, q in parts])
-    return _mean(values, mask)
+def _routed_in_wrongly(row: AskedRow, _target: str) -> float | None:
+    """A router's false positives."""
+    return float(row.acted) if row.acted is not None and not row.view.changes else None
 
 
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(before || after) of logits (T, V): (T,) float64, inf where they are NaN."""
-    dtype = torch.promote_types(before.dtype, torch.float32)
-    p, q = before.to(dtype).log_softmax(-1), after.to(dtype).log_softmax(-1)
-    terms = torch.where(p > float("-inf"), p.exp() * (p - q), 0.0)
-    # Rounding may leave a sum a little below 0.
-    divergence = terms.sum(-1).double().clamp_min(0.0)
-    return divergence.nan_to_num(nan=float("inf"), posinf=float("inf"))
+def _divergence(row: AskedRow, _target: str) -> float | None:
+    """KL(before || after) of a question that must stay; inf where there is nothing that could be fed."""
+    if row.view.changes:
+        return None
+    if row.legacy is None:
+        return None if row.not_finite is None else math.inf
+    return row.kl
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of values (R, M) under the mask, per row; 0 / 0 is NaN."""
-    return torch.where(mask, values.double(), 0.0).sum(-1) / mask.sum(-1)
+def _fed(row: AskedRow, name: str) -> float | None:
+    """A mean over the fed answer's tokens; 0 where the unedited model says nothing finite that could be fed."""
+    if row.legacy is None:
+        return None if row.not_finite is None else 0.0
+    return row.legacy[name]
 
 
-def _check(owner: str, mask: Tensor, **named: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"{owner}: mask must be (R, M) bool (got mask={tuple(mask.shape)} {mask.dtype})")
-    for name, value in named.items():
-        if value.shape != mask.shape:
-            raise ValueError(
-                f"{owner}: {name} must agree with the mask on (R, M) (got {name}={tuple(value.shape)}, "
-                f"mask={tuple(mask.shape)})"
-            )
+def _tokens(row: AskedRow, _target: str) -> float | None:
+    """Teacher-forced accuracy, or where the answer must stay, agreement of the argmax."""
+    return _fed(row, "accuracy" if row.view.changes else "top1")
 
 
-def _same_shape(owner: str, before: Tensor, after: Tensor) -> None:
-    if before.shape != after.shape:
-        raise ValueError(
-            f"{owner}: before and after must agree on their shape (got before={tuple(before.shape)}, "
-            f"after={tuple(after.shape)})"
-        )
+def _ten_best(row: AskedRow, _target: str) -> float | None:
+    """Rank-ordered agreement of the ten best tokens, of the two localities."""
+    return _fed(row, "top10") if row.view.score in ("text_locality", "image_locality") else None
+
+
+#: By protocol, columns in their order; "{score}" is the question's score and "{kind}" its kind.
+METRICS: Mapping[str, Mapping[str, Metric]] = {
+    "legacy": {"{score}": _tokens, "{score}_top10": _ten_best},
+    "strict": {
+        "{score}": _answered,
+        "{score}[{kind}]": _answered_of_kind,
+        "{score}_f1": _f1,
+        "blindness": _blindness,
+        "routed_in": _routed_in,
+        "routed_in_wrongly": _routed_in_wrongly,
+        "{score}_kl": _divergence,
+    },
+}

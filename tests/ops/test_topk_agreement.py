@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.baselines.metrics import ranked_agreement, top_ids
 from fastedit import ops
-from fastedit.evaluation.metrics import ranked_agreement, top_ids
 from fastedit.reference import topk_agreement as reference
 from fastedit.testing import providers, topk_agreement_inputs
 
