@@ -214,9 +214,13 @@ def _row(
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"encode: row {number}: {error}") from error
     try:
-        return (*row_tokens(model, query.prompt, image, query.answer if answers else None), image)
+        tokens = row_tokens(model, query.prompt, image, query.answer if answers else None)
     except RowError as error:
         raise ValueError(f"encode: row {number}: {error}") from error
+    traced = generic(model.adapter)
+    if image is not None and traced is not None:
+        image = traced.asked(image, prompt_text(model, query))
+    return (*tokens, image)
 
 
 def _padding_id(model: EditableModel) -> int:

@@ -204,6 +204,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "blip-2": {"text_config": _OPT, **_BLIP},
     "blip-2+t5": {"text_config": _T5, **_BLIP},
     "instructblip": {"text_config": _text("llama"), **_BLIP},
+    "instructblip+opt": {"text_config": _OPT, **_BLIP},
     "kimi_k25": {
         "text_config": _text("deepseek_v3", **_MLA),
         "vision_config": _KIMI,
@@ -411,10 +412,19 @@ class LayoutProcessor:
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self._layout = _LAYOUTS.get(key) or _LAYOUTS.get(model_type(key))
         self._hf = hf
+        #: Where image tokens lead; and where the Q-Former reads the prompt.
+        self.num_query_tokens = getattr(hf.config, "num_query_tokens", None)
+        self.qformer_tokenizer = self.tokenizer if model_type(key) == "instructblip" else None
 
-    def __call__(self, text: list[str], images: list[Image.Image], **_: Any) -> dict[str, Any]:
+    def __call__(self, text: list[str], images: list[Image.Image] | None = None, **_: Any) -> dict[str, Any]:
         """Return ids (1, N) and what the model takes of one image."""
         assert self._layout is not None
+        read: dict[str, Any] = {}
+        if self.qformer_tokenizer is not None:
+            asked = torch.tensor([self.qformer_tokenizer("asked: " + text[0])["input_ids"]])
+            read = {"qformer_input_ids": asked, "qformer_attention_mask": torch.ones_like(asked)}
+        if images is None:
+            return {"input_ids": torch.tensor([self.tokenizer(text[0])["input_ids"]]), **read}
         tensors, tokens = self._layout(images[0])
         if not tokens:
             dtype = next(self._hf.parameters()).dtype
@@ -424,6 +434,8 @@ class LayoutProcessor:
                 ).pooler_output
             tokens = [IMAGE] * features[0].shape[0]
         ids = list(self.tokenizer(text[0])["input_ids"])
+        if self.num_query_tokens is not None:
+            return {"input_ids": torch.tensor([[*tokens, *ids]]), **tensors, **read}
         place = ids.index(self.image_token_id)
         return {"input_ids": torch.tensor([[*ids[:place], *tokens, *ids[place + 1 :]]]), **tensors}
 

@@ -123,6 +123,13 @@ def llava_onevision() -> Any:
     )
 
 
+def instructblip() -> Any:
+    from transformers import InstructBlipProcessor
+
+    images = pillow("blip", "BlipImageProcessorPil")(size=square())
+    return InstructBlipProcessor(images, tokenizer(), tokenizer(words=500), 6)
+
+
 #: By architecture, see `architectures`.
 MAKERS: dict[str, Callable[[], Any]] = {
     "gemma3": gemma3,
@@ -133,6 +140,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "qwen3_vl_moe": qwen("Qwen3VLProcessor"),
     "qwen3_5": qwen("Qwen3VLProcessor"),
     "llava+phi3": phi3,
+    "instructblip": instructblip,
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,

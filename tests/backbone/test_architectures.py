@@ -36,7 +36,6 @@ REFUSED = {
     "blip-2+t5": "decoder-only text model",
     "mllama": "cross-attention",
     "gpt2": "must have its layers in 'layers' beside its word embeddings",
-    "instructblip": "qformer_input_ids",
 }
 EDGES = ("shortest_edge", "longest_edge")
 WALKED = [key for key in (*ARCHITECTURES, *TEXTS) if key not in REFUSED]

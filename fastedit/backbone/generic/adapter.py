@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .door import Row, enter, follow, follows
 from .features import FeatureMemory
 from .head import find_head
 from .kinds import check_kind
-from .processing import Placeholder, video_inputs
+from .processing import OF_PROMPT, Placeholder, video_inputs
 from .sites import usual_sites
 from .stack import TracedStack
 from .trace import learn_returns, sample_logits, trace_decoder
@@ -48,17 +48,17 @@ class GenericAdapter:
 
     def __init__(self, hf: Any, processor: Any) -> None:
         check_kind(hf.config)
-        check_forward(hf)
         self.hf, self.processor = hf, processor
-        self.decoder = Decoder(hf)
         self.placeholder = Placeholder(hf, processor)
+        check_forward(hf, OF_PROMPT if self.placeholder.reads_prompts else ())
+        self.decoder = Decoder(hf)
         self.image_token_id = self.placeholder.token_id
         self.image_text = self.placeholder.text
         self.listed_text = self.placeholder.marked(hf, self.image_text, "vision", "image")
         self.video_token_id = self.placeholder.video_id
         self.video_text = self.placeholder.marked(hf, self.placeholder.video_token, "video", "vision")
         self.no_video = without_video(processor, self.video_text)
-        self.most_images = most_images(hf.config) if self.image_text else 0
+        self.most_images = most_images(hf.config) if self.image_token_id >= 0 else 0
         self.features = FeatureMemory(hf, FEATURES)
         taken = set(inspect.signature(hf.forward).parameters)
         self.token_types = "mm_token_type_ids" in taken
@@ -136,6 +136,10 @@ class GenericAdapter:
     def features_id(self, image: ImageInputs | int | None) -> int:
         """The token that features replace in a row."""
         return image.features_id if isinstance(image, ImageInputs) and image.video else self.image_token_id
+
+    def asked(self, image: ImageInputs, text: str) -> ImageInputs:
+        """Return an image as it is looked at with the text of its prompt in mind, where the model does that."""
+        return self.placeholder.asked(image, text)
 
     def rows(self, encoded: Encoded) -> list[Row]:
         """Return what the decoder is handed of encoded rows."""
@@ -280,9 +284,11 @@ def walkable(adapter: Any) -> AbstractContextManager[None]:
     return nullcontext() if traced is None else traced.decoder.instrumented()
 
 
-def check_forward(hf: Any) -> None:
+def check_forward(hf: Any, of_prompt: Collection[str]) -> None:
     """Refuse a model whose stock forward needs more than tokens and an image.
 
+    Args:
+        of_prompt: what else its processor makes of a prompt.
     Raises:
         ValueError: names what it needs.
     """
@@ -291,7 +297,7 @@ def check_forward(hf: Any) -> None:
         for name, parameter in inspect.signature(hf.forward).parameters.items()
         if parameter.default is inspect.Parameter.empty
         and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        and name not in ("input_ids", "pixel_values")
+        and name not in ("input_ids", "pixel_values", *of_prompt)
     ]
     if needed:
         raise ValueError(

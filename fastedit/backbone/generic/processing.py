@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 #: What a processor returns of text; everything else is of the image.
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+#: What a processor returns of a prompt for those who look at its image with the question in mind (InstructBLIP).
+OF_PROMPT = frozenset({"qformer_input_ids", "qformer_attention_mask"})
 #: Model types whose token types tell the prompt from what follows it.
 _PROMPT_TYPES = frozenset({"paligemma"})
 #: Stands behind a placeholder that a processor is asked to replace.
@@ -30,7 +34,7 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
     return {
         name: torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in _OF_TEXT
+        if name not in _OF_TEXT | OF_PROMPT
     }
 
 
@@ -80,13 +84,17 @@ class Placeholder:
     def __init__(self, hf: Any, processor: Any) -> None:
         self.config, self.processor, self.tokenizer = hf.config, processor, processor.tokenizer
         self.token_id = self._token_id()
+        #: Whether a prompt's image tokens come first, without a placeholder in its text.
+        self.leads = getattr(processor, "num_query_tokens", None) is not None
+        #: Whether the features of an image depend on the prompt.
+        self.reads_prompts = getattr(processor, "qformer_tokenizer", None) is not None
         #: What stands in a raw prompt: some processors expand another token than the one that features replace.
         self.text = self._text()
         #: What the processor puts before and behind a prompt with an image, learned from the first image.
         self.opening: tuple[int, ...] = ()
         self.closing: tuple[int, ...] = ()
         self._before: tuple[int, ...] = ()
-        self.typed_id = int(self.tokenizer.convert_tokens_to_ids(self.text)) if self.text else -1
+        self.typed_id = int(self.tokenizer.convert_tokens_to_ids(self.text)) if self.text else self.token_id
         self.video_token, self.video_id = self._video()
 
     def _token_id(self) -> int:
@@ -103,7 +111,7 @@ class Placeholder:
         return -1
 
     def _text(self) -> str:
-        if self.token_id < 0:
+        if self.token_id < 0 or self.leads:
             return ""
         found = None
         if getattr(self.config, "boi_token_index", None) is not None:
@@ -156,7 +164,9 @@ class Placeholder:
         tensors, tokens, ids, _ = self.image_inputs(processor, Image.fromarray(noise))
         if tokens > _SAMPLE:
             return []
-        return [([*self.some_ids(3), *ids, *self.some_ids(4)], ImageInputs("sample", tensors, tokens, ids))]
+        image = self.asked(ImageInputs("sample", tensors, tokens, ids), _WORD)
+        before = [] if self.leads else self.some_ids(3)
+        return [([*before, *ids, *self.some_ids(4)], image)]
 
     def image_inputs(self, processor: Any, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...], str]:
         """Return the tensors of one image, its image tokens, what its placeholder is replaced by, and the text of that.
@@ -183,12 +193,25 @@ class Placeholder:
         )
         return ImageInputs("", tensors_of(batch), sum(part.tokens for part in parts), parts=parts)
 
+    def asked(self, image: ImageInputs, text: str) -> ImageInputs:
+        """Return an image as it is looked at with the text of its prompt in mind, where the model does that."""
+        if not self.reads_prompts:
+            return image
+        batch = self.processor(text=[text], return_tensors="pt")
+        read = {name: batch[name] for name in sorted(OF_PROMPT & set(batch))}
+        digest = hashlib.sha256(repr([(name, value.tolist()) for name, value in read.items()]).encode()).hexdigest()
+        return replace(image, key=f"{image.key}:{digest}", tensors=dict(image.tensors) | read)
+
     def _spelled(self, expansion: list[int]) -> str:
+        if self.leads:
+            return ""
         text: str = self.tokenizer.decode(expansion, skip_special_tokens=False)
         return text if list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) == expansion else ""
 
     def _expansions(self, ids: list[int], count: int) -> list[list[int]]:
         """Tokens for each placeholder; learns what the processor puts around a prompt with an image."""
+        if self.leads:
+            return [ids[: next(place for place, token in enumerate(ids) if token != self.token_id)]]
         word = list(self.tokenizer(_WORD, add_special_tokens=False)["input_ids"])
         plain = list(self.tokenizer(self.text + _WORD)["input_ids"])
         place = plain.index(self.typed_id)
@@ -211,6 +234,9 @@ class Placeholder:
 
     def placed(self, ids: Sequence[int], image: ImageInputs | int) -> list[int]:
         """Return the tokens of a prompt with those of its images in the places of the placeholders."""
+        if self.leads:
+            expansion = (self.token_id,) * image if isinstance(image, int) else image.expansion
+            return [*expansion, *ids]
         if isinstance(image, int):
             return self.framed(replace_token(ids, self.typed_id, [(self.token_id,) * image]))
         token = self.video_id if image.video else self.typed_id
@@ -218,6 +244,8 @@ class Placeholder:
 
     def written(self, text: str, image: ImageInputs) -> str:
         """Return a prompt's text with the text of each image in the place of its placeholder; "" without such text."""
+        if self.leads:
+            return ""
         between = text.split(self.video_token if image.video else self.text)
         spelled = [part.spelled for part in image.each]
         if not all(spelled) or len(between) != len(spelled) + 1:
