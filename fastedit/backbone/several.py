@@ -69,9 +69,10 @@ def joined(key: str, parts: Sequence[ImageInputs]) -> ImageInputs:
 def most_images(config: Any) -> int | None:
     """Return how many images a question may be about by a model's configuration; None is any number.
 
-    Models with a Q-Former were made for one.
+    Models with a Q-Former were made for one; those with cross-attention take several, which is not done here.
     """
-    return 1 if getattr(config, "qformer_config", None) is not None else None
+    crosses = getattr(config.get_text_config(), "cross_attention_layers", None)
+    return 1 if crosses or getattr(config, "qformer_config", None) is not None else None
 
 
 def without_video(processor: Any, token: str) -> str:

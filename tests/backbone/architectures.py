@@ -357,6 +357,16 @@ def _pixtral(merge: int) -> Callable[[Image.Image], Any]:
     return made
 
 
+def _mllama(image: Image.Image) -> tuple[dict[str, Tensor], list[int]]:
+    """One tile, or two of a wide image."""
+    wide = image.width > image.height
+    tiles = torch.stack(_pixels(image, 32, 64 if wide else 32).split(32, 2))
+    pixels = torch.zeros(1, 1, 2, 3, 32, 32)
+    pixels[0, 0, : len(tiles)] = tiles
+    used = torch.tensor([[[1, int(wide)]]])
+    return {"pixel_values": pixels, "aspect_ratio_ids": torch.tensor([[1 + wide]]), "aspect_ratio_mask": used}, [IMAGE]
+
+
 def _tiled(image: Image.Image) -> tuple[dict[str, Tensor], list[int]]:
     size = torch.tensor([[32, 60]])
     parts = torch.stack([_pixels(image, 32, 32), *_pixels(image, 32, 64).split(32, 2)])
@@ -391,6 +401,7 @@ _LAYOUTS: dict[str, Callable[[Image.Image], Any]] = {
     "llava+pixtral": _pixtral(1),
     "mistral3": _pixtral(2),
     "gemma4": _gemma4,
+    "mllama": _mllama,
     "kimi_k25": _kimi,
 }
 
@@ -437,7 +448,11 @@ class LayoutProcessor:
         if self.num_query_tokens is not None:
             return {"input_ids": torch.tensor([[*tokens, *ids]]), **tensors, **read}
         place = ids.index(self.image_token_id)
-        return {"input_ids": torch.tensor([[*ids[:place], *tokens, *ids[place + 1 :]]]), **tensors}
+        ids = [*ids[:place], *tokens, *ids[place + 1 :]]
+        if "aspect_ratio_mask" in tensors:
+            seen = torch.arange(len(ids)) >= place
+            tensors["cross_attention_mask"] = seen[None, :, None, None] * tensors["aspect_ratio_mask"][:, None]
+        return {"input_ids": torch.tensor([ids]), **tensors}
 
 
 def make_editable(key: str, hf: Any) -> EditableModel:

@@ -130,6 +130,13 @@ def instructblip() -> Any:
     return InstructBlipProcessor(images, tokenizer(), tokenizer(words=500), 6)
 
 
+def mllama() -> Any:
+    from transformers import MllamaProcessor
+
+    images = pillow("mllama", "MllamaImageProcessorPil")(size=square(), max_image_tiles=2)
+    return MllamaProcessor(images, tokenizer(image_token="<image>"))
+
+
 #: By architecture, see `architectures`.
 MAKERS: dict[str, Callable[[], Any]] = {
     "gemma3": gemma3,
@@ -142,6 +149,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "llava+phi3": phi3,
     "instructblip": instructblip,
     "internvl": internvl,
+    "mllama": mllama,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "llava": phi3,

@@ -34,7 +34,6 @@ ROUNDING = {
 }
 REFUSED = {
     "blip-2+t5": "decoder-only text model",
-    "mllama": "cross-attention",
     "gpt2": "must have its layers in 'layers' beside its word embeddings",
 }
 EDGES = ("shortest_edge", "longest_edge")

@@ -14,6 +14,7 @@ from ..context import Frozen
 from ..packed import PackedState
 from ..several import most_images, without_video
 from ..states import Encoded, ImageFeatures, ImageInputs
+from .cross import SEEN
 from .decoder import Decoder
 from .door import Row, enter, follow, follows
 from .features import FeatureMemory
@@ -126,7 +127,11 @@ class GenericAdapter:
         """
         # As the processor does it: tokens of text beside those of an image may depend on them
         written = self.placeholder.written(text, image) if isinstance(image, ImageInputs) else ""
-        if written:
+        opens = getattr(self.processor.tokenizer, "bos_token", None)
+        if self.decoder.cross and opens and opens in text:
+            # One token stands for the whole image, and what the processor puts behind it is there already
+            placed = list(prompts.ids(text))
+        elif written:
             placed = self.placeholder.framed(prompts.ids(written))
         else:
             placed = self.placeholder.placed(prompts.ids(text), image)
@@ -246,6 +251,8 @@ class GenericAdapter:
         if image is not None:
             for name, tensor in image.tensors.items():
                 kind = weight.dtype if tensor.is_floating_point() else tensor.dtype
+                if name == SEEN:
+                    tensor = tensor.to(marks.device) * (marks.cumsum(1) > 0)[:, :, None, None]
                 inputs[name] = tensor.to(weight.device, kind)
         return inputs
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import put_back, use_packed
 from .context import Forward, Instruments
+from .cross import cross_layers
 
 #: What a decoder has beside its layers.
 _PARTS = ("embed_tokens", "config")
@@ -62,6 +63,8 @@ class Decoder:
         self.root = root
         self.config: Any = root.config
         self.layers: Any = root.layers
+        #: Layers that read images by cross-attention.
+        self.cross = cross_layers(self.config)
         self.traces = [LayerTrace() for _ in self.layers]
         self.signature = inspect.signature(self.root.forward)
         self.layer_signatures = [inspect.signature(layer.forward) for layer in self.layers]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import Forward, walking
+from .cross import AXES, PER_TOKEN, STATES, TOKEN_AXIS, followed
 from .decoder import Decoder, bound
 from .masks import RowMask, moved_mask, row_mask
 
@@ -84,7 +85,8 @@ class _Door:
         self.decoder = decoder
         self.values: dict[str, Any] = {}
         self.given: dict[str, Any] = {}
-        self.masks: list[Tensor | None] = []
+        #: By layer; layers that read images are not run without one.
+        self.masks: dict[int, Tensor | None] = {}
 
     def root(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Catch the arguments."""
@@ -97,7 +99,7 @@ class _Door:
         """Catch the mask."""
         given = self.decoder.arguments(index, args, kwargs)
         mask = given.get("attention_mask")
-        self.masks.append(mask if isinstance(mask, Tensor) and mask.dim() == 4 else None)
+        self.masks[index] = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
         if index == self.decoder.n_layers - 1:
             raise _Left
         return self.decoder.returned(index, next(iter(given.values())))
@@ -134,6 +136,7 @@ def follow(decoder: Decoder, row: Row, ids: Tensor, behind: int) -> Row:
     if PLACES in row.values:
         ahead = torch.arange(1 + behind, 1 + behind + ids.shape[1], device=ids.device)
         values[PLACES] = row.values[PLACES][..., -1:] + ahead
+    values |= followed(row.values, ids.shape[1])
     windows = [window_of(decoder, index) for index in range(decoder.n_layers)]
     masks = tuple(dict.fromkeys(windows))
     return Row(start + ids.shape[1], values, masks, tuple(masks.index(window) for window in windows), start)
@@ -150,8 +153,10 @@ def follows(decoder: Decoder, short: Row, ids: Tensor, whole: Row) -> bool:
         return False
     for name, value in guess.values.items():
         known = whole.values.get(name)
-        axis = 1 if name == EMBEDDED else -1
-        if known is None or not torch.equal(known.narrow(axis, short.count, ids.shape[1]), value):
+        axis = TOKEN_AXIS if name in PER_TOKEN else 1 if name == EMBEDDED else -1
+        if known is None:
+            return False
+        if not torch.equal(known if name == STATES else known.narrow(axis, short.count, ids.shape[1]), value):
             return False
     key = torch.arange(whole.count, device=ids.device)
     places = key[short.count :, None]
@@ -197,7 +202,9 @@ def enter(decoder: Decoder, forward: Callable[..., Any], inputs: Mapping[str, An
     masks: list[RowMask] = []
     number: dict[int, int] = {}
     kinds = []
-    for index, made in enumerate(door.masks):
+    made: Tensor | None = None
+    for index in range(decoder.n_layers):
+        made = door.masks.get(index, made)
         if id(made) not in number:
             number[id(made)] = len(masks)
             masks.append(row_mask(made, window_of(decoder, index)))
@@ -213,11 +220,11 @@ class Joiner:
         axes: by argument, which of its axes counts tokens; None where none does. Filled as arguments are met.
     """
 
-    axes: dict[str, int | None] = field(default_factory=dict)
+    axes: dict[str, int | None] = field(default_factory=lambda: dict(AXES))
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Find the axes from rows of different lengths."""
-        for name in {name for row in rows for name in row.values}:
+        for name in {name for row in rows for name in row.values} - set(AXES):
             known = [(row.values[name], row.count) for row in rows if isinstance(row.values.get(name), Tensor)]
             if not known:
                 continue
@@ -270,7 +277,7 @@ class Joiner:
             return known
         axis = self.axis(name, known, row.count - row.first)
         if axis is None:
-            if any(a for _, a, _ in present):
+            if name != STATES and any(a for _, a, _ in present):
                 return None
             return torch.cat([each.values[name] for each, _, _ in present if name in each.values])
         if known.dtype == torch.bool and any(a for _, a, _ in present):

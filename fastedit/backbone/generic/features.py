@@ -14,7 +14,7 @@ from ..context import overridden
 from .door import map_tensors
 
 #: Entries of a vision tower's output that no decoder reads.
-_UNREAD = ("hidden_states", "attentions", "last_hidden_state")
+_UNREAD = ("hidden_states", "attentions", "last_hidden_state", "vision_outputs", "qformer_outputs")
 _METHOD = "get_image_features"
 
 
@@ -31,7 +31,8 @@ class FeatureMemory:
         self.strips = True
         owners = [module for module in hf.modules() if callable(getattr(type(module), _METHOD, None))]
         # The innermost: a model with a head hands the call on
-        self._owner: Any = owners[-1] if owners else None
+        self._owner: Any = owners[-1] if owners else _tower(hf)
+        self._method = _METHOD if owners else "forward"
 
     @contextmanager
     def looking_at(self, key: str | None) -> Iterator[None]:
@@ -53,7 +54,7 @@ class FeatureMemory:
 
             return looked
 
-        with overridden(self._owner, make, _METHOD):
+        with overridden(self._owner, make, self._method):
             yield
 
     def _stripped(self, output: Any) -> Any:
@@ -62,6 +63,13 @@ class FeatureMemory:
                 if name in output:
                     output[name] = None
         return output
+
+
+def _tower(hf: nn.Module) -> nn.Module | None:
+    """The vision tower of a model that has no method for looking at images."""
+    vision = getattr(hf.config, "vision_config", None)
+    found = (module for module in hf.modules() if vision is not None and getattr(module, "config", None) is vision)
+    return next(found, None)
 
 
 def _n_bytes(value: Any) -> int:

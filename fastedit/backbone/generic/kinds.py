@@ -22,11 +22,6 @@ def check_kind(config: Any) -> None:
             "load: a model must have a decoder-only text model, in which prompt and answer are one sequence "
             f"(got model_type={config.model_type!r} with the text model {text.model_type!r})"
         )
-    if getattr(text, "cross_attention_layers", None):
-        raise ValueError(
-            "load: a decoder must see images among its tokens, not by cross-attention "
-            f"(got model_type={config.model_type!r}, cross_attention_layers={text.cross_attention_layers!r})"
-        )
     known = _model_types()
     if config.model_type not in known:
         nearest = difflib.get_close_matches(config.model_type, known, n=1, cutoff=0.0)[0]

@@ -80,7 +80,10 @@ def look(decoder: Decoder, alone: Alone, index: int) -> LayerTrace:
         paths = {id(part): path for path, part in layer.named_modules()}
         if callers:
             trace.mixer = paths[id(callers[0])]
-            trace.stored = sum(part.shape[1] * part.shape[3] for part in spy.given[1:])
+            # Of a layer that reads images, none for a token
+            query, key, value = spy.given
+            if key.shape[2] == query.shape[2]:
+                trace.stored = sum(part.shape[1] * part.shape[3] for part in (key, value))
         else:
             trace.mixer, trace.padded = _mixing_child(layer, call, hidden), True
         trace.mixer_length = _length(layer, trace.mixer, call)

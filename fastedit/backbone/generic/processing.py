@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..prompts import replace_token
 from ..states import ImageInputs
+from .cross import SEEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,11 +32,15 @@ _SAMPLE = 96
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
     """Return what a processor makes of images or videos, without what it makes of text."""
-    return {
+    tensors = {
         name: torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
         for name, value in batch.items()
         if name not in _OF_TEXT | OF_PROMPT
     }
+    if SEEN in tensors:
+        # Of the word behind the image, which sees all of it
+        tensors[SEEN] = tensors[SEEN][:, -1:]
+    return tensors
 
 
 def video_inputs(

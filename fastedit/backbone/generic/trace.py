@@ -50,8 +50,14 @@ def trace_decoder(decoder: Decoder, rows: Sequence[Row], stock_rows: Sequence[di
     chosen = _chosen(decoder, kinds)
     walker = Walker(decoder, joiner)
     alone = Alone(decoder, chosen)
-    with walking(alone):
-        _run(decoder, stock_rows[0])
+    for inputs in stock_rows:
+        # Layers that read images run in rows with one only
+        if not set(chosen) <= set(alone.calls):
+            with walking(alone):
+                _run(decoder, inputs)
+    unseen = sorted(set(chosen) - set(alone.calls))
+    if unseen:
+        raise ValueError(f"load: every decoder layer must run for one of the sample rows (got none for {unseen})")
     for index in chosen:
         decoder.traces[index] = look(decoder, alone, index)
     for numbers in kinds.values():
@@ -186,7 +192,7 @@ def _gap(
     for wanted in (everything, ends) if decoder.n_layers - 1 in layers else (everything,):
         counts = [1] * len(rows) if wanted is ends else [row.count for row in rows]
         state = walker.state(rows, wanted, counts)
-        arguments = walker.joiner.join(state.entries, state.starts, state.counts, state.hidden.device)
+        arguments = walker.arguments(state)
         walk = Some(decoder, state, None, entering=None, until=None)
         walk.layers = frozenset(layers)
         with walking(walk):

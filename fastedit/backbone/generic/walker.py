@@ -14,6 +14,7 @@ from ..packed import PackedState
 from ..token_layout import Running, TokenLayout, showing, token_layout
 from .attention import implementation_of, mix
 from .context import Forward, walking
+from .cross import STATES, attend_images, image_keys, seeing_tokens
 from .decoder import Decoder
 from .door import EMBEDDED, IDS, Joiner, Row
 from .masks import RowMask, plan_rows
@@ -66,6 +67,9 @@ class PackedWalk:
         # What a mixer of the running layer is replaced by, and whether it or the entry ends the run
         self._given: Tensor | None = None
         self._zero = self._catch_mixer = self._catch_entry = False
+        # What enters the running layer, and the tokens that it changes where it reads images; None is all
+        self._hidden = state.hidden
+        self._seeing: Tensor | None = None
 
     def root(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder."""
@@ -85,9 +89,26 @@ class PackedWalk:
             if self.until[1] == "attention" or not trace.entry:
                 raise _Reached(args[0] if args else kwargs["hidden_states"])
             self._catch_entry = True
+        if index in self.decoder.cross:
+            return self._crossing(index, stock, args, kwargs)
         if index == self.last and self.wanted is not None:
             return self._last(stock, args, kwargs)
         return stock(*args, **kwargs)
+
+    def _crossing(self, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer that reads images; rows without one pass by."""
+        self._hidden = hidden = args[0] if args else kwargs["hidden_states"]
+        self._seeing = seeing = self.state.remembered("seeing", lambda: seeing_tokens(self.state))
+        if seeing is None and self._catch_entry:
+            raise _Reached(hidden)
+        wanted = self.wanted if index == self.last else None
+        passing = hidden if wanted is None else hidden[:, wanted]
+        if seeing is None:
+            return self.decoder.returned(index, passing)
+        output = stock(*args, **kwargs) if wanted is None else self._last(stock, args, kwargs)
+        changed = seeing if wanted is None else seeing[wanted]
+        after = output[0] if isinstance(output, tuple) else output
+        return self.decoder.returned(index, torch.where(changed[:, None], after, passing))
 
     def _last(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the last layer's mixer on all tokens, and what follows it on those that are wanted."""
@@ -112,7 +133,10 @@ class PackedWalk:
             return self._asked(stock, args, kwargs)
         if role == "entry":
             if self._catch_entry:
-                raise _Reached(args[0] if args else next(iter(kwargs.values())))
+                reached = args[0] if args else next(iter(kwargs.values()))
+                if index in self.decoder.cross and self._seeing is not None:
+                    reached = torch.where(self._seeing[:, None], reached, self._hidden)
+                raise _Reached(reached)
             return stock(*args, **kwargs)
         trace = self.decoder.traces[index]
         given = self._given
@@ -139,14 +163,17 @@ class PackedWalk:
         return output.new_zeros(1, self.tokens, output.shape[-1]).index_copy(1, self.wanted, output)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, options: dict[str, Any]
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, None] | None:
-        """Attention of every row's tokens over its own."""
+        """Attention of every row's tokens over its own, or over its image."""
         tokens = query.shape[2]
+        scale = options.get("scaling")
+        scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+        if self.index in self.decoder.cross:
+            return attend_images(query, key, value, mask, self.state.counts, image_keys(self.state), scale), None
         if key.shape[2] != tokens or query.shape[0] != 1 or options.get("position_bias") is not None:
             got = f"queries={tuple(query.shape)}, keys={tuple(key.shape)}, {type(module).__name__}"
             raise ValueError(f"attention of a decoder must be that of tokens among themselves (got {got})")
-        scale = options.get("scaling")
         asked = self.wanted if self._catch_mixer else None
         queries = query[0].transpose(0, 1)
         mixed = mix(
@@ -155,7 +182,7 @@ class PackedWalk:
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             self._plan(asked),
-            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            scale=scale,
             past=self.past,
             varlen=varlen_function(implementation_of(self.decoder.config), query.device),
             softcap=options.get("softcap"),
@@ -250,9 +277,7 @@ class Walker:
 
     def _run(self, state: PackedState, past: Past | None, *, until: tuple[int, str] | None) -> Tensor:
         entering = state.hidden[None] if self.resumes and (state.layer, state.stage) != (0, "attention") else None
-        arguments = state.remembered(
-            "arguments", lambda: self.joiner.join(state.entries, state.starts, state.counts, state.hidden.device)
-        )
+        arguments = state.remembered("arguments", lambda: self.arguments(state))
         if EMBEDDED not in arguments and IDS not in arguments:
             # What enters a layer stands for the embeddings, whose values no layer reads then
             arguments = {**arguments, EMBEDDED: state.hidden[None]}
@@ -264,6 +289,14 @@ class Walker:
                 return reached.hidden
         final: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         return final[0]
+
+    def arguments(self, state: PackedState) -> dict[str, Any]:
+        """Return the arguments of the decoder's forward for the tokens of a state, less what a walk sets itself."""
+        joined = self.joiner.join(state.entries, state.starts, state.counts, state.hidden.device)
+        if self.decoder.cross and STATES not in joined:
+            # Without any, the stock forward would leave out layers that a walk may begin or end at
+            joined[STATES] = state.hidden.new_zeros(1, 1, state.hidden.shape[-1])
+        return joined
 
     def _layouts(self, state: PackedState) -> Running:
         def make() -> Running:
