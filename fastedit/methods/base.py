@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import DeltaSpec, EditDelta, accumulate
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
@@ -257,6 +257,31 @@ def last_layers(layers: int | tuple[int, ...], n_layers: int, owner: str) -> tup
     if not resolved or resolved[0] < 0 or resolved[-1] >= n_layers:
         raise ValueError(f"{owner}: layers lie in 0 to {n_layers - 1} on this model (got layers={layers!r})")
     return resolved
+
+
+#: What a fit goes beside in a layer where nobody says: the first of these that the layer has whole.
+USUAL_SITES = (("up", "down"), ("gate_up", "down"), ("block",), ("down",), ("o",))
+
+
+def layer_sites(model: EditableModel, layers: Sequence[int], names: Sequence[str] | None, owner: str) -> list[Site]:
+    """The linear maps of some layers by name; None is a feed-forward block's, of experts the block as a whole.
+
+    Raises:
+        ValueError: a layer has none of these names. Says which it has.
+    """
+    if names is not None:
+        return model.sites(layers, names)
+    sites = []
+    for layer in layers:
+        known = model.adapter.text.paths_of(layer)
+        chosen = next((usual for usual in USUAL_SITES if all(name in known for name in usual)), None)
+        if chosen is None:
+            raise ValueError(
+                f"{owner}: names must say which linear maps of a layer are edited where it has none of the usual ones "
+                f"(got names=None, layer={layer} with {', '.join(known)})"
+            )
+        sites += model.sites([layer], chosen)
+    return sites
 
 
 POSITIONS = ("all", "after_image")

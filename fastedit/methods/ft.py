@@ -9,7 +9,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, layer_sites, positions_option
 from fastedit.settings import check_fit
 
 
@@ -19,7 +19,9 @@ class FTConfig:
 
     Args:
         layers: an int n for the last n decoder layers, or layer numbers.
-        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o".
+        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o", or what else the model has; None is
+            "up" and "down" where they are there, else "gate_up" and "down", or "block", all experts as one. What was
+            taken is in a run's provenance ("sites").
         steps: most optimiser steps.
         lr: of AdamW; None is 0.4 / hidden size, which is VLKEB's 1e-4 at 4096 and 3e-3 at 128.
         clip: largest gradient norm of an edit; None is off.
@@ -31,7 +33,7 @@ class FTConfig:
     """
 
     layers: int | tuple[int, ...] = 1
-    names: tuple[str, ...] = ("up", "down")
+    names: tuple[str, ...] | None = None
     steps: int = 50
     lr: float | None = None
     clip: float | None = 1.0
@@ -54,7 +56,7 @@ class FT(Method):
     @staticmethod
     def spec(model: EditableModel, config: FTConfig) -> DeltaSpec:
         """Full matrices beside the chosen modules."""
-        sites = model.sites(last_layers(config.layers, model.n_layers, "ft"), config.names)
+        sites = layer_sites(model, last_layers(config.layers, model.n_layers, "ft"), config.names, "ft")
         return DeltaSpec("full", tuple(sites), positions_option(config.positions))
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.solver import SolverConfig
-from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, positions_option
+from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, layer_sites, positions_option
 from fastedit.settings import check_fit, check_ranges
 
 
@@ -18,7 +18,9 @@ class LoRAConfig:
 
     Args:
         layers: an int n for the last n decoder layers, or layer numbers.
-        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o".
+        names: linear modules of a layer: "up", "gate", "down", "q", "k", "v", "o", or what else the model has; None is
+            "up" and "down" where they are there, else "gate_up" and "down", or "block", all experts as one. What was
+            taken is in a run's provenance ("sites").
         rank: r.
         alpha: the change is scaled by alpha / rank.
         steps: most optimiser steps.
@@ -32,7 +34,7 @@ class LoRAConfig:
     """
 
     layers: int | tuple[int, ...] = 2
-    names: tuple[str, ...] = ("up", "down")
+    names: tuple[str, ...] | None = None
     rank: int = 8
     alpha: float = 16.0
     steps: int = 50
@@ -58,7 +60,7 @@ class LoRA(Method):
     @staticmethod
     def spec(model: EditableModel, config: LoRAConfig) -> DeltaSpec:
         """Low-rank factors beside the chosen modules."""
-        sites = model.sites(last_layers(config.layers, model.n_layers, "lora"), config.names)
+        sites = layer_sites(model, last_layers(config.layers, model.n_layers, "lora"), config.names, "lora")
         options: dict[str, float | str] = {
             "rank": config.rank,
             "scale": config.alpha / config.rank,

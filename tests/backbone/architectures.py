@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -59,6 +61,10 @@ _LLAVA = {"image_token_index": IMAGE, "vision_feature_layer": -2, "vision_featur
 _WHOLE = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 _GRID = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
 _PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_ALTUP = {"num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2}
+_ALTUP |= {"activation_sparsity_pattern": [0.0] * 4}
+_AUDIO = {"hidden_size": 32, "vocab_size": 20, "vocab_offset": VOCABULARY - 20, "conf_num_hidden_layers": 1}
+_AUDIO |= {"conf_num_attention_heads": 2, "sscp_conv_channel_size": [8, 4]}
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
 _MLA |= {"qk_nope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 4}
 _MLA |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
@@ -138,6 +144,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "boi_token_id": OPENS,
         "eoi_token_id": CLOSES,
         "audio_token_id": 6,
+    },
+    "gemma3n": {
+        "text_config": _text("gemma3n_text", **_PER_LAYER, **_WINDOWS, **_ALTUP) | {"intermediate_size": [96] * 4},
+        "vision_config": {"hidden_size": 32, "vocab_size": 20, "vocab_offset": VOCABULARY - 40},
+        "audio_config": _AUDIO,
+        "image_token_id": IMAGE,
+        "audio_token_id": 6,
+        "vision_soft_tokens_per_image": 16,
     },
     "internvl": {
         "text_config": _text("qwen2"),
@@ -257,10 +271,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "gemma3n_text",
         **_PER_LAYER,
         **_WINDOWS,
-        num_kv_shared_layers=2,
-        laurel_rank=8,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.0] * 4,
+        **_ALTUP,
     )
     | {"intermediate_size": [96] * 4},
     "gemma4_text": _text("gemma4_text", global_head_dim=16, num_kv_shared_layers=2, **_PER_LAYER, **_WINDOWS),
@@ -301,7 +312,8 @@ def make_stock(key: str, dtype: torch.dtype = torch.float64) -> Any:
     # The grouped kernels of experts refuse float64
     config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
     torch.manual_seed(0)
-    hf = maker.from_config(config, dtype=dtype).eval()
+    with _towers_of_timm():
+        hf = maker.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
@@ -310,6 +322,31 @@ def make_stock(key: str, dtype: torch.dtype = torch.float64) -> Any:
             parameter.copy_(0.12 * noise + (1.0 if is_norm else 0.0))
     hf.tie_weights()
     return hf
+
+
+class _TimmTower(torch.nn.Module):
+    """Stands for the convolutions of timm, which needs torchvision: patches of 8 x 8 to 32 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 32, 8, 8)
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 32, H / 8, W / 8)."""
+        return self.patches(pixels)
+
+
+@contextmanager
+def _towers_of_timm() -> Iterator[None]:
+    """Inside the block, stock towers that wrap a model of timm wrap another (Gemma 3n)."""
+    from transformers.models.timm_wrapper import modeling_timm_wrapper as wrapper
+
+    made = {
+        "_create_timm_model_with_error_handling": lambda *_, **__: _TimmTower(),
+        "requires_backends": lambda *_: None,
+    }
+    with mock.patch.multiple(wrapper, **made):
+        yield
 
 
 def _pixels(image: Image.Image, height: int, width: int, patch: int = 0) -> Tensor:
@@ -391,7 +428,7 @@ def _kimi(image: Image.Image) -> tuple[dict[str, Tensor], list[int]]:
 
 _LAYOUTS: dict[str, Callable[[Image.Image], Any]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"), _grid),
-    **dict.fromkeys(("llava", "paligemma", "deepseek_vl"), _fixed(16)),
+    **dict.fromkeys(("llava", "paligemma", "deepseek_vl", "gemma3n"), _fixed(16)),
     **dict.fromkeys(("internvl", "aya_vision", "cohere2_vision", "ovis2"), _fixed(4)),
     **dict.fromkeys(("smolvlm", "idefics3"), _idefics),
     **dict.fromkeys(("llava_next", "llava_onevision"), _tiled),
