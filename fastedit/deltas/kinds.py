@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastedit.deltas.base import DeltaSpec, EditDelta
+from fastedit.deltas.attention_memory import AttentionMemoryDelta, accumulate_attention_memory
+from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
+from fastedit.deltas.codebook import CodebookDelta
 from fastedit.deltas.company import company
+from fastedit.deltas.context import ContextDelta
+from fastedit.deltas.counterfactual import CounterfactualDelta
+from fastedit.deltas.full import FullDelta, accumulate_full
+from fastedit.deltas.key_value import KeyValueDelta, accumulate_key_value, joined_key_value
+from fastedit.deltas.localized import LocalizedDelta
+from fastedit.deltas.low_rank import LowRankDelta, accumulate_low_rank, joined_low_rank
 from fastedit.deltas.questions import QUESTIONS, joined_questions
+from fastedit.deltas.side import SideDelta, accumulate_side
 
-#: Module and class by kind; the module may also have ``accumulate_<kind>`` (deltas in sequence as one) and
-#: ``joined_<kind>`` (deltas of different sizes as deltas of one spec).
-KINDS: dict[str, tuple[str, str]] = {
-    "full": ("full", "FullDelta"),
-    "low_rank": ("low_rank", "LowRankDelta"),
-    "key_value": ("key_value", "KeyValueDelta"),
-    "attention_memory": ("attention_memory", "AttentionMemoryDelta"),
-    "side": ("side", "SideDelta"),
-    "codebook": ("codebook", "CodebookDelta"),
-    "localized": ("localized", "LocalizedDelta"),
-    "context": ("context", "ContextDelta"),
-    "counterfactual": ("counterfactual", "CounterfactualDelta"),
+
+@dataclass(frozen=True)
+class Kind:
+    """What there is of a kind of delta.
+
+    Args:
+        stacked: many of them, for fitting and application.
+        accumulate: deltas in sequence as one; None where they act one at a time.
+        joined: deltas of different sizes as deltas of one spec; None where specs must be equal.
+    """
+
+    stacked: Callable[..., StackedDelta]
+    accumulate: Callable[[Sequence[EditDelta]], EditDelta] | None = None
+    joined: Callable[[Sequence[EditDelta]], list[EditDelta]] | None = None
+
+
+#: What is written once, in storage too, and read by name. A new kind is a module and a line here.
+KINDS: dict[str, Kind] = {
+    "full": Kind(FullDelta, accumulate_full),
+    "low_rank": Kind(LowRankDelta, accumulate_low_rank, joined_low_rank),
+    "key_value": Kind(KeyValueDelta, accumulate_key_value, joined_key_value),
+    "attention_memory": Kind(AttentionMemoryDelta, accumulate_attention_memory),
+    "side": Kind(SideDelta, accumulate_side),
+    "codebook": Kind(CodebookDelta),
+    "localized": Kind(LocalizedDelta),
+    "context": Kind(ContextDelta),
+    "counterfactual": Kind(CounterfactualDelta),
 }
-
-
-def of_kind(kind: str, function: str) -> Any:
-    """``<function>_<kind>`` of the module of a kind, or None where it has none."""
-    module = importlib.import_module(f"fastedit.deltas.{KINDS[kind][0]}")
-    return getattr(module, f"{function}_{kind}", None)
 
 
 def new_stack(
@@ -51,9 +68,7 @@ def new_stack(
         raise ValueError(f"delta: kind is one of {sorted(KINDS)} (got kind={spec.kind!r})")
     if not spec.sites and spec.kind != "context":
         raise ValueError(f"delta: at least one site (got sites={spec.sites!r})")
-    module, name = KINDS[spec.kind]
-    kind: Any = getattr(importlib.import_module(f"fastedit.deltas.{module}"), name)
-    return kind(spec, size, dtype=dtype, device=device, trainable=trainable)
+    return KINDS[spec.kind].stacked(spec, size, dtype=dtype, device=device, trainable=trainable)
 
 
 def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -65,7 +80,7 @@ def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dt
     if not deltas:
         raise ValueError("stack: at least one delta (got none)")
     kinds = {delta.spec.kind for delta in deltas}
-    joined = of_kind(deltas[0].spec.kind, "joined") if len(kinds) == 1 else None
+    joined = KINDS[deltas[0].spec.kind].joined if len(kinds) == 1 else None
     if joined is not None and any(delta.spec != deltas[0].spec for delta in deltas):
         deltas = joined(deltas)
     spec = deltas[0].spec
@@ -97,7 +112,7 @@ def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
         if not alike or (spec.sites, spec.positions) != (first.sites, first.positions):
             told = f"delta {index} has {spec}, not {first}"
             raise ValueError(f"accumulate: deltas share kind, sites and positions ({told})")
-    together = of_kind("low_rank" if len(kinds) > 1 else first.kind, "accumulate")
+    together = KINDS["low_rank" if len(kinds) > 1 else first.kind].accumulate
     if together is None:
         raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")
     made: EditDelta = together(deltas)
