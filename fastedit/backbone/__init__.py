@@ -7,7 +7,7 @@ from .fingerprint import weights_hash
 from .loading import load
 from .model import EditableModel
 from .packed import PackedState
-from .states import Encoded, ImageFeatures, ImageInputs, PrefixState, Site
+from .states import Encoded, ImageFeatures, ImageInputs, Site
 from .synthetic.shapes import SHAPES
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "ImageFeatures",
     "ImageInputs",
     "PackedState",
-    "PrefixState",
     "Site",
     "expanded_layers",
     "held_inputs",

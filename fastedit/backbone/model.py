@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import padded
 from .active import Holder, active_key, fingerprint_with, installed_on, uninstalled
 from .adapters import Adapter, make_adapter
 from .caches import Caches, SpillCache, feature_cache, tensor_cache
@@ -23,8 +22,7 @@ from .generic.adapter import walkable
 from .images import ImageReader
 from .prompts import PromptBuilder
 from .several import Several
-from .stacks import Context
-from .states import Encoded, ImageFeatures, PrefixState, Site
+from .states import Encoded, ImageFeatures, Site
 from .token_layout import Running, running_now
 from .vision import VISION
 
@@ -249,26 +247,10 @@ class EditableModel:
                 self.image_features.put((image.key, cast), copied)
         return {key: features for key, features in found.items() if features is not None}
 
-    def start(self, encoded: Encoded) -> PrefixState:
-        """See `padded.start`."""
-        return padded.start(self, encoded)
-
-    def prefix(self, encoded: Encoded, layer: int, stage: str = "attention") -> PrefixState:
-        """See `padded.prefix`."""
-        return padded.prefix(self, encoded, layer, stage)
-
-    def tail(self, state: PrefixState, *, positions: Tensor | None = None) -> Tensor:
-        """Return final hidden states of padded rows (see `padded.tail`)."""
-        return padded.tail(self, state, positions=positions)
-
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of final hidden states (..., d)."""
         logits: Tensor = self.adapter.head(hidden)
         return logits
-
-    def context(self, state: PrefixState) -> Context:
-        """Return masks and position tables of padded rows (see `padded.context`)."""
-        return padded.context(self, state)
 
     @on_frozen_model
     @outside_inference_mode

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .stacks import Context, allowed_keys, attention_output, split_heads
-from .states import gather_positions
+from .stacks import split_heads
 
 if TYPE_CHECKING:
     from .packed_forward import Attention
@@ -58,36 +56,6 @@ class LearnedPositionStack:
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return None: positions entered with the embeddings."""
         return None
-
-    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Return the output of a layer. Block by block: the stock layer flattens rows before its linear maps."""
-        return self.feed_forward(index, self.attend(index, hidden, context))
-
-    def attend(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Return the residual stream after the stock attention module."""
-        layer: Any = self.layers[index]
-        normed = layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
-        result = layer.self_attn(
-            hidden_states=normed,
-            attention_mask=context.masks["full_attention"],
-        )
-        return self._after_attention(layer, hidden + attention_output(result))
-
-    def attend_at(self, index: int, hidden: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the residual stream after attention at chosen positions."""
-        layer: Any = self.layers[index]
-        attention = layer.self_attn
-        normed = layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
-        query = attention.q_proj(gather_positions(normed, positions)) * attention.scaling
-        mixed = functional.scaled_dot_product_attention(
-            split_heads(query, attention.head_dim).transpose(1, 2),
-            split_heads(attention.k_proj(normed), attention.head_dim).transpose(1, 2),
-            split_heads(attention.v_proj(normed), attention.head_dim).transpose(1, 2),
-            attn_mask=allowed_keys(self.config, "full_attention", positions, hidden.shape[1]),
-            scale=1.0,
-        )
-        output = attention.out_proj(mixed.transpose(1, 2).flatten(2))
-        return self._after_attention(layer, gather_positions(hidden, positions) + output)
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
         """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""

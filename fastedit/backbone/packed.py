@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .states import PrefixState
+from .states import Encoded
 
 if TYPE_CHECKING:
     from .generic.door import Row
@@ -28,7 +28,7 @@ class PackedState:
     """What the decoder needs of R rows from one point on. Tokens are sorted by row and by place.
 
     Args:
-        hidden: (T, d). The residual stream at `layer`, `stage` (see `PrefixState`).
+        hidden: (T, d). The residual stream entering `layer` (stage "attention") or its feed-forward block ("ffn").
         position_ids: (A, T), int64.
         rotary: cosine and sine tables (T, d_head), or None for learned positions.
         counts: tokens of each row here.
@@ -181,26 +181,38 @@ class PackedState:
         )
 
 
-def pack(state: PrefixState, rotary: tuple[Tensor, Tensor] | None, wanted: Tensor) -> PackedState:
-    """Return a padded state without its padding.
+@dataclass(slots=True)
+class PaddedStart:
+    """What enters layer 0, R rows padded on the right to N tokens.
 
     Args:
-        state: R rows of N places, of which `state.lengths` are tokens.
-        rotary: tables (R, N, d_head) or None. wanted: (R, N), bool.
+        hidden: (R, N, d), the residual stream.
+        position_ids: (R, A, N), int64. A = 1, or 3 where positions have a time, a height and a width.
+        rotary: tables (R, N, d_head), or None.
+        deep: visual features (R, N, d), zero at other tokens, by the layer whose output they are added to.
     """
-    kept = state.attention_mask
+
+    hidden: Tensor
+    position_ids: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    deep: dict[int, Tensor]
+
+
+def pack(encoded: Encoded, start: PaddedStart, wanted: Tensor) -> PackedState:
+    """Return rows without their padding; wanted (R, N), bool."""
+    kept, rotary = encoded.attention_mask, start.rotary
     number = torch.cumsum(kept.flatten(), 0) - 1
     return PackedState(
-        hidden=state.hidden[kept],
-        position_ids=state.position_ids.transpose(0, 1)[:, kept],
+        hidden=start.hidden[kept],
+        position_ids=start.position_ids.transpose(0, 1)[:, kept],
         rotary=None if rotary is None else (rotary[0][kept], rotary[1][kept]),
-        counts=tuple(state.lengths.tolist()),
-        starts=(0,) * len(state),
+        counts=tuple(encoded.lengths.tolist()),
+        starts=(0,) * len(encoded),
         wanted=number[wanted.flatten()],
         wanted_counts=tuple(wanted.sum(1).tolist()),
-        layer=state.layer,
-        stage=state.stage,
-        deep={layer: part[kept] for layer, part in state.deep.items()},
+        layer=0,
+        stage="attention",
+        deep={layer: part[kept] for layer, part in start.deep.items()},
     )
 
 

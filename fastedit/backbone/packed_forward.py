@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
 from .generic.adapter import generic
-from .packed import KeyValue, PackedState, pack
-from .states import Encoded
+from .packed import KeyValue, PackedState, PaddedStart, pack
+from .states import Encoded, ImageFeatures
 from .token_layout import running
 from .vision import VISION, renewed
 
@@ -44,6 +44,29 @@ class Attention:
         return attend(layer, query, key, value, plan, scale=scale, past=self._past, varlen=varlen)
 
 
+@torch.no_grad()
+def padded_start(model: EditableModel, encoded: Encoded) -> PaddedStart:
+    """Return what enters layer 0: word embeddings with image features among them, and positions."""
+    text = model.adapter.text
+    features = model.features(encoded)
+    # Image tokens are replaced below; their id may lie outside of the embedding table.
+    embeddings = text.embed(encoded.input_ids.masked_fill(encoded.image_mask, 0))
+    position_ids = model.adapter.position_ids(encoded.lengths, encoded.image_mask, encoded.images)
+    deep: dict[int, Tensor] = {}
+    for row, image in enumerate(encoded.images):
+        if image is None:
+            continue
+        marks = encoded.image_mask[row]
+        shown = ImageFeatures.cat([features[part.key] for part in image.looked_at])
+        embeddings[row, marks] = shown.tokens.to(embeddings)
+        for layer, part in enumerate(shown.deep):
+            if layer not in deep:
+                deep[layer] = torch.zeros_like(embeddings)
+            deep[layer][row, marks] = part.to(embeddings)
+    hidden = text.enter(embeddings, position_ids)
+    return PaddedStart(hidden, position_ids, text.rotary(hidden, position_ids), deep)
+
+
 def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
     """Return the packed state entering layer 0. Wanted are the label positions, or the last token of every prompt."""
     wanted = encoded.label_mask
@@ -54,10 +77,7 @@ def packed_start(model: EditableModel, encoded: Encoded) -> PackedState:
     if traced is not None:
         packed = traced.start(encoded, wanted)
     else:
-        state = model.start(encoded)
-        with torch.no_grad():
-            rotary = model.adapter.text.rotary(state.hidden, state.position_ids)
-        packed = pack(state, rotary, wanted)
+        packed = pack(encoded, padded_start(model, encoded), wanted)
     if any(image is not None for image in encoded.images):
         packed.live = _behind_image(encoded)[encoded.attention_mask]
         packed.image = encoded.image_mask[encoded.attention_mask]

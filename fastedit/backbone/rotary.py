@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .stacks import Context, allowed_keys, attention_output, layer_kinds, split_heads
-from .states import gather_positions
+from .stacks import layer_kinds, split_heads
 
 if TYPE_CHECKING:
     from .packed_forward import Attention
@@ -62,51 +60,6 @@ class RotaryStack:
         places = position_ids[:, 0] if axes == 1 else position_ids.transpose(0, 1)
         tables: tuple[Tensor, Tensor] = self.root.rotary_emb(hidden, places)
         return tables
-
-    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Return the output of the stock layer."""
-        return attention_output(
-            self.layers[index](
-                hidden,
-                attention_mask=context.masks[self.kinds[index]],
-                position_embeddings=context.rotary,
-            )
-        )
-
-    def attend(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Return the residual stream after the stock attention module."""
-        layer: Any = self.layers[index]
-        result = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden),
-            attention_mask=context.masks[self.kinds[index]],
-            position_embeddings=context.rotary,
-        )
-        return hidden + attention_output(result)
-
-    def attend_at(self, index: int, hidden: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the residual stream after attention at chosen positions."""
-        layer: Any = self.layers[index]
-        attention = layer.self_attn
-        assert context.rotary is not None
-        cosine, sine = context.rotary
-        normed = layer.input_layernorm(hidden)
-        head_dim = attention.head_dim
-        query = split_heads(attention.q_proj(gather_positions(normed, positions)), head_dim)
-        key = split_heads(attention.k_proj(normed), head_dim)
-        value = split_heads(attention.v_proj(normed), head_dim)
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query = _rotate(query, gather_positions(cosine, positions), gather_positions(sine, positions))
-        key, value = _rotate(key, cosine, sine).transpose(1, 2), value.transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.repeat_interleave(attention.num_key_value_groups, dim=1),
-            value.repeat_interleave(attention.num_key_value_groups, dim=1),
-            attn_mask=allowed_keys(self.config, self.kinds[index], positions, hidden.shape[1]),
-            scale=attention.scaling,
-        )
-        output = attention.o_proj(mixed.transpose(1, 2).flatten(2))
-        return gather_positions(hidden, positions) + cast(Tensor, output)
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
         """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""

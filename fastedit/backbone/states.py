@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -169,127 +168,6 @@ class Encoded:
         order = torch.argsort((~self.label_mask).long(), dim=1, stable=True)[:, :width]
         inside = torch.arange(width, device=order.device)[None, :] < counts[:, None]
         return torch.where(inside, order, torch.full_like(order, -1))
-
-
-@dataclass(slots=True)
-class PrefixState:
-    """Everything that the decoder needs from one point on: rows, right-padded.
-
-    Args:
-        hidden: (R, N, d). The residual stream entering layer `layer` (stage "attention") or entering the
-            feed-forward block of that layer (stage "ffn").
-        position_ids: (R, A, N), int64. A = 1, or 3 where positions have a time, a height and a width.
-        lengths: (R,), int64. Tokens of each row.
-        layer, stage: where the decoder continues.
-        deep: visual features (R, N, d), zero at other tokens, by the layer whose output they are added to;
-            only layers from `layer` on.
-        gathered: True when `hidden` holds chosen positions instead of whole rows (see `at`).
-    """
-
-    hidden: Tensor
-    position_ids: Tensor
-    lengths: Tensor
-    layer: int
-    stage: str
-    deep: dict[int, Tensor] = field(default_factory=dict)
-    gathered: bool = False
-    # Masks and rotary tables: made by the model at the first use, dropped by select, cat and to.
-    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """(R, N), bool: True at tokens."""
-        return torch.arange(self.hidden.shape[1], device=self.lengths.device)[None, :] < self.lengths[:, None]
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the kept tensors in bytes."""
-        parts = (self.hidden, self.position_ids, self.lengths, *self.deep.values())
-        return sum(part.numel() * part.element_size() for part in parts)
-
-    def select(self, rows: Sequence[int] | Tensor) -> PrefixState:
-        """Return these rows, in this order, trimmed to the longest of them."""
-        index = _row_index(rows, self.hidden.device)
-        kept = self.hidden.shape[1]
-        if not self.gathered:
-            kept = max(int(self.lengths[index].max()), 1) if index.numel() else 0
-        return replace(
-            self,
-            hidden=self.hidden[index, :kept],
-            position_ids=self.position_ids[index, :, :kept],
-            lengths=self.lengths[index],
-            deep={layer: part[index, :kept] for layer, part in self.deep.items()},
-            cache={},
-        )
-
-    def to(self, device: torch.device | str) -> PrefixState:
-        """Return the state on a device."""
-        return replace(
-            self,
-            hidden=self.hidden.to(device),
-            position_ids=self.position_ids.to(device),
-            lengths=self.lengths.to(device),
-            deep={layer: part.to(device) for layer, part in self.deep.items()},
-            cache={},
-        )
-
-    def at(self, positions: Tensor) -> PrefixState:
-        """Return the state at chosen positions only, for a stage after which no position sees another.
-
-        Args:
-            positions: (R, M), int64; -1 is padding and yields zeros.
-        Raises:
-            ValueError: the stage is "attention", where other positions are still needed.
-        """
-        if self.stage != "ffn":
-            raise ValueError(f"PrefixState.at: only the stage 'ffn' can drop positions (got stage={self.stage!r})")
-        return replace(
-            self,
-            hidden=gather_positions(self.hidden, positions),
-            position_ids=self.position_ids.gather(
-                2, positions.clamp(min=0)[:, None, :].expand(-1, self.position_ids.shape[1], -1)
-            ),
-            deep={layer: gather_positions(part, positions) for layer, part in self.deep.items()},
-            gathered=True,
-            cache={},
-        )
-
-    @staticmethod
-    def cat(states: Sequence[PrefixState]) -> PrefixState:
-        """Return the rows of several states as one, padded to the longest.
-
-        Raises:
-            ValueError: no states, or states of different layers, stages or kinds.
-        """
-        if not states:
-            raise ValueError("PrefixState.cat: at least one state is needed (got 0)")
-        places = {(state.layer, state.stage, state.gathered) for state in states}
-        if len(places) > 1:
-            raise ValueError(f"PrefixState.cat: states must agree on (layer, stage, gathered) (got {sorted(places)})")
-        width = max(state.hidden.shape[1] for state in states)
-        deep: dict[int, Tensor] = {}
-        for layer in sorted({layer for state in states for layer in state.deep}):
-            # A state without images has no visual features to add: zeros.
-            parts = [state.deep.get(layer, torch.zeros_like(state.hidden)) for state in states]
-            deep[layer] = torch.cat([_pad_dim(part, 1, width) for part in parts])
-        return PrefixState(
-            hidden=torch.cat([_pad_dim(state.hidden, 1, width) for state in states]),
-            position_ids=torch.cat([_pad_dim(state.position_ids, 2, width) for state in states]),
-            lengths=torch.cat([state.lengths for state in states]),
-            layer=states[0].layer,
-            stage=states[0].stage,
-            deep=deep,
-            gathered=states[0].gathered,
-        )
-
-
-def gather_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """Return values (R, N, d) at positions (R, M), zeros where a position is -1: (R, M, d)."""
-    index = positions.clamp(min=0)[:, :, None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, index) * (positions >= 0)[:, :, None].to(values.dtype)
 
 
 def join_padded(parts: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from fastedit import Query, load
 from fastedit.backbone import held_inputs
+from tests.backbone.padded import prefix, tail
 
 
 @pytest.mark.parametrize("stage", ["attention", "ffn"])
@@ -17,8 +18,10 @@ from fastedit.backbone import held_inputs
 def test_tails_are_the_same_to_the_bit_and_first_readers_run_once(name: str, stage: str) -> None:
     model = load(name)
     layer = model.n_layers - 2
-    state = model.prefix(model.encode([Query("What is it?"), Query("And this one here?")], answers=False), layer, stage)
-    expected = model.tail(state)
+    state = prefix(
+        model, model.encode([Query("What is it?"), Query("And this one here?")], answers=False), layer, stage
+    )
+    expected = tail(model, state)
     names = {"attention": ("q", "k", "v"), "ffn": ("up", "gate")}[stage]
     modules = [model.module(s) for s in model.sites([layer], [n for n in names if n in model.adapter.text.site_paths])]
     calls: list[int] = []
@@ -33,16 +36,16 @@ def test_tails_are_the_same_to_the_bit_and_first_readers_run_once(name: str, sta
     handles = [module.register_forward_hook(lambda *_: hooked.append(1)) for module in modules]
     with held_inputs(model, layer, stage) as held:
         for _ in range(3):
-            assert torch.equal(model.tail(state), expected)
+            assert torch.equal(tail(model, state), expected)
         assert len(calls) == len(modules)
         assert len(hooked) == 3 * len(modules), "deltas act through hooks"
         held.clear()
         half = state.select([1])
-        torch.testing.assert_close(model.tail(half)[0], expected[1, : half.hidden.shape[1]], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(tail(model, half)[0], expected[1, : half.hidden.shape[1]], atol=1e-6, rtol=1e-6)
         assert len(calls) == 2 * len(modules)
     for handle in handles:
         handle.remove()
-    assert torch.equal(model.tail(state), expected)
+    assert torch.equal(tail(model, state), expected)
     assert len(calls) == 3 * len(modules), "afterwards the modules run again"
     for module, before in zip(modules, own, strict=True):
         del module.forward

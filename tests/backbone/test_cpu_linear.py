@@ -10,6 +10,7 @@ from fastedit.backbone import cpu_linear as products
 from fastedit.backbone.cpu_linear import OneDnnLinear, choose_linear, torch_products, use_onednn
 from fastedit.requests import Query
 from fastedit.testing import assert_close
+from tests.backbone.padded import prefix, tail
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
 
@@ -125,7 +126,7 @@ def test_models_answer_alike_whoever_multiplies():
     logits = []
     for model in models:
         encoded = model.encode(queries, answers=True)
-        logits.append(model.head(model.tail(model.prefix(encoded, 1, "attention"))))
+        logits.append(model.head(tail(model, prefix(model, encoded, 1, "attention"))))
     assert type(models[1].adapter.head) is OneDnnLinear
     assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[0].abs().max()
 

@@ -11,6 +11,7 @@ from torch import nn
 from fastedit.backbone import EditableModel, expanded_layers, held_inputs, load
 from fastedit.deltas import DeltaSpec, Rows, installed
 from fastedit.deltas.kinds import new_stack
+from tests.backbone.padded import prefix, tail
 
 from .conftest import mixed_queries
 
@@ -25,10 +26,10 @@ def outcome(model: EditableModel, kind: str, layer: int) -> tuple[torch.Tensor, 
     stacked = new_stack(DeltaSpec(kind, tuple(model.sites([layer], names)), options), 1)
     stacked.flat.copy_(torch.linspace(-0.02, 0.02, stacked.flat.shape[1]))
     encoded = model.encode(mixed_queries(), answers=True)
-    state = model.prefix(encoded, layer, "ffn")
+    state = prefix(model, encoded, layer, "ffn")
     with installed(model, stacked, Rows()):
         stacked.begin_step()
-        hidden = model.tail(state, positions=encoded.label_positions())
+        hidden = tail(model, state, positions=encoded.label_positions())
         logits = model.head(hidden)[encoded.label_positions() >= 0]
         nn.functional.cross_entropy(logits, encoded.labels[encoded.label_mask]).backward()
         stacked.end_step()
@@ -87,18 +88,18 @@ def test_blocks_nest_with_each_other_and_with_held_inputs() -> None:
     model = load("random:llava-tiny", quantize="nf4")
     types = kinds_of_modules(model)
     encoded = model.encode(mixed_queries(), answers=False)
-    state = model.prefix(encoded, 1, "ffn")
-    expected = model.tail(state)
+    state = prefix(model, encoded, 1, "ffn")
+    expected = tail(model, state)
     with expanded_layers(model, 2) as outer:
         with expanded_layers(model, 1) as inner, held_inputs(model, 1, "ffn"):
             assert inner > 0
-            torch.testing.assert_close(model.tail(state), expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(model.tail(state), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(tail(model, state), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(tail(model, state), expected, atol=1e-5, rtol=1e-5)
         assert outer == inner * (model.n_layers - 2)
         assert "expanded_weight" in vars(model.module(model.sites([2], ["up"])[0])), "the outer block goes on"
         assert "expanded_weight" not in vars(model.module(model.sites([1], ["up"])[0]))
     with held_inputs(model, 1, "ffn"), expanded_layers(model, 1):
-        torch.testing.assert_close(model.tail(state), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tail(model, state), expected, atol=1e-5, rtol=1e-5)
     assert kinds_of_modules(model) == types
 
 

@@ -14,6 +14,7 @@ from fastedit.backbone.caches import SpillCache
 from fastedit.backbone.images import ImageReader, content_hash, open_image
 from fastedit.data.problems import ImageError
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 
 from .conftest import largest_gap, picture
 
@@ -30,14 +31,14 @@ def test_the_tower_runs_once_per_distinct_image(name: str, count_calls) -> None:
     calls = count_calls(model.hf.get_submodule(TOWERS[name]))
     rows = [Query("what?", picture(0)), Query("is it red?", picture(0)), Query("what?", None)]
     encoded = model.encode(rows, answers=False)
-    first = model.tail(model.prefix(encoded, 1))
+    first = tail(model, prefix(model, encoded, 1))
     assert len(calls) == 1
-    again = model.tail(model.prefix(model.encode(rows[::-1], answers=False), 2)).flip(0)
+    again = tail(model, prefix(model, model.encode(rows[::-1], answers=False), 2)).flip(0)
     model.generate(rows, max_new_tokens=2)
     assert len(calls) == 1
     assert largest_gap(first[encoded.attention_mask], again[encoded.attention_mask]) < 1e-5
     # Two new ones: one more call for both.
-    model.prefix(model.encode([Query("what?", picture(seed)) for seed in (0, 1, 2)], answers=False), 0)
+    prefix(model, model.encode([Query("what?", picture(seed)) for seed in (0, 1, 2)], answers=False), 0)
     assert len(calls) == 2
     assert len(model.image_features) == 3
 
@@ -46,10 +47,10 @@ def test_without_a_budget_nothing_is_kept_and_results_stay(count_calls) -> None:
     model, other = load("random:llava-tiny", image_cache_mib=0), load("random:llava-tiny")
     calls = count_calls(model.hf.model.vision_tower)
     encoded = model.encode([Query("what?", picture(0))], answers=False)
-    hidden = [model.prefix(encoded, 1).hidden for _ in range(2)]
+    hidden = [prefix(model, encoded, 1).hidden for _ in range(2)]
     assert len(calls) == 2
     assert len(model.image_features) == 0
-    assert torch.equal(hidden[0], other.prefix(other.encode([Query("what?", picture(0))], answers=False), 1).hidden)
+    assert torch.equal(hidden[0], prefix(other, other.encode([Query("what?", picture(0))], answers=False), 1).hidden)
 
 
 def test_the_least_recently_used_goes_first() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 
 from .conftest import cached_model, largest_gap, picture, stock_logits
 
@@ -28,7 +29,7 @@ def test_images_of_different_tilings_share_a_batch(name: str) -> None:
     encoded = model.encode(queries, answers=True)
     counts = encoded.image_mask.sum(1)
     assert len(set(counts.tolist())) > 2
-    logits = model.head(model.tail(model.prefix(encoded, 1, "ffn")))
+    logits = model.head(tail(model, prefix(model, encoded, 1, "ffn")))
     for row in range(len(queries)):
         reference = stock_logits(model, encoded.select([row]))
         assert largest_gap(logits[row, : len(reference)], reference) < 1e-5
@@ -41,7 +42,7 @@ def test_an_image_with_the_wrong_number_of_features_is_refused() -> None:
     try:
         model.adapter.image_features = lambda images: [type(part)(part.tokens[:-1]) for part in kept(images)]
         with pytest.raises(ValueError, match=r"as many features as tokens \(got features=15, tokens=16\)"):
-            model.prefix(encoded, 0)
+            prefix(model, encoded, 0)
     finally:
         del model.adapter.image_features
-    assert torch.is_tensor(model.prefix(encoded, 0).hidden)
+    assert torch.is_tensor(prefix(model, encoded, 0).hidden)

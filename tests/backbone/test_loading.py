@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastedit.backbone import load
+from tests.backbone.padded import prefix, tail
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries
 
@@ -33,7 +34,7 @@ def test_a_saved_model_loads_and_computes_the_same(name: str, tmp_path: Path) ->
     first, second = (each.encode(mixed_queries(), answers=True) for each in (model, again))
     assert torch.equal(first.input_ids, second.input_ids)
     assert torch.equal(first.labels, second.labels)
-    hidden = [each.tail(each.prefix(first, 1)) for each in (model, again)]
+    hidden = [tail(each, prefix(each, first, 1)) for each in (model, again)]
     assert largest_gap(*hidden) < 1e-5
     assert again.end_token_ids == model.end_token_ids
 
@@ -49,8 +50,8 @@ def test_bfloat16_runs_and_stays_near(name: str) -> None:
     model, exact = cached_model(name, dtype="bfloat16"), cached_model(name)
     encoded = model.encode(mixed_queries(), answers=True)
     mask = encoded.attention_mask
-    logits = [each.head(each.tail(each.prefix(encoded, 1)))[mask].float() for each in (model, exact)]
-    assert model.head(model.tail(model.prefix(encoded, 1))).dtype == torch.bfloat16
+    logits = [each.head(tail(each, prefix(each, encoded, 1)))[mask].float() for each in (model, exact)]
+    assert model.head(tail(model, prefix(model, encoded, 1))).dtype == torch.bfloat16
     assert largest_gap(*logits) < 0.6
     assert len(model.generate(mixed_queries(), max_new_tokens=3)) == len(mixed_queries())
 
@@ -156,7 +157,7 @@ def test_a_model_loaded_without_gradients_can_be_edited(name: str, saved: Path) 
     scale = torch.ones(module.out_features, requires_grad=True)
     handle = module.register_forward_hook(lambda _m, _a, output: output * scale)
     encoded = model.encode(mixed_queries(), answers=True)
-    model.head(model.tail(model.prefix(encoded, 2))).sum().backward()
+    model.head(tail(model, prefix(model, encoded, 2))).sum().backward()
     handle.remove()
     assert scale.grad is not None
     assert scale.grad.abs().sum() > 0

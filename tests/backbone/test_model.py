@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastedit.backbone import PrefixState
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 
 from .conftest import DISTINCT, TINY, cached_model, largest_gap, mixed_queries, picture, stock_logits
 
@@ -21,7 +21,7 @@ def test_every_split_equals_the_stock_forward_of_each_row(name: str) -> None:
     assert min(reference.std().item() for reference in stock) > 0.5, "logits too flat to tell anything"
     for layer in range(model.n_layers):
         for stage in ("attention", "ffn"):
-            logits = model.head(model.tail(model.prefix(encoded, layer, stage)))
+            logits = model.head(tail(model, prefix(model, encoded, layer, stage)))
             for row, reference in enumerate(stock):
                 gap = largest_gap(logits[row, : len(reference)], reference)
                 assert gap < TOLERANCE, (layer, stage, row, gap)
@@ -36,9 +36,9 @@ def test_chosen_positions_equal_the_full_tail_there(name: str) -> None:
     assert not kept.all(), "rows with different numbers of labels are wanted"
     for layer in range(model.n_layers):
         for stage in ("attention", "ffn"):
-            state = model.prefix(encoded, layer, stage)
-            full = model.tail(state)
-            chosen = model.tail(state, positions=positions)
+            state = prefix(model, encoded, layer, stage)
+            full = tail(model, state)
+            chosen = tail(model, state, positions=positions)
             expected = torch.stack([full[row, place] for row, place in enumerate(positions.clamp(min=0))])
             assert chosen.shape == expected.shape
             assert largest_gap(chosen[kept], expected[kept]) < TOLERANCE, (layer, stage)
@@ -48,13 +48,13 @@ def test_chosen_positions_equal_the_full_tail_there(name: str) -> None:
 def test_float64_splits_agree_to_rounding(name: str) -> None:
     model = cached_model(name, dtype="float64")
     encoded = model.encode(mixed_queries()[:3], answers=True)
-    whole = model.head(model.tail(model.prefix(encoded, 0)))
+    whole = model.head(tail(model, prefix(model, encoded, 0)))
     for row in range(3):
         reference = stock_logits(model, encoded.select([row]))
         assert largest_gap(whole[row, : len(reference)], reference) < 1e-12
-    last = model.prefix(encoded, model.n_layers - 1, "ffn")
+    last = prefix(model, encoded, model.n_layers - 1, "ffn")
     mask = encoded.attention_mask
-    assert largest_gap(model.head(model.tail(last))[mask], whole[mask]) < 1e-12
+    assert largest_gap(model.head(tail(model, last))[mask], whole[mask]) < 1e-12
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -66,44 +66,22 @@ def test_stock_batch_of_image_rows_equals_ours(name: str) -> None:
         model.hf.model.rope_deltas = None
     stock = model.hf(**encoded.model_inputs).logits
     mask = encoded.attention_mask
-    assert largest_gap(model.head(model.tail(model.prefix(encoded, 1)))[mask], stock[mask]) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", DISTINCT)
-def test_selected_and_joined_states_give_the_same_rows(name: str) -> None:
-    model = cached_model(name)
-    encoded = model.encode(mixed_queries(), answers=True)
-    for layer, stage in ((0, "attention"), (1, "ffn"), (model.n_layers - 1, "attention")):
-        state = model.prefix(encoded, layer, stage)
-        full = model.tail(state)
-        order = [3, 0, 2]
-        part = state.select(order)
-        assert part.hidden.shape[1] == encoded.select(order).input_ids.shape[1] < state.hidden.shape[1]
-        selected = model.tail(part)
-        for place, row in enumerate(order):
-            length = int(encoded.lengths[row])
-            assert largest_gap(selected[place, :length], full[row, :length]) < TOLERANCE
-        apart = [model.prefix(encoded.select([row]), layer, stage) for row in (2, 1)]
-        joined = model.tail(PrefixState.cat(apart))
-        for place, row in enumerate((2, 1)):
-            length = int(encoded.lengths[row])
-            assert largest_gap(joined[place, :length], full[row, :length]) < TOLERANCE
+    assert largest_gap(model.head(tail(model, prefix(model, encoded, 1)))[mask], stock[mask]) < TOLERANCE
 
 
 def test_gathered_last_layer_state_gives_the_label_positions() -> None:
     model = cached_model("random:llava-tiny")
     encoded = model.encode(mixed_queries(), answers=True)
     positions = encoded.label_positions()
-    state = model.prefix(encoded, model.n_layers - 1, "ffn")
+    state = prefix(model, encoded, model.n_layers - 1, "ffn")
     small = state.at(positions)
     assert small.hidden.shape == (*positions.shape, model.hidden_size)
-    assert small.n_bytes < state.n_bytes / 3
     kept = positions >= 0
-    assert largest_gap(model.tail(small)[kept], model.tail(state, positions=positions)[kept]) == 0.0
+    assert largest_gap(tail(model, small)[kept], tail(model, state, positions=positions)[kept]) == 0.0
     with pytest.raises(ValueError, match="only the stage 'ffn'"):
-        model.prefix(encoded, 1, "attention").at(positions)
+        prefix(model, encoded, 1, "attention").at(positions)
     with pytest.raises(ValueError, match="gathered state must be of the last layer"):
-        model.tail(model.prefix(encoded, 1, "ffn").at(positions))
+        tail(model, prefix(model, encoded, 1, "ffn").at(positions))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -113,7 +91,7 @@ def test_attention_implementations_agree(name: str, attention: str) -> None:
     assert other.adapter.text.config._attn_implementation == attention
     encoded = model.encode(mixed_queries(), answers=True)
     mask = encoded.attention_mask
-    first, second = (each.head(each.tail(each.prefix(encoded, 1))) for each in (model, other))
+    first, second = (each.head(tail(each, prefix(each, encoded, 1))) for each in (model, other))
     assert largest_gap(first[mask], second[mask]) < TOLERANCE
     assert model.generate(mixed_queries(), max_new_tokens=5) == other.generate(mixed_queries(), max_new_tokens=5)
 
@@ -138,8 +116,8 @@ def test_hooks_on_every_site_fire_on_rows_and_carry_gradients(name: str) -> None
 
         handles.append(module.register_forward_hook(hook))
     try:
-        state = model.prefix(encoded, last - 1)
-        hidden = model.tail(state, positions=encoded.label_positions())
+        state = prefix(model, encoded, last - 1)
+        hidden = tail(model, state, positions=encoded.label_positions())
     finally:
         for handle in handles:
             handle.remove()
@@ -166,8 +144,8 @@ def test_gradient_at_chosen_positions_equals_that_of_the_stock_forward(name: str
             model.hf.model.rope_deltas = None
         stock = model.hf(**encoded.model_inputs).logits[encoded.label_mask]
         (expected,) = torch.autograd.grad(stock.logsumexp(-1).sum(), shift)
-        state = model.prefix(encoded, model.n_layers - 2)
-        logits = model.head(model.tail(state, positions=encoded.label_positions()))[0]
+        state = prefix(model, encoded, model.n_layers - 2)
+        logits = model.head(tail(model, state, positions=encoded.label_positions()))[0]
         (ours,) = torch.autograd.grad(logits.logsumexp(-1).sum(), shift)
     finally:
         handle.remove()
@@ -189,9 +167,7 @@ def test_wrong_places_are_refused() -> None:
     model = cached_model("random:llava-tiny")
     encoded = model.encode(mixed_queries(), answers=True)
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.3 \(got layer=4\)"):
-        model.prefix(encoded, 4)
-    with pytest.raises(ValueError, match=r"stage must be one of attention, ffn \(got stage='mlp'\)"):
-        model.prefix(encoded, 0, "mlp")
+        prefix(model, encoded, 4)
     with pytest.raises(ValueError, match=r"names must be among .*gate.*\(got name='fc1'\)"):
         model.sites([0], ["fc1"])
     with pytest.raises(ValueError, match="got name='gate'"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, Encoded, PackedState, load
 from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 
 from .conftest import cached_model, largest_gap, mixed_queries, picture
 
@@ -45,7 +46,7 @@ CASES: dict[str, list[Query]] = {
 def expected(model: EditableModel, encoded: Encoded, layer: int, stage: str) -> Tensor:
     """Final hidden states (M, d) at the labels from the padded walk."""
     positions = encoded.label_positions()
-    return model.tail(model.prefix(encoded, layer, stage), positions=positions)[positions >= 0]
+    return tail(model, prefix(model, encoded, layer, stage), positions=positions)[positions >= 0]
 
 
 def points(model: EditableModel) -> list[tuple[int, str]]:
@@ -100,7 +101,7 @@ def test_a_walk_goes_on_from_any_point(name: str) -> None:
 def test_prompts_without_answers_want_their_last_token(name: str) -> None:
     model = exact(name)
     encoded = model.encode(mixed_queries(), answers=False)
-    full = model.tail(model.prefix(encoded, 1, "ffn"))
+    full = tail(model, prefix(model, encoded, 1, "ffn"))
     last = full[torch.arange(len(encoded)), encoded.last_prompt]
     assert largest_gap(packed_tail(model, packed_start(model, encoded)), last) < TOLERANCE
 
@@ -197,10 +198,10 @@ def test_gradients_equal_those_of_the_padded_walk(name: str) -> None:
     for stage, names in (("attention", ["q", "k", "v", "down"]), ("ffn", ["up", "down"])):
         parameters, pairs = shifted(model, names, [layer, last])
         packed = packed_prefix(model, packed_start(model, encoded), layer, stage)
-        padded = model.prefix(encoded, layer, stage)
+        padded = prefix(model, encoded, layer, stage)
         with acting(model, pairs):
             ours = packed_tail(model, packed)
-            theirs = model.tail(padded, positions=positions)[positions >= 0]
+            theirs = tail(model, padded, positions=positions)[positions >= 0]
         assert largest_gap(ours, theirs) < TOLERANCE
         assert largest_gap(ours, packed_tail(model, packed)) > 1e-3, "the hooks act"
         found, wanted = (torch.autograd.grad((out * weights).sum(), parameters) for out in (ours, theirs))
@@ -283,13 +284,13 @@ def test_features_that_enter_behind_the_last_layer() -> None:
     model = exact("random:llava-tiny")
     encoded, last = model.encode(mixed_queries(), answers=True), model.n_layers - 1
     for layer, stage in ((1, "attention"), (last, "attention"), (last, "ffn")):
-        padded = model.prefix(encoded, layer, stage)
+        padded = prefix(model, encoded, layer, stage)
         packed = packed_prefix(model, packed_start(model, encoded), 1, "attention")
         deep = random_like(tuple(padded.hidden.shape))
         padded.deep, packed.deep = {last: deep}, {last: deep[encoded.attention_mask]}
         packed = packed_prefix(model, packed, layer, stage)
         positions = encoded.label_positions()
-        reference = model.tail(padded, positions=positions)[positions >= 0]
+        reference = tail(model, padded, positions=positions)[positions >= 0]
         assert largest_gap(packed_tail(model, packed), reference) < TOLERANCE
         assert largest_gap(packed_tail(model, hold_constant(model, packed)), reference) < TOLERANCE
 

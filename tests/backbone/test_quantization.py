@@ -13,6 +13,7 @@ from torch import nn
 from fastedit.backbone import EditableModel, load
 from fastedit.backbone.quantization import Quantizer
 from fastedit.backbone.synthetic.skeleton import skeleton
+from tests.backbone.padded import prefix, tail
 
 from .conftest import TINY, cached_model, largest_gap, mixed_queries
 
@@ -40,7 +41,7 @@ def test_exactly_the_decoder_is_quantized(name: str, kind: str) -> None:
     exact = cached_model(name)
     encoded = model.encode(mixed_queries(), answers=True)
     mask = encoded.attention_mask
-    logits = [each.head(each.tail(each.prefix(encoded, 0)))[mask] for each in (model, exact)]
+    logits = [each.head(tail(each, prefix(each, encoded, 0)))[mask] for each in (model, exact)]
     correlation = torch.corrcoef(torch.stack([part.flatten() for part in logits]))[0, 1]
     assert (0.8 if kind == "nf4" else 0.995) < correlation < 0.9999999
 
@@ -58,7 +59,7 @@ def test_random_and_saved_models_quantize_alike(name: str, kind: str, tmp_path: 
     kept = {site.module_path for site in exact.sites([last], list(exact.adapter.text.site_paths))} | {path}
     assert quantized_paths(drawn) == quantized_paths(read) == decoder_paths(exact) - kept
     encoded = exact.encode(mixed_queries(), answers=True)
-    assert largest_gap(drawn.tail(drawn.prefix(encoded, 0)), read.tail(read.prefix(encoded, 0))) < 1e-5
+    assert largest_gap(tail(drawn, prefix(drawn, encoded, 0)), tail(read, prefix(read, encoded, 0))) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -74,7 +75,7 @@ def test_a_quantized_checkpoint_keeps_its_own_quantization(kind: str, tmp_path: 
     assert again.quantize == kind
     assert quantized_paths(again) == quantized_paths(first)
     encoded = exact.encode(mixed_queries(), answers=True)
-    assert largest_gap(first.tail(first.prefix(encoded, 0)), again.tail(again.prefix(encoded, 0))) < 1e-6
+    assert largest_gap(tail(first, prefix(first, encoded, 0)), tail(again, prefix(again, encoded, 0))) < 1e-6
     other = "int8" if kind == "nf4" else "nf4"
     with pytest.raises(ValueError, match=rf"the checkpoint's own '{kind}' \(got quantize='{other}'\)"):
         load(tmp_path / "small", quantize=other)
@@ -147,7 +148,7 @@ def test_a_quantized_checkpoint_keeps_the_type_it_was_stored_in(
         model = load(folder) if dtype == "auto" else load(folder, dtype=dtype)
         assert model.dtype == {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(dtype), stored)
         assert model.generate(mixed_queries(), max_new_tokens=2)
-        logits[dtype] = model.head(model.tail(model.prefix(encoded, 1)))[encoded.attention_mask].float()
+        logits[dtype] = model.head(tail(model, prefix(model, encoded, 1)))[encoded.attention_mask].float()
         assert skeleton(folder, dtype=dtype)[0].dtype == model.dtype
     assert torch.equal(logits["auto"], logits[None])
     for dtype in ("auto", "bfloat16"):
@@ -171,7 +172,7 @@ def gradient_at_first_layer(model: EditableModel) -> tuple[torch.Tensor, torch.T
     adapter = torch.zeros(module.out_features, module.in_features, requires_grad=True)
     handle = module.register_forward_hook(lambda _m, inputs, output: output + inputs[0] @ adapter.T)
     try:
-        hidden = model.tail(model.prefix(encoded, 0), positions=encoded.label_positions())
+        hidden = tail(model, prefix(model, encoded, 0), positions=encoded.label_positions())
         logits = model.head(hidden)[encoded.label_positions() >= 0]
         loss = nn.functional.cross_entropy(logits, encoded.labels[encoded.label_mask])
         (gradient,) = torch.autograd.grad(loss, adapter)

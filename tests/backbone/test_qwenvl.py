@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastedit.requests import Query
+from tests.backbone.padded import prefix
 
 from .conftest import cached_model, mixed_queries, picture
 
@@ -33,12 +34,12 @@ def test_visual_features_are_added_only_while_their_layers_lie_ahead() -> None:
     model = cached_model("random:qwen3vl-tiny")
     encoded = model.encode(mixed_queries(), answers=True)
     ahead = {
-        (layer, stage): set(model.prefix(encoded, layer, stage).deep)
+        (layer, stage): set(prefix(model, encoded, layer, stage).deep)
         for layer in range(4)
         for stage in ("attention", "ffn")
     }
     assert ahead[0, "attention"] == ahead[0, "ffn"] == {0, 1}
     assert ahead[1, "attention"] == ahead[1, "ffn"] == {1}
     assert ahead[2, "attention"] == ahead[3, "ffn"] == set()
-    deep = model.prefix(encoded, 0).deep[1]
+    deep = prefix(model, encoded, 0).deep[1]
     assert torch.equal(deep.abs().sum(-1) > 0, encoded.image_mask)

@@ -17,6 +17,7 @@ from fastedit.deltas import DeltaSpec, EditDelta, Rows, installed, stack
 from fastedit.deltas import install as install_module
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.kinds import new_stack
+from tests.backbone.padded import prefix, tail
 from tests.engine.conftest import picture
 
 LAYER = 2
@@ -131,7 +132,7 @@ def test_padded_rows_have_no_router(model: EditableModel, monkeypatch: pytest.Mo
         installed(model, stack([delta]), Rows()),
         pytest.raises(ValueError, match="router='ball' acts in generate, answer and edits"),
     ):
-        model.tail(model.prefix(encoded, 0))
+        tail(model, prefix(model, encoded, 0))
 
 
 class Reading(FullDelta):

@@ -25,6 +25,7 @@ from fastedit.engine.run_state import EndedEdits
 from fastedit.fitting import prepared
 from fastedit.fitting.solver import FitOutcome
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 from tests.engine.conftest import make_edits
 from tests.engine.test_editing import largest_difference
 
@@ -436,9 +437,9 @@ def test_padded_rows_are_refused_behind_the_image(
     encoded = exact_model.encode([Query("what?", many[1].image)], answers=False)
     message = r"acts in generate, answer and edits, where the model knows which .* \(got padded rows\)"
     with fastedit.applied(exact_model, delta), pytest.raises(ValueError, match=message):
-        exact_model.tail(exact_model.prefix(encoded, 0))
+        tail(exact_model, prefix(exact_model, encoded, 0))
     with fastedit.applied(exact_model, singles["lora", "all"].deltas[1]):
-        exact_model.tail(exact_model.prefix(encoded, 0))
+        tail(exact_model, prefix(exact_model, encoded, 0))
 
 
 def test_deltas_of_different_positions_are_not_one(

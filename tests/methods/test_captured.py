@@ -9,6 +9,7 @@ import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel
 from fastedit.methods.captured import answer_inputs, captured
+from tests.backbone.padded import prefix, tail
 from tests.engine.conftest import picture
 
 QUERIES = [Query("What is it?", picture(1), "a red cat"), Query("And the capital?", None, "Paris")]
@@ -25,7 +26,7 @@ def test_they_are_those_of_the_stock_forward(model: EditableModel, name: str) ->
     ((found, counts),) = answer_inputs(model, QUERIES, sites)
     encoded = model.encode(QUERIES, answers=True)
     with captured(model, sites) as inputs:
-        model.tail(model.prefix(encoded, 0))
+        tail(model, prefix(model, encoded, 0))
     for site in sites:
         torch.testing.assert_close(found[site], inputs[site][encoded.label_mask])
     assert counts == tuple(encoded.label_mask.sum(1).tolist())

@@ -15,6 +15,7 @@ import fastedit
 from fastedit.backbone import EditableModel
 from fastedit.methods.retrieval import CHUNK, SentenceEncoder, StateEncoder, TextIndex, text_encoder
 from fastedit.requests import Query
+from tests.backbone.padded import prefix
 
 TEXTS = ["What colour is the cat?", "Whose flag is this?", "Which colour does the cat have?", "one two"]
 
@@ -27,7 +28,7 @@ def model() -> EditableModel:
 def test_states_are_averaged_over_a_texts_tokens(model: EditableModel) -> None:
     found = StateEncoder(model, layer=1)(TEXTS)
     for text, vector in zip(TEXTS, found, strict=True):
-        hidden = model.prefix(model.encode([Query(text)], answers=False), 1).hidden[0]
+        hidden = prefix(model, model.encode([Query(text)], answers=False), 1).hidden[0]
         torch.testing.assert_close(vector, hidden.mean(0), rtol=1e-4, atol=1e-5)
 
 

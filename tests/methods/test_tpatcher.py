@@ -29,6 +29,7 @@ from fastedit.methods.tpatcher import (
     remember,
 )
 from fastedit.objectives import Role
+from tests.backbone.padded import prefix, tail
 from tests.engine.conftest import make_edits
 
 
@@ -64,7 +65,7 @@ def right_and_wrong(model: EditableModel, edit: EditRequest) -> tuple[Tensor, Te
     (site,) = model.sites([layer], ["up"])
     ((inputs, _),) = answer_inputs(model, [edit.query], [site])
     encoded = model.encode([edit.query], answers=True)
-    logits = model.head(model.tail(model.prefix(encoded, 0)))[encoded.label_mask]
+    logits = model.head(tail(model, prefix(model, encoded, 0)))[encoded.label_mask]
     return inputs[site], logits.argmax(-1) != encoded.labels[encoded.label_mask], layer
 
 

@@ -10,6 +10,7 @@ from fastedit import Query
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
+from tests.backbone.padded import prefix
 from tests.engine.conftest import picture
 
 QUERIES = [
@@ -28,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> EditableModel:
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_the_tokens_of_prompts_are_theirs(model: EditableModel, point: tuple[int, str]) -> None:
     encoded = model.encode(QUERIES, answers=False)
-    padded = model.prefix(encoded, *point)
+    padded = prefix(model, encoded, *point)
     found = prompt_tokens(packed_prefix(model, packed_start(model, encoded), *point))
     for row in range(len(QUERIES)):
         length = int(encoded.lengths[row])

@@ -25,6 +25,7 @@ from fastedit.routers.scope import (
     squared_distances,
     trained_part,
 )
+from tests.backbone.padded import prefix
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def walked(model: EditableModel, answers: bool, layer: int = 1) -> tuple[Any, Pa
 @pytest.mark.parametrize("segments", [1, 3])
 def test_features_are_means_of_text_and_image_tokens(model: EditableModel, segments: int) -> None:
     encoded = model.encode(QUESTIONS, answers=False)
-    hidden = model.prefix(encoded, 1).hidden.float()
+    hidden = prefix(model, encoded, 1).hidden.float()
     found = scope_features(walked(model, False)[1], segments)
     for row in range(3):
         length = int(encoded.lengths[row])

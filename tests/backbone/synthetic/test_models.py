@@ -12,6 +12,7 @@ from fastedit.backbone.synthetic.models import EmptyOnMeta, WeightSource, make_c
 from fastedit.backbone.synthetic.processors import made_up_processor
 from fastedit.requests import Query
 from tests.backbone.conftest import cached_model, picture
+from tests.backbone.padded import prefix, tail
 
 # Millions of parameters of the published models, to two digits (the text model of MiniGPT-4 is Vicuna 7B).
 PUBLISHED = {
@@ -55,7 +56,7 @@ def test_the_benchmark_model_is_as_specified() -> None:
     assert (vision.depth, vision.embed_dim, vision.patch_size, vision.spatial_merge_size) == (6, 256, 14, 2)
     encoded = model.encode([Query("What color is the bus?", picture(0, 224, 224), "red")], answers=True)
     assert int(encoded.image_mask.sum()) == 64
-    assert model.tail(model.prefix(encoded, 11, "ffn")).isfinite().all()
+    assert tail(model, prefix(model, encoded, 11, "ffn")).isfinite().all()
 
 
 def test_the_seed_decides_the_weights_and_the_type_is_drawn_directly() -> None:

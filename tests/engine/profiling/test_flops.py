@@ -19,6 +19,7 @@ from fastedit.deltas import DeltaSpec
 from fastedit.engine.profiling.flops import FlopCounter, NecessaryFlops, Peak, nfu
 from fastedit.fitting.solver import FitOutcome
 from fastedit.requests import Query
+from tests.backbone.padded import prefix, tail
 
 MODELS = ("random:qwen2vl-tiny", "random:llava-tiny", "random:blip2-tiny")
 
@@ -73,14 +74,14 @@ def test_tail_is_what_the_engine_runs(model: EditableModel, first: int) -> None:
     n, labels = encoded.input_ids.shape[1], labels_of(encoded)
     layers = list(range(first % model.n_layers, model.n_layers))
     counter = FlopCounter(model, feed_forward(model, layers), causal=False)
-    state = model.prefix(encoded, layers[0], "ffn")
+    state = prefix(model, encoded, layers[0], "ffn")
     with counting() as counted, torch.no_grad():
-        model.head(model.tail(state, positions=encoded.label_positions()))
+        model.head(tail(model, state, positions=encoded.label_positions()))
     assert counter.row(n, labels).forward == counted.get_total_flops()
     if first == 1:
         model.image_features.clear()
         with counting() as counted, torch.no_grad():
-            model.prefix(encoded, layers[0], "ffn")
+            prefix(model, encoded, layers[0], "ffn")
         assert counter.row(n, labels).prefix + counter.vision(encoded) == counted.get_total_flops()
 
 
@@ -91,13 +92,13 @@ def test_backward_is_what_autograd_runs(model: EditableModel, names: tuple[str, 
     layers = [model.n_layers - 2, model.n_layers - 1]
     spec = feed_forward(model, layers, names)
     weights = [model.module(site).weight for site in spec.sites]
-    state = model.prefix(encoded, layers[0], "ffn")
+    state = prefix(model, encoded, layers[0], "ffn")
     try:
         for weight in weights:
             weight.requires_grad_(True)
         # Attention's own backward recomputes nothing with the plain backend.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = model.head(model.tail(state, positions=encoded.label_positions())).logsumexp(-1).sum()
+            loss = model.head(tail(model, state, positions=encoded.label_positions())).logsumexp(-1).sum()
         with counting() as counted:
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
@@ -113,13 +114,13 @@ def test_low_rank_counts_its_own_products(model: EditableModel) -> None:
     sites = feed_forward(model, [model.n_layers - 1], ("down",)).sites
     rank = 3
     spec = DeltaSpec("low_rank", sites, {"rank": rank, "scale": 1.0})
-    state = model.prefix(encoded, sites[0].layer, "ffn")
+    state = prefix(model, encoded, sites[0].layer, "ffn")
     down = torch.zeros(sites[0].d_in, rank, requires_grad=True)
     up = torch.zeros(rank, sites[0].d_out, requires_grad=True)
     handle = model.module(sites[0]).register_forward_hook(lambda _m, args, out: out + args[0] @ down @ up)
     try:
         with counting() as counted:
-            logits = model.head(model.tail(state, positions=encoded.label_positions()))
+            logits = model.head(tail(model, state, positions=encoded.label_positions()))
             forward = counted.get_total_flops()
             logits.sum().backward()
             both = counted.get_total_flops()

@@ -18,6 +18,7 @@ from fastedit.methods.serac.task import SeracTask
 from fastedit.objectives import InvariantConfig, InvariantObjective, Objective, Role
 from fastedit.requests import Query
 from fastedit.training import TrainerConfig, train_task
+from tests.backbone.padded import prefix, tail
 from tests.engine.conftest import make_edits
 
 CONFIG = SERACConfig(layers=2, valid_records=2, scope_batch=4, scope_size=4, scope_hidden=16, scope_dropout=0.0)
@@ -60,7 +61,7 @@ def test_a_new_change_changes_nothing(model: EditableModel) -> None:
     assert asked.prompt == f"What is number 0 here? blue\n{query.prompt}"
     encoded = model.encode([asked], answers=True)
     positions = encoded.label_mask[0].nonzero()[:, 0]
-    expected = model.head(model.tail(model.prefix(encoded, 0))[0, positions])
+    expected = model.head(tail(model, prefix(model, encoded, 0))[0, positions])
     rows = (tokens.edit == 0) & (tokens.role == int(views[changed].view.role))
     torch.testing.assert_close(tokens.logits[rows], expected, rtol=1e-4, atol=1e-4)
     assert tokens.labels[rows].tolist() == encoded.labels[encoded.label_mask].tolist()

@@ -25,6 +25,7 @@ from fastedit.methods.unike.memory import (
     unit_rms,
 )
 from fastedit.training import Artifact, TrainerConfig
+from tests.backbone.padded import prefix
 from tests.engine.conftest import make_edits, picture
 
 
@@ -73,7 +74,7 @@ def test_states_are_those_of_the_last_tokens(model: EditableModel) -> None:
             ("reworded", dataclasses.replace(each.again, answer=each.right), 0),
         ):
             encoded = model.encode([query], answers=True)
-            state = model.prefix(encoded, 2)
+            state = prefix(model, encoded, 2)
             normed = model.adapter.text.layers[2].input_layernorm(state.hidden)[encoded.label_mask]  # type: ignore[operator]
             torch.testing.assert_close(found[f"2:{name}"][number].double(), normed[at], rtol=1e-5, atol=1e-6)
 
