@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastedit.backbone import load
-from fastedit.backbone.prompts import PromptBuilder, expand_image_token
+from fastedit.backbone.prompts import PromptBuilder, chat, expand_image_token
 from fastedit.backbone.synthetic.processors import made_up_tokenizer
 
 from .conftest import cached_model
@@ -102,3 +102,35 @@ def test_answers_follow_after_one_space() -> None:
 
 def test_the_image_token_is_expanded_in_place() -> None:
     assert expand_image_token((1, 4, 9), 4, 3) == ([1, 4, 4, 4, 9], [False, True, True, True, False])
+
+
+def test_several_images_stand_inside_of_the_question_or_before_it() -> None:
+    prompts, _ = builder("Q: {image}\n{} A:")
+    inside = "is {image} near {image}?"
+    assert prompts.text(inside, True, images=2) == "Q: \nis <image> near <image>? A:"
+    assert prompts.text(inside, True, images=3) == "Q: <image><image><image>\nis {image} near {image}? A:"
+    assert prompts.text("which?", True, images=2) == "Q: <image><image>\nwhich? A:"
+    # One image stands where it always did, and a question without images may hold what looks like a field
+    assert prompts.text("what is {image}?", True) == "Q: <image>\nwhat is {image}? A:"
+    assert prompts.text(inside, False, images=2) == "Q: \nis {image} near {image}? A:"
+
+
+def test_chat_templates_are_given_images_in_order() -> None:
+    image, video = {"type": "image"}, {"type": "video"}
+
+    def content(prompt: str, **options: Any) -> list[dict[str, str]]:
+        (message,) = chat(prompt, **{"with_image": True} | options)
+        return message["content"]
+
+    assert content("what?") == [image, {"type": "text", "text": "what?"}]
+    assert content("what?", images=2) == [image, image, {"type": "text", "text": "what?"}]
+    assert content("what?", video=True) == [video, {"type": "text", "text": "what?"}]
+    assert content("{image}{image} alike?", images=2) == [image, image, {"type": "text", "text": " alike?"}]
+    between = [{"type": "text", "text": text} for text in ("is ", " near ", "?")]
+    assert content("is {image} near {image}?", images=2) == [between[0], image, between[1], image, between[2]]
+    assert content("what is {image}?") == [image, {"type": "text", "text": "what is {image}?"}]
+    assert content("what?", with_image=False) == [{"type": "text", "text": "what?"}]
+    prompts = cached_model("random:qwen2vl-tiny").prompts
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"user\nis {mark} near {mark}?<|im_end|>" in prompts.text("is {image} near {image}?", True, images=2)
+    assert f"user\n{mark}{mark}which?<|im_end|>" in prompts.text("which?", True, images=2)

@@ -131,3 +131,13 @@ def test_memory_is_planned_for_all_images_of_a_row() -> None:
     one = fastedit.plan_memory(model, method="lora", edits=[EditRequest("which?", "left", A)], evaluate=False)
     many = fastedit.plan_memory(model, method="lora", edits=[EditRequest("which?", "left", [A, B, C])], evaluate=False)
     assert many.held["image caches"] > 2 * one.held["image caches"] > 0
+
+
+def test_an_attached_delta_acts_on_a_stock_call_with_two_images() -> None:
+    model = cached_model("random:qwen2vl-tiny")
+    run = fastedit.edit(model, two_images()[:1], "lora", steps=60, lr=0.02, positions="after_image", evaluate=False)
+    inputs = model.encode([Query("which one is red?", [A, B])], answers=False).model_inputs
+    with fastedit.attached(model.hf, run.deltas[0], processor=model.processor):
+        told = model.hf.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=list(model.end_token_ids))
+    added = told[0, inputs["input_ids"].shape[1] :]
+    assert model.tokenizer.decode(added, skip_special_tokens=True).strip() == "the left one"
