@@ -49,7 +49,7 @@ def two_images() -> list[EditRequest]:
     ]
 
 
-def gap(model: EditableModel, query: Query) -> torch.Tensor:
+def first_logits(model: EditableModel, query: Query) -> torch.Tensor:
     """First logits behind a prompt, as the model acts."""
     from fastedit.backbone.packed_forward import packed_start, packed_tail
 
@@ -76,7 +76,7 @@ def test_an_edit_about_two_images_is_learned_and_scored(name: str, method: str) 
     with fastedit.applied(model, run.deltas[0]):
         assert model.answer([A, B], "which one is red?", max_new_tokens=8) == "the left one"
     queries = [Query("which one is red?", image) for image in ([A, B], [B, A], A, None)]
-    before = [gap(model, query) for query in queries]
+    before = [first_logits(model, query) for query in queries]
     assert all(not torch.equal(a, b) for n, a in enumerate(before) for b in before[:n])
 
 
@@ -141,3 +141,9 @@ def test_an_attached_delta_acts_on_a_stock_call_with_two_images() -> None:
         told = model.hf.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=list(model.end_token_ids))
     added = told[0, inputs["input_ids"].shape[1] :]
     assert model.tokenizer.decode(added, skip_special_tokens=True).strip() == "the left one"
+    inputs = model.encode([Query("is it day?", [A, B])], answers=False).model_inputs
+    with torch.no_grad(), fastedit.attached(model.hf, run.deltas[0], processor=model.processor):
+        stock = model.hf(**inputs).logits[0, -1]
+    with torch.no_grad(), fastedit.applied(model, run.deltas[0]):
+        expected = first_logits(model, Query("is it day?", [A, B]))
+    assert float((stock - expected).abs().max()) < 1e-4
