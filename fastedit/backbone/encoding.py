@@ -26,7 +26,7 @@ def encode_queries(model: EditableModel, queries: Sequence[Query], *, answers: b
     rows = [_row(model, number, query, answers) for number, query in enumerate(queries)]
     width = max(len(ids) - 1 if answers else len(ids) for ids, _, _, _ in rows)
     shape = (len(rows), width)
-    input_ids = torch.full(shape, _padding_id(model), dtype=torch.long)
+    input_ids = torch.full(shape, padding_id(model), dtype=torch.long)
     attention_mask, image_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     label_mask, labels = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
     last_prompt = torch.zeros(len(rows), dtype=torch.long)
@@ -223,7 +223,7 @@ def _row(
     return (*tokens, image)
 
 
-def _padding_id(model: EditableModel) -> int:
+def padding_id(model: EditableModel) -> int:
     """Padding never reaches a result; any token that is not the image's will do."""
     padding = model.tokenizer.pad_token_id
     if padding is None or padding == model.adapter.image_token_id:

@@ -8,8 +8,9 @@ the answer as they were routed then.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .context import scoped_hooks
 from .generic.adapter import generic
-from .packed import PackedState
+from .stock_prompts import Prompts
 from .token_layout import Running, TokenLayout, showing
 from .vision import VISION
 
@@ -60,6 +61,10 @@ def _inside(holder: Any, choice: Sequence[int] | None) -> Iterator[None]:
     finally:
         holder.choice = chosen
         _INSIDE.set(before)
+
+
+class _Decided(Exception):
+    """The router has chosen."""
 
 
 @dataclass
@@ -162,6 +167,21 @@ class StockCalls:
         with _inside(holder, known.choice), showing(Running({rows * length: layout})):
             return stock(**given)
 
+    @torch.no_grad()
+    def choose(self, holder: Any, given: dict[str, Any], ids: Tensor, mask: Tensor) -> list[int]:
+        """By row the edit that a holder's router chooses for prompts, -1 for none.
+
+        Args:
+            given: arguments of a ``generate`` by name. ids, mask: (R, N), of the prompts.
+        """
+        taken = inspect.signature(self.model.hf.forward).parameters
+        inputs = {name: value for name, value in given.items() if name in taken and isinstance(value, Tensor)}
+        inputs |= {"input_ids": ids, "attention_mask": mask.to(ids.dtype)}
+        with _inside(holder, None), self._deciding(holder, self._prompts(inputs, ids), ends=True):
+            with suppress(_Decided):
+                self.model.hf(**inputs)
+            return list(holder.choice)
+
     @contextmanager
     def looking(self, holder: Any, ids: Tensor | None, chosen: Sequence[int] | None) -> Iterator[None]:
         """Inside the block deltas behind the vision tower know whose images are looked at, also before any forward.
@@ -217,8 +237,12 @@ class StockCalls:
         return Prompts(inside, last, image, real)
 
     @contextmanager
-    def _deciding(self, holder: Any, prompts: Prompts) -> Iterator[None]:
-        """Inside the block the holder's router chooses as soon as the residual stream is at the split point."""
+    def _deciding(self, holder: Any, prompts: Prompts, *, ends: bool = False) -> Iterator[None]:
+        """Inside the block the holder's router chooses as soon as the residual stream is at the split point.
+
+        Args:
+            ends: whether the forward ends there.
+        """
         layer, stage = holder.point
         text = self.model.adapter.text
         module = text.layers[layer] if stage == "attention" else text.feed_forward_entry(layer)
@@ -236,61 +260,11 @@ class StockCalls:
                     # As the walk does there (`packed_prefix`)
                     state = state.only(_marked(state.wanted, state.hidden.shape[0]))
                 holder.decide(state)
+                if ends:
+                    raise _Decided
 
         with scoped_hooks({module: read}, before=True, with_kwargs=True):
             yield
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Rows of a stock forward.
-
-    Args:
-        inside: (R, N), bool, tokens of the prompts. last: (R,), int64, the last of each row.
-        image: (R, N), bool, tokens of images, or None without any. real: (R, N), bool, no padding.
-    """
-
-    inside: Tensor
-    last: Tensor
-    image: Tensor | None
-    real: Tensor
-
-    def behind(self) -> tuple[int, ...]:
-        """By row, tokens behind the prompt: of its answer."""
-        place = torch.arange(self.real.shape[1], device=self.real.device)
-        return tuple((self.real & (place > self.last[:, None])).sum(1).tolist())
-
-    def layout(self, length: int) -> TokenLayout:
-        """Whose the padded tokens are, row after row."""
-        rows = len(self.last)
-        starts = torch.arange(rows, device=self.last.device) * length
-        live = None if self.image is None else self._behind_image().flatten()
-        return TokenLayout((length,) * rows, live, self.last + starts, (1,) * rows)
-
-    def state(self, hidden: Tensor, layer: int, stage: str) -> PackedState:
-        """The prompts alone, packed, of the padded residual stream (R * N, d)."""
-        kept = self.inside.flatten()
-        counts = tuple(self.inside.sum(1).tolist())
-        ends = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
-        image = None if self.image is None else self.image.flatten()[kept]
-        return PackedState(
-            hidden=hidden[kept],
-            position_ids=torch.zeros(1, int(kept.sum()), dtype=torch.long, device=hidden.device),
-            rotary=None,
-            counts=counts,
-            starts=(0,) * len(counts),
-            wanted=ends,
-            wanted_counts=(1,) * len(counts),
-            layer=layer,
-            stage=stage,
-            live=None if self.image is None else self._behind_image().flatten()[kept],
-            image=image,
-        )
-
-    def _behind_image(self) -> Tensor:
-        assert self.image is not None
-        place = torch.arange(self.image.shape[1], device=self.image.device)
-        return place > torch.where(self.image, place, -1).amax(1, keepdim=True)
 
 
 def _cache(given: Any) -> Any:

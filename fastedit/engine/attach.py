@@ -100,12 +100,6 @@ def _attach(
 ) -> tuple[Any, InFlight]:
     editable = model if isinstance(model, EditableModel) else wrap(model, processor)
     deltas = checked_deltas(editable, delta, check_model=check_model)
-    for each in deltas:
-        if "template" in each.texts or not each.spec.sites:
-            raise ValueError(
-                f"attach: a delta of kind {each.spec.kind!r} asks another question, which a stock call cannot; use "
-                f"answer or generate of the fastedit model (got the delta of request {each.request_id!r})"
-            )
     routed = "router" in deltas[0].spec.options
     together = memories(deltas, check_sequence) if routed else deltas
     if not routed and len(deltas) > 1 and (not check_sequence or any(each.fitted_on for each in deltas)):

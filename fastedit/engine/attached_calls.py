@@ -16,6 +16,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.active import installing, withdraw
 from fastedit.backbone.stock import StockCalls, generating, is_inside
 from fastedit.deltas import RowsHolder
+from fastedit.engine.rewritten_prompts import RewrittenPrompts, prompt_tokens
 
 Method = Callable[..., Any]
 #: From the arguments of a call to the number of the delta that acts on each row; -1 or None is none.
@@ -108,6 +109,12 @@ class AttachedCalls:
             with self.flight.call() as acts:
                 if not acts:
                     return stock(**given)
+                if holder.asks and id(self) not in _EDIT_IDS.get():
+                    raise ValueError(
+                        f"attach: a delta of kind {holder.stacked.spec.kind!r} asks another question, which a stock "
+                        "call cannot but in generate, as logits are those of the tokens that are given; use generate, "
+                        "or score by the fastedit model (got a forward)"
+                    )
                 chosen = self._chosen(edit_ids if edit_ids is not None else _EDIT_IDS.get().get(id(self)), given)
                 return calls.forward(stock, holder, chosen, given, unknown=self.everywhere)
 
@@ -128,14 +135,33 @@ class AttachedCalls:
                 ids = given.get("input_ids", given.get("inputs"))
                 before = _EDIT_IDS.get()
                 chosen = self._chosen(edit_ids, given)
+                asked = self._asked(chosen, given) if holder.asks and not self.calls.goes_on(given) else None
+                if asked is not None:
+                    given, ids, chosen = asked.given, asked.given["input_ids"], asked.chosen
                 _EDIT_IDS.set(MappingProxyType({**before, id(self): chosen}))
                 try:
                     with generating(ids), self.calls.looking(holder, ids, chosen):
-                        return stock(**given)
+                        output = stock(**given)
                 finally:
                     _EDIT_IDS.set(before)
+                if asked is None:
+                    return output
+                base = None
+                if min(asked.chosen) < 0:
+                    # Rows in which none asks are those of the batch as it was given
+                    with holder.paused():
+                        base = stock(**(dict(zip(names, args, strict=False)) | kwargs))
+                return asked.answered(output, base)
 
         return generate
+
+    def _asked(self, chosen: list[int] | None, given: dict[str, Any]) -> RewrittenPrompts | None:
+        """Prompts with the questions that deltas ask instead; None where none does."""
+        if chosen is None and self.holder.router is None:
+            chosen = [0] * len(prompt_tokens(self.model, given)[0])
+        if chosen is None:
+            chosen = self.calls.choose(self.holder, given, *prompt_tokens(self.model, given))
+        return RewrittenPrompts(self.model, self.holder, chosen, given) if max(chosen) >= 0 else None
 
     def _chosen(self, edit_ids: Any, given: dict[str, Any]) -> list[int] | None:
         """By row of a call the number of a delta, -1 for none; of beams each as its prompt; None leaves it to routers.

@@ -17,7 +17,6 @@ from fastedit.backbone.generation import Reader
 from fastedit.backbone.generic.adapter import generic
 from fastedit.deltas import EditDelta
 from fastedit.methods import resolve
-from fastedit.methods.base import hook
 from fastedit.training import Artifact
 from tests.backbone.architectures import make_editable, make_stock
 from tests.engine.conftest import make_edits, picture
@@ -84,8 +83,7 @@ def fitted(name: str, method: str, dtype: str = "float64", mode: str = "single",
     model, plan = load(name, dtype), resolve(method, {})
     options: dict[str, Any] = {"evaluate": False, "show_progress": False, "pool": records(), "mode": mode}
     options |= METHODS[method] | settings
-    needs = hook(plan.method, "artifact")
-    kind = None if needs is None else needs(plan.config, method)
+    kind = plan.artifact_kind
     if kind is not None:
         options["artifact"] = artifact(name, dtype, kind)
     deltas = list(fastedit.edit(model, edits(), method, **options).deltas)

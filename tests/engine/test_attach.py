@@ -228,10 +228,13 @@ def test_threads_have_attachments_of_their_own(llava: EditableModel) -> None:
 
 def test_what_cannot_act_in_a_stock_call_says_why(llava: EditableModel) -> None:
     asking = fastedit.edit(llava, edits()[:1], "ike", k=0, evaluate=False).deltas[0]
-    with pytest.raises(ValueError, match="asks another question, which a stock call cannot"):
-        fastedit.attach(llava, asking)
     deltas = fitted(llava, "grace", mode="sequential")
     given = inputs(llava, questions(llava)[:1], left=True)
+    with (
+        fastedit.attached(llava, asking) as hf,
+        pytest.raises(ValueError, match="asks another question, which a stock call cannot"),
+    ):
+        hf(**given)
     filled = llava.hf(**given, use_cache=True).past_key_values
     with fastedit.attached(llava, deltas) as hf:
         with pytest.raises(ValueError, match="a cache is filled while the deltas are attached"):

@@ -453,3 +453,65 @@ def test_routed_edits_act_on_top_of_the_adapters_of_others(llava: EditableModel,
     with fastedit.attached(adapted, deltas, model.processor):
         assert stock_answers(model, adapted, asked) == expected != base
     assert stock_answers(model, adapted, asked) == base
+
+
+@pytest.mark.parametrize("method", ["ike", "serac"])
+@pytest.mark.parametrize("name", [LLAVA, "random:blip2-tiny"])
+def test_prompts_come_back_as_they_were_given_where_edits_ask_another_question(name: str, method: str) -> None:
+    model, asked = load(name), questions(load(name))
+    deltas = fitted(name, method)[: 1 if method == "ike" else 2]
+    given = inputs(model, asked, left=True)
+    ids = [0, -1, 0, *[-1] * (len(asked) - 3)]
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(model.end_token_ids)}
+    plain = model.hf.generate(**given, max_new_tokens=NEW, **options)
+    told = plain.shape[1] > NEW
+    before = given["input_ids"] if told else given["input_ids"][:, :0]
+    base = stock_answers(model, model.hf, asked)
+    with fastedit.attached(model, deltas) as hf:
+        whole = hf.generate(**given, max_new_tokens=NEW, edit_ids=ids, **options)
+        longest = hf.generate(
+            **given, max_length=given["input_ids"].shape[1] + NEW, edit_ids=ids, return_dict_in_generate=True, **options
+        ).sequences
+        beams = hf.generate(**given, max_new_tokens=NEW, edit_ids=ids, num_beams=3, num_return_sequences=2, **options)
+        alone = [stock_answers(model, hf, [query], edit_ids=[edit])[0] for query, edit in zip(asked, ids, strict=True)]
+        assert stock_answers(model, hf, asked, edit_ids=[-1] * len(asked)) == base
+    found = texts(model, whole[:, before.shape[1] :])
+    assert torch.equal(whole[:, : before.shape[1]], before)
+    assert torch.equal(beams[:, : before.shape[1]], before.repeat_interleave(2, 0))
+    assert texts(model, longest[:, before.shape[1] :]) == found == alone
+    for row, edit in enumerate(ids):
+        assert (found[row] == base[row]) == (edit < 0)
+    # Rows in which none asks are those of the base model's batch, to the last token
+    width = min(whole.shape[1], plain.shape[1])
+    assert torch.equal(whole[1, :width], plain[1, :width])
+
+
+def test_a_prompt_that_another_template_made_is_refused_where_edits_ask_another_question(llava: EditableModel) -> None:
+    given = inputs(llava, questions(llava)[:2], left=True)
+    given["input_ids"][0, -1] = given["input_ids"][0, -4]
+    with fastedit.attached(llava, fitted(LLAVA, "ike")[:1]) as hf:
+        with pytest.raises(ValueError, match="one that the model's own template makes of a question"):
+            hf.generate(**given, max_new_tokens=2, pad_token_id=0)
+        with pytest.raises(ValueError, match="need input_ids"):
+            hf.generate(inputs_embeds=torch.zeros(1, 3, llava.hidden_size, dtype=torch.float64), max_new_tokens=2)
+
+
+def test_pipelines_ask_what_edits_ask() -> None:
+    from transformers import pipeline
+
+    model = load("pocket-llava", "float32")
+    delta, asked = fitted("pocket-llava", "ike", "float32")[0], questions(model)
+    pipe = pipeline("image-text-to-text", model=model.hf, processor=model.processor)
+    base = model.generate(asked, max_new_tokens=NEW)
+    with fastedit.applied(model, delta):
+        expected = model.generate(asked, max_new_tokens=NEW)
+    number = next(n for n, query in enumerate(asked) if query.image and base[n] != expected[n])
+    content = [{"type": "image", "image": asked[number].image}, {"type": "text", "text": asked[number].prompt}]
+
+    def answer() -> str:
+        output = pipe(text=[{"role": "user", "content": content}], max_new_tokens=NEW, do_sample=False)
+        return str(output[0]["generated_text"][-1]["content"]).strip()
+
+    assert answer() == base[number]
+    with fastedit.attached(model.hf, delta, model.processor):
+        assert answer() == expected[number]
