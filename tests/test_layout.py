@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastedit"
+TESTS = ROOT / "tests"
 
 # A package may import packages with a smaller rank, and itself. Peers of equal rank do not import each other,
 # save where PEERS says so.
@@ -31,6 +33,68 @@ PEERS = {
     ("backbone", "pocket"): "load names the embedded models, imported when asked for",
     ("pocket", "backbone"): "an edit set asks the embedded model for its own answers",
 }
+# Where the tests of modules are that have no test file of their own; a folder stands for all in it.
+TESTED_IN = {
+    "backbone/active": "backbone/test_context",
+    "backbone/generic": "backbone/test_architectures",
+    "backbone/headers": "backbone/test_completeness",
+    "backbone/json_files": "backbone/test_checkpoint",
+    "backbone/opening": "backbone/test_loading",
+    "backbone/opt": "backbone/test_packed_forward",
+    "backbone/probe_image": "backbone/test_processors",
+    "backbone/render_apart": "backbone/test_rendering",
+    "backbone/rotary": "backbone/test_packed_forward",
+    "backbone/settings": "backbone/test_loading",
+    "backbone/stacks": "backbone/test_packed_forward",
+    "backbone/stock": "engine/test_attach",
+    "backbone/synthetic": "backbone/synthetic/test_models",
+    "backbone/text": "backbone/test_architectures",
+    "cli": "cli/test_main",
+    "deltas/base": "deltas/test_deltas",
+    "deltas/company": "engine/test_conflicts",
+    "deltas/context": "methods/test_ike",
+    "deltas/gate": "engine/test_apply",
+    "deltas/kinds": "deltas/test_deltas",
+    "deltas/low_rank": "deltas/test_deltas",
+    "engine/asked": "engine/test_preflight",
+    "engine/attached_calls": "engine/test_attach_calls",
+    "engine/fit_problem": "engine/test_continuous",
+    "engine/fitting": "engine/test_continuous",
+    "engine/memory/footprint": "engine/memory/test_plan",
+    "engine/memory/limits": "engine/memory/test_plan",
+    "engine/memory/workload": "engine/memory/test_plan",
+    "engine/profiling": "engine/profiling/test_flops",
+    "engine/run": "engine/test_saving",
+    "engine/run_state": "engine/test_continuous",
+    "engine/schedule": "engine/test_editing",
+    "evaluation/scoring": "engine/test_evaluate",
+    "fitting/prepared": "engine/test_continuous",
+    "methods/base": "methods/test_registry",
+    "methods/ldke/config": "methods/ldke/test_editor",
+    "methods/lora": "engine/test_editing",
+    "methods/serac/scope": "methods/serac/test_task",
+    "methods/unike/config": "methods/unike/test_editor",
+    "objectives/base": "objectives/test_nll",
+    "pocket/easyvqa": "pocket/factory/test_packing",
+    "pocket/factory": "pocket/factory/test_train",
+    "pocket/names": "pocket/test_models",
+    "pocket/qwen_processor": "pocket/test_models",
+    "pocket/templates": "pocket/test_grammar",
+    "reference": "ops/test_oracles",
+    "testing": "ops/test_library",
+    "training/config": "training/test_trainer",
+    "training/state": "training/test_trainer",
+}
+# Tests of what more than one module promises together, and of what is no module.
+TOPICS = {
+    "backbone/test_architectures", "backbone/test_cross", "backbone/test_processing", "backbone/test_text_only",
+    "cli/test_signals", "cli/test_terminal", "deltas/test_deltas", "engine/test_attach_calls",
+    "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous", "engine/test_growth",
+    "engine/test_several_images", "kernels/test_ahead_of_time", "kernels/test_bounds", "ops/test_arguments",
+    "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory", "ops/test_oracles",
+    "ops/test_threads", "ops/test_transforms", "pocket/test_shipped", "test_build", "test_conformance",
+    "benchmarks/test_gpu_script", "test_cuda_compiles", "test_import", "test_layout", "test_native", "test_repr",
+}  # fmt: skip
 # Longest engine file and kernel file, in lines; exceptions name their reason.
 FILE_LIMIT, KERNEL_LIMIT = 330, 430
 LONG_FILES: dict[str, str] = {}
@@ -74,6 +138,71 @@ def test_imports_point_down(path: Path) -> None:
 def test_every_package_has_a_rank() -> None:
     for path in modules():
         assert package_of(path) in RANK, path
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Modules of the package that importing this one imports: at its top, and not for types alone."""
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+                visit([*node.body, *node.orelse])
+            elif isinstance(node, ast.Try):
+                visit([*node.body, *(each for handler in node.handlers for each in handler.body)])
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parts = path.relative_to(ROOT).parts
+                base = (
+                    [*parts[: len(parts) - node.level], *filter(None, [node.module])] if node.level else [node.module]
+                )
+                name = ".".join(str(part) for part in base)
+                found.update(
+                    f"{name}.{alias.name}" if f"{name}.{alias.name}" in known else name for alias in node.names
+                )
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return found & known
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    names = {
+        path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()
+    }
+    known = set(names.values())
+    graph = {name: imported_modules(path, known) - {name} for path, name in names.items()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+    assert set(order) == known
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_has_its_tests(path: Path) -> None:
+    if path.name == "__init__.py" or path.name.startswith("_"):
+        return
+    name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    places = [name, *(parent.as_posix() for parent in Path(name).parents)]
+    mirrored = TESTS / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+    named = next((TESTED_IN[place] for place in places if place in TESTED_IN), None)
+    assert mirrored.exists() or named is not None, f"{mirrored.relative_to(ROOT)} is not there, nor named in TESTED_IN"
+    if named is not None and not mirrored.exists():
+        assert (TESTS / f"{named}.py").exists(), f"TESTED_IN names {named}, which is not there"
+
+
+def test_every_test_file_is_of_a_module_or_a_named_topic() -> None:
+    found = {path.relative_to(TESTS).with_suffix("").as_posix() for path in TESTS.rglob("test_*.py")}
+    assert found >= TOPICS, f"TOPICS names {sorted(TOPICS - found)}, which are not there"
+    for name in sorted(found - TOPICS):
+        folder = ROOT if name.startswith("benchmarks/") else PACKAGE
+        module = folder / Path(name).parent / Path(name).name.removeprefix("test_")
+        baseline = ROOT / "benchmarks" / "baselines" / module.name
+        assert any(
+            each.with_suffix(".py").exists() or each.is_dir() or each.with_suffix(".sh").exists()
+            for each in (module, baseline)
+        ), f"tests/{name}.py: a module of that name, or a line in TOPICS"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
