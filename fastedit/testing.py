@@ -135,14 +135,14 @@ def risk_inputs(
     make = torch.Generator().manual_seed(seed)
     logits = (torch.randn(tokens, vocabulary, generator=make) * spread).to(dtype)
     used = max(segments - 1, 1)
-    own = torch.randint(0, used, (tokens,), generator=make)
-    own[torch.rand(tokens, generator=make) < 0.2] = -1
+    segment = torch.randint(0, used, (tokens,), generator=make)
+    segment[torch.rand(tokens, generator=make) < 0.2] = -1
     if kind == "ce":
         target = torch.randint(0, vocabulary, (tokens,), generator=make)
-        target[own < 0] = -100
+        target[segment < 0] = -100
     else:
         target = (logits.float() + drift * torch.randn(tokens, vocabulary, generator=make)).to(dtype)
-    return logits.to(device), target.to(device), own.to(device), segments, kind
+    return logits.to(device), target.to(device), segment.to(device), segments, kind
 
 
 def linear_risk_inputs(
@@ -250,8 +250,8 @@ def low_rank_inputs(
     x = torch.randn(sum(lengths), d, generator=make)
     down = torch.randn(len(lengths), d, rank, generator=make) / max(d, 1) ** 0.5
     up = torch.randn(len(lengths), rank, d_out, generator=make) / max(rank, 1) ** 0.5
-    own = weight_dtype or dtype
-    return x.to(device, dtype), down.to(device, own), up.to(device, own), offsets(lengths, device)
+    factor_dtype = weight_dtype or dtype
+    return x.to(device, dtype), down.to(device, factor_dtype), up.to(device, factor_dtype), offsets(lengths, device)
 
 
 def key_value_inputs(
@@ -269,11 +269,11 @@ def key_value_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return x, keys, bias, values, offsets, gate keys and gate bias of ``key_value``, entering values of unit size."""
     make = torch.Generator().manual_seed(seed)
-    edits, own = len(lengths), weight_dtype or dtype
+    edits, factor_dtype = len(lengths), weight_dtype or dtype
     x = torch.randn(sum(lengths), d, generator=make).to(device, dtype)
-    keys, gate_keys = (torch.randn(2, edits, d, neurons, generator=make) / max(d, 1) ** 0.5).to(device, own)
-    own_bias, gate_bias = torch.randn(2, edits, neurons, generator=make).to(device, own)
-    values = (torch.randn(edits, neurons, d_out, generator=make) / max(neurons, 1) ** 0.5).to(device, own)
+    keys, gate_keys = (torch.randn(2, edits, d, neurons, generator=make) / max(d, 1) ** 0.5).to(device, factor_dtype)
+    own_bias, gate_bias = torch.randn(2, edits, neurons, generator=make).to(device, factor_dtype)
+    values = (torch.randn(edits, neurons, d_out, generator=make) / max(neurons, 1) ** 0.5).to(device, factor_dtype)
     gate = (gate_keys, gate_bias if bias else None) if gated else (None, None)
     return x, keys, own_bias if bias else None, values, offsets(lengths, device), *gate
 

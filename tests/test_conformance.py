@@ -77,7 +77,7 @@ def logits(model: EditableModel, edits: Sequence[EditRequest]) -> Tensor:
 
     asked: list[Query] = questions(edits)
     for holder in model.holders:
-        asked = holder.ask(asked)
+        asked = holder.rewrite_prompts(asked)
     reader = Reader(model, model.encode(asked, answers=False), 4)
     with torch.no_grad():
         return model.head(reader.read())

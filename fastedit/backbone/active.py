@@ -30,16 +30,16 @@ class Holder(Protocol):
         """Whether the deltas leave the model alone now."""
 
     @property
-    def asks(self) -> bool:
+    def rewrites_prompts(self) -> bool:
         """Whether other questions are asked."""
 
     def paused(self) -> AbstractContextManager[None]:
         """Inside the block the deltas do not act."""
 
-    def decide(self, state: PackedState) -> None:
+    def route(self, state: PackedState) -> None:
         """Choose what acts on these prompts, walked to ``point``."""
 
-    def ask(self, queries: Sequence[Query]) -> list[Query]:
+    def rewrite_prompts(self, queries: Sequence[Query]) -> list[Query]:
         """The questions to be asked instead."""
 
 

@@ -64,7 +64,7 @@ def plan_attention(
 
     Args:
         state: where tokens are.
-        chosen: (Tq,), int64: the tokens that ask; None is all. counts: how many of each row.
+        chosen: (Tq,), int64: the query tokens; None is all. counts: how many of each row.
         window: how many places back a query sees, itself included; None is all.
         capacity: places of a row in stored keys; None where keys are not stored.
     """

@@ -93,7 +93,7 @@ def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         size = max(1, _LARGEST // inward)
         biases = [None] * len(range(0, outward, size)) if bias is None else torch.split(bias, size)
         parts = zip(torch.split(weight, size), biases, strict=True)
-        return torch.cat([_multiply(x, part, own, "none", [], "") for part, own in parts], dim=-1)
+        return torch.cat([_multiply(x, part, part_bias, "none", [], "") for part, part_bias in parts], dim=-1)
     size = max(1, _LARGEST // outward)
     product = _multiply(x[..., :size].contiguous(), weight[:, :size], bias, "none", [], "")
     for start in range(size, inward, size):

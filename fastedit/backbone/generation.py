@@ -72,10 +72,10 @@ class Reader:
         """
         state = self._state
         for holder in sorted(self.model.holders, key=lambda each: each.point):
-            if not holder.asks:
+            if not holder.rewrites_prompts:
                 if (state.layer, ORDER.index(state.stage)) < (holder.point[0], ORDER.index(holder.point[1])):
                     state = packed_prefix(self.model, state, *holder.point, self.past)
-                holder.decide(state)
+                holder.route(state)
         return packed_tail(self.model, state, self.past)
 
     @torch.no_grad()

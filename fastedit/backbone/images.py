@@ -230,5 +230,5 @@ def _file_stamp(source: ImageSource) -> Stamp | None:
 
 
 def _inputs_bytes(inputs: ImageInputs) -> int:
-    own = sum(part.numel() * part.element_size() for part in inputs.tensors.values())
-    return own + sum(_inputs_bytes(part) for part in inputs.parts)
+    size = sum(part.numel() * part.element_size() for part in inputs.tensors.values())
+    return size + sum(_inputs_bytes(part) for part in inputs.parts)

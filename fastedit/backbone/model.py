@@ -266,7 +266,7 @@ class EditableModel:
         for start in range(0, len(queries), batch_size):
             asked = queries[start : start + batch_size]
             for holder in self.holders:
-                asked = holder.ask(asked)
+                asked = holder.rewrite_prompts(asked)
             encoded = self.encode(asked, answers=False)
             for ids in greedy(self, encoded, max_new_tokens):
                 answers.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())

@@ -58,7 +58,7 @@ class LearnedPositionStack:
         return None
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
-        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        """Return the residual stream (Tq, d) of the query tokens, after attention over packed tokens (T, d)."""
         layer: Any = self.layers[index]
         module = layer.self_attn
         normed = layer.self_attn_layer_norm(hidden[None]) if layer.do_layer_norm_before else hidden[None]
@@ -67,7 +67,7 @@ class LearnedPositionStack:
         key = split_heads(module.k_proj(normed)[0], module.head_dim)
         value = split_heads(module.v_proj(normed)[0], module.head_dim)
         mixed = attention.mix(index, query, key, value, 1.0)
-        return self._after_attention(layer, attention.asked(hidden) + module.out_proj(mixed[None])[0])
+        return self._after_attention(layer, attention.at_queries(hidden) + module.out_proj(mixed[None])[0])
 
     @staticmethod
     def _after_attention(layer: Any, hidden: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class Attention:
         self.queries, self.rotary = queries, state.rotary
         self._model, self._state, self._past = model, state, past
 
-    def asked(self, values: Tensor) -> Tensor:
-        """Values (T, ...) of the tokens that ask, (Tq, ...)."""
+    def at_queries(self, values: Tensor) -> Tensor:
+        """Values (T, ...) of the query tokens, (Tq, ...)."""
         return values if self.queries is None else values[self.queries]
 
     def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

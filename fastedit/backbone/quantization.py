@@ -42,12 +42,14 @@ class Quantizer:
     def __init__(
         self, kind: str, model_type: str, keep: Sequence[int | str], compute: torch.dtype, stored: Any = None
     ) -> None:
-        own = _stored_kind(stored)
-        if own is not None and kind not in ("none", own):
-            raise ValueError(f"load: quantize must be 'none' or the checkpoint's own {own!r} (got quantize={kind!r})")
-        self.kind = own or kind
+        stored_kind = _stored_kind(stored)
+        if stored_kind is not None and kind not in ("none", stored_kind):
+            raise ValueError(
+                f"load: quantize must be 'none' or the checkpoint's own {stored_kind!r} (got quantize={kind!r})"
+            )
+        self.kind = stored_kind or kind
         #: Whether the checkpoint was quantized when it was stored.
-        self.is_stored = own is not None
+        self.is_stored = stored_kind is not None
         self.compute = compute
         #: Paths; of a model without a family they are added when its modules are known.
         self.skipped = list(UNQUANTIZED.get(model_type, ()))

@@ -62,7 +62,7 @@ class RotaryStack:
         return tables
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
-        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        """Return the residual stream (Tq, d) of the query tokens, after attention over packed tokens (T, d)."""
         layer: Any = self.layers[index]
         module = layer.self_attn
         assert attention.rotary is not None
@@ -74,9 +74,9 @@ class RotaryStack:
         value = split_heads(module.v_proj(normed)[0], module.head_dim)
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
-        query = _rotate(query, attention.asked(cosine), attention.asked(sine))
+        query = _rotate(query, attention.at_queries(cosine), attention.at_queries(sine))
         mixed = attention.mix(index, query, _rotate(key, cosine, sine), value, module.scaling)
-        return attention.asked(hidden) + cast(Tensor, module.o_proj(mixed[None])[0])
+        return attention.at_queries(hidden) + cast(Tensor, module.o_proj(mixed[None])[0])
 
     def feed_forward_entry(self, index: int) -> nn.Module:
         """Return the module that reads the residual stream where the feed-forward block begins."""

@@ -36,7 +36,7 @@ class TextStack(Protocol):
         """Return the position tables that all layers share, or None."""
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
-        """Return the residual stream (Tq, d) of the tokens that ask, after attention over packed tokens (T, d)."""
+        """Return the residual stream (Tq, d) of the query tokens, after attention over packed tokens (T, d)."""
 
     def feed_forward_entry(self, index: int) -> nn.Module:
         """Return the module that reads the residual stream where the feed-forward block begins."""

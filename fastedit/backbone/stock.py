@@ -63,7 +63,7 @@ def _inside(holder: Any, choice: Sequence[int] | None) -> Iterator[None]:
         _INSIDE.set(before)
 
 
-class _Decided(Exception):
+class _Routed(Exception):
     """The router has chosen."""
 
 
@@ -178,7 +178,7 @@ class StockCalls:
         inputs = {name: value for name, value in given.items() if name in taken and isinstance(value, Tensor)}
         inputs |= {"input_ids": ids, "attention_mask": mask.to(ids.dtype)}
         with _inside(holder, None), self._deciding(holder, self._prompts(inputs, ids), ends=True):
-            with suppress(_Decided):
+            with suppress(_Routed):
                 self.model.hf(**inputs)
             return list(holder.choice)
 
@@ -259,9 +259,9 @@ class StockCalls:
                 if stage == "ffn" and layer == self.model.n_layers - 1 and generic(self.model.adapter) is None:
                     # As the walk does there (`packed_prefix`)
                     state = state.only(_marked(state.wanted, state.hidden.shape[0]))
-                holder.decide(state)
+                holder.route(state)
                 if ends:
-                    raise _Decided
+                    raise _Routed
 
         with scoped_hooks({module: read}, before=True, with_kwargs=True):
             yield

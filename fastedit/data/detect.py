@@ -123,8 +123,8 @@ def _release(objects: Sequence[JsonObject], n_questions: int) -> str | None:
     """Return the MMEdit release, None where the records are too few, mixed, or not MMEdit's own."""
     if len(objects) < _FEWEST:
         return None
-    own = sum(_begins(value.get("loc"), LOCALITY_PREFIX) and _begins(value.get("image"), _COCO) for value in objects)
-    if own < 0.9 * len(objects):
+    coco = sum(_begins(value.get("loc"), LOCALITY_PREFIX) and _begins(value.get("image"), _COCO) for value in objects)
+    if coco < 0.9 * len(objects):
         return None
     if n_questions <= max(2, len(objects) // 100):
         return "old"

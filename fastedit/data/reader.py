@@ -279,8 +279,8 @@ class _Resolver:
             members = []
             for position, member in enumerate(getattr(edit, name)):
                 # The edit's own image is reported once, in its own field.
-                own = member.image is not None and member.image == edit.image
-                image = found["image"] if own else self._find(record, f"{name}[{position}].image", member.image)
+                same_image = member.image is not None and member.image == edit.image
+                image = found["image"] if same_image else self._find(record, f"{name}[{position}].image", member.image)
                 if member.image is None or image is not None:
                     members.append(dataclasses.replace(member, image=image))
                 else:

@@ -16,7 +16,7 @@ def company(deltas: Iterable[EditDelta]) -> tuple[str, ...]:
     """
     count, digest = 0, ""
     for delta in deltas:
-        size, _, own = delta.merged[0].partition(":") if delta.merged else ("1", "", delta.id)
-        digest = own if delta.merged and not count else hashlib.sha256(f"{digest}+{own}".encode()).hexdigest()
+        size, _, chain = delta.merged[0].partition(":") if delta.merged else ("1", "", delta.id)
+        digest = chain if delta.merged and not count else hashlib.sha256(f"{digest}+{chain}".encode()).hexdigest()
         count += int(size)
     return (f"{count}:{digest}",) if count else ()

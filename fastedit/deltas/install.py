@@ -73,7 +73,7 @@ class RowsHolder:
         self._initial_rows = rows
         self._of_thread = threading.local()
         #: Whether it is asked about prompts: which edit acts, or what is asked instead.
-        self.routed = router is not None or self.asks
+        self.routed = router is not None or self.rewrites_prompts
 
     @property
     def rows(self) -> Rows:
@@ -115,7 +115,7 @@ class RowsHolder:
         return seen
 
     @property
-    def asks(self) -> bool:
+    def rewrites_prompts(self) -> bool:
         """Whether any of the deltas asks another question."""
         return any("template" in texts for texts in self.stacked.texts)
 
@@ -130,37 +130,37 @@ class RowsHolder:
             self._of_thread.paused = before
 
     @torch.no_grad()
-    def decide(self, state: PackedState) -> None:
+    def route(self, state: PackedState) -> None:
         """Let the router choose for the rows of prompts, walked to ``point`` on the frozen model."""
         if self.router is None:
             return
-        own = self._own(len(state))
+        edit_of_row = self._own(len(state))
         with ExitStack() as entered:
             # It may run a part of the model to see what that would do; what other routers choose from is not part of it
             for holder in (self, *self.model.holders):
                 entered.enter_context(holder.paused())
-            scores = self.router.scores(state, self.stacked.fixed, own)
+            scores = self.router.scores(state, self.stacked.fixed, edit_of_row)
         threshold = self.router.threshold(self.stacked.fixed)
-        if own is not None:
-            chosen = torch.where(scores >= threshold[own], own, -1)
+        if edit_of_row is not None:
+            chosen = torch.where(scores >= threshold[edit_of_row], edit_of_row, -1)
         else:
             # The largest of what is left over its edit's own threshold
             allowed = torch.where(scores >= threshold, scores, -torch.inf)
             chosen = latest_best(allowed, self.stacked.texts)
         self.choice = chosen.tolist()
 
-    def ask(self, queries: Sequence[Query]) -> list[Query]:
+    def rewrite_prompts(self, queries: Sequence[Query]) -> list[Query]:
         """The questions to be asked instead, of as many rows as will be read next."""
-        if not self.asks or self.is_paused:
+        if not self.rewrites_prompts or self.is_paused:
             return list(queries)
         if self.router is None:
-            own = self._own(len(queries))
-            chosen = [-1] * len(queries) if own is None else own.tolist()
+            edit_of_query = self._own(len(queries))
+            chosen = [-1] * len(queries) if edit_of_query is None else edit_of_query.tolist()
         else:
             with self.paused():
                 encoded = self.model.encode(queries, answers=False)
                 state = packed_start(self.model, encoded)
-                self.decide(packed_prefix(self.model, state, *self.point))
+                self.route(packed_prefix(self.model, state, *self.point))
             chosen = self.choice or []
         return [
             query if edit < 0 else replace(query, prompt=self._text(edit, query.prompt))
@@ -257,8 +257,8 @@ def installed(
 def _refuse_stock(holder: RowsHolder) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The stock forward knows neither prompts nor questions: such deltas act in it where a walk goes through it."""
     spec = holder.stacked.spec
-    way = "asks another question" if holder.asks else f"acts with router={spec.options.get('router')!r}, "
-    way += "" if holder.asks else f"positions={spec.positions!r}"
+    way = "asks another question" if holder.rewrites_prompts else f"acts with router={spec.options.get('router')!r}, "
+    way += "" if holder.rewrites_prompts else f"positions={spec.positions!r}"
 
     def make(stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -89,10 +89,10 @@ class KeyValueDelta(FlatStack):
             elif name.endswith(":memory"):
                 self.memories[name] = rest.pop(name)
             elif name.endswith(":foreign"):
-                own = rest.pop(name)
+                marks = rest.pop(name)
                 if name not in self.foreign:
-                    self.foreign[name] = own.new_zeros(self.size, len(own))
-                self.foreign[name][edit] = own
+                    self.foreign[name] = marks.new_zeros(self.size, len(marks))
+                self.foreign[name][edit] = marks
         super().set(edit, rest)
 
     def extra_loss(self) -> Tensor | None:
@@ -106,7 +106,7 @@ class KeyValueDelta(FlatStack):
         part = "gate_" if options.get("gate", False) else ""
         keys, bias = self.differentiable(f"{prefix}{part}keys"), self.differentiable(f"{prefix}{part}bias")
         off = self.fixed.get(f"{prefix}off")
-        own, others = neuron_losses(
+        activation, others = neuron_losses(
             keys,
             bias,
             self.tokens.get(f"{prefix}tokens"),
@@ -116,7 +116,7 @@ class KeyValueDelta(FlatStack):
             margin=float(options["margin"]),
             most=int(options["most"]),
         )
-        return float(options.get("activation_weight", 0.0)) * own + float(options["memory_weight"]) * others
+        return float(options.get("activation_weight", 0.0)) * activation + float(options["memory_weight"]) * others
 
 
 def part_prefix(site: Site) -> str:

@@ -92,10 +92,10 @@ class LocalizedDelta(FlatStack):
         if self._chosen is None:
             made: list[list[tuple[int, int]]] = [[] for _ in self.spec.sites]
             for edit, numbers in enumerate(self.fixed["layers"].tolist()):
-                own = [int(number) for number in numbers if number]
-                if len(set(own)) < len(own) or any(not 1 <= number <= len(made) for number in own):
+                taken = [int(number) for number in numbers if number]
+                if len(set(taken)) < len(taken) or any(not 1 <= number <= len(made) for number in taken):
                     raise ValueError(
-                        f"localized: layers are numbers of different sites, 1 to {len(made)} (got layers={own} "
+                        f"localized: layers are numbers of different sites, 1 to {len(made)} (got layers={taken} "
                         f"of edit {edit})"
                     )
                 for slot, number in enumerate(numbers):
@@ -116,11 +116,11 @@ class LocalizedDelta(FlatStack):
         edits, slots = (torch.tensor(part, device=x.device) for part in zip(*busy, strict=True))
         down, up = (self._pairs(name, edits, slots) for name in ("down", "up"))
         sizes = [offsets[edit + 1] - offsets[edit] for edit, _ in busy]
-        own = torch.tensor([0, *sizes], device=x.device).cumsum(0)
+        bounds = torch.tensor([0, *sizes], device=x.device).cumsum(0)
         if sum(sizes) == x.shape[0]:
-            return low_rank(x, down, up * self.scale, own)
+            return low_rank(x, down, up * self.scale, bounds)
         tokens = torch.cat([torch.arange(offsets[edit], offsets[edit + 1]) for edit, _ in busy]).to(x.device)
-        changed = low_rank(x[tokens], down, up * self.scale, own)
+        changed = low_rank(x[tokens], down, up * self.scale, bounds)
         return x.new_zeros(x.shape[0], self.d_out).index_copy(0, tokens, changed)
 
     def _pairs(self, name: str, edits: Tensor, slots: Tensor) -> Tensor:

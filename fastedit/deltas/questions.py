@@ -29,8 +29,8 @@ def newest(questions: Sequence[Sequence[str]]) -> list[int]:
     Args:
         questions: of each delta, in the order in which they were made.
     """
-    last = {question: number for number, own in enumerate(questions) for question in own if question}
-    return [last.get(own[0], number) if len(own) == 1 else number for number, own in enumerate(questions)]
+    last = {question: number for number, asked in enumerate(questions) for question in asked if question}
+    return [last.get(asked[0], number) if len(asked) == 1 else number for number, asked in enumerate(questions)]
 
 
 def standing(texts: Sequence[Mapping[str, str]], entries: int) -> Tensor:

@@ -109,7 +109,7 @@ class AttachedCalls:
             with self.flight.call() as acts:
                 if not acts:
                     return stock(**given)
-                if holder.asks and id(self) not in _EDIT_IDS.get():
+                if holder.rewrites_prompts and id(self) not in _EDIT_IDS.get():
                     raise ValueError(
                         f"attach: a delta of kind {holder.stacked.spec.kind!r} asks another question, which a stock "
                         "call cannot but in generate, as logits are those of the tokens that are given; use generate, "
@@ -135,7 +135,7 @@ class AttachedCalls:
                 ids = given.get("input_ids", given.get("inputs"))
                 before = _EDIT_IDS.get()
                 chosen = self._chosen(edit_ids, given)
-                asked = self._asked(chosen, given) if holder.asks and not self.calls.goes_on(given) else None
+                asked = self._asked(chosen, given) if holder.rewrites_prompts and not self.calls.goes_on(given) else None
                 if asked is not None:
                     given, ids, chosen = asked.given, asked.given["input_ids"], asked.chosen
                 _EDIT_IDS.set(MappingProxyType({**before, id(self): chosen}))

@@ -130,7 +130,7 @@ class Evaluator:
         reader.read_below(*split_point(self.spec))
         fed = self._before(rows, reader, given, most)
         with installed(self.model, stacked, where) as holder:
-            if holder.asks:
+            if holder.rewrites_prompts:
                 self._ask_anew(holder, rows, fed, max(longest, self.max_new_tokens))
             else:
                 after, answers = self._after(reader, fed.groups, most)
@@ -141,7 +141,7 @@ class Evaluator:
 
     def _ask_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], fed: _Fed, room: int) -> None:
         """Fill in the rows where the edited model is asked another question; it answers the same ones as before."""
-        asked = holder.ask([row.view.query for row in rows])
+        asked = holder.rewrite_prompts([row.view.query for row in rows])
         chosen, where = holder.choice, holder.rows
         moved = [n for n, row in enumerate(rows) if asked[n].prompt != row.view.query.prompt]
         after = fed.by_row()
@@ -193,14 +193,14 @@ class Evaluator:
         for number, row in enumerate(rows):
             row.before, row.broken_before = known[keys[number]], keys[number] in broken
         self._answers.update({key: answer for key, answer in known.items() if key not in broken})
-        own = {
+        reference = {
             number: own_answer_tokens(
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
             )
             for number in range(len(rows))
             if number not in given and _has_text(rows[number].before)
         }
-        return _Fed((given, own), _merged([states, self._feed(reader, last, own)], (given, own)))
+        return _Fed((given, reference), _merged([states, self._feed(reader, last, reference)], (given, reference)))
 
     def _feed(self, reader: Reader, last: Tensor, answers: dict[int, tuple[int, ...]]) -> Tensor:
         """Final hidden states (T, d) that predict the answers' tokens, rows in order; ``last`` (R, d) ends prompts."""
@@ -227,16 +227,18 @@ class Evaluator:
         (chosen, sound), written, coming = self._likeliest(states), {}, {}
         start = 0
         for row in sorted(answers):
-            labels, own = answers[row], chosen[start : start + len(answers[row])]
+            labels, predicted = answers[row], chosen[start : start + len(answers[row])]
             good = all(sound[start : start + len(labels)])
             start += len(labels)
-            same = next((n for n, pair in enumerate(zip(labels, own, strict=True)) if pair[0] != pair[1]), len(labels))
+            same = next(
+                (n for n, pair in enumerate(zip(labels, predicted, strict=True)) if pair[0] != pair[1]), len(labels)
+            )
             # All of it, the end token included, is the whole answer
             written[row] = list(labels[: min(same, len(labels) - 1, most[row])])
             if not good:
                 reader.broken.add(row)
             elif same < len(labels) and len(written[row]) < most[row]:
-                coming[row] = own[same]
+                coming[row] = predicted[same]
         free = [row for row in range(len(last)) if row not in answers]
         for row, token, good in zip(free, *self._likeliest(last[free]), strict=True):
             if good:

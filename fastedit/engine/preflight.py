@@ -174,13 +174,13 @@ class Rows:
         found = EditProblems(edits, name)
         asked = [list(parts(edit)) for edit in edits]
         before = ["" if context is None else context.text(edit) for edit in edits]
-        self._read(itertools.chain(before, *((part.prompt, part.answer or "") for own in asked for part in own)))
+        self._read(itertools.chain(before, *((part.prompt, part.answer or "") for listed in asked for part in listed)))
         longest = max(before, key=self._counts.__getitem__, default="") if shared else ""
-        for number, own in enumerate(asked):
+        for number, listed in enumerate(asked):
             record = _Record(found, number)
             if context is not None and PLACEHOLDER in before[number]:
                 record.add("prompt", f"{context.method}: an edit's text does not hold {PLACEHOLDER!r}", before[number])
-            for part in own:
+            for part in listed:
                 shown = self._looked(record, part)
                 if shown is None or not self._spelled(record, part):
                     continue

@@ -91,8 +91,8 @@ class Run:
             "timing": asdict(self.timing),
             "provenance": dict(self.provenance),
             "edits": [
-                {"id": own, **asdict(outcome), **(asdict(scores) if scores else {})}
-                for own, outcome, scores in zip(ids, self.outcomes, scored, strict=True)
+                {"id": edit_id, **asdict(outcome), **(asdict(scores) if scores else {})}
+                for edit_id, outcome, scores in zip(ids, self.outcomes, scored, strict=True)
             ],
         }
         return plain(data)  # type: ignore[no-any-return]

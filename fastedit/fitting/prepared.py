@@ -92,14 +92,14 @@ def prepare(
     for vs in views:
         numbers = range(first, first + len(vs))
         first += len(vs)
-        own = [logits[number] for number in numbers if number in logits]
+        edit_references = [logits[number] for number in numbers if number in logits]
         role = [torch.full_like(known[number][1], int(flat[number].role)) for number in numbers]
         rows.append(
             EditRows(
                 PackedState.cat([known[number][0] for number in numbers]),
                 torch.cat([known[number][1] for number in numbers]),
                 torch.cat(role),
-                torch.cat(own) if own else None,
+                torch.cat(edit_references) if edit_references else None,
                 tuple(int(flat[number].role) for number in numbers),
             )
         )

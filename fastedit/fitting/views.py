@@ -165,11 +165,11 @@ class ViewSource:
     def _draw(self, part: Callable[[EditRequest], Query | None], index: int, rng: random.Random) -> Query | None:
         """The given locality question of a random record other than the edit itself."""
         edit = self.edits[index]
-        own = _text_locality(edit), _image_locality(edit)
+        asked_already = _text_locality(edit), _image_locality(edit)
 
         def of(chosen: int) -> Query | None:
             query: Query | None = part(self.pool[chosen])
-            fits = query is not None and not (self.own and chosen == index) and query not in own
+            fits = query is not None and not (self.own and chosen == index) and query not in asked_already
             return query if fits and not _asks(query, edit) else None
 
         for _ in range(64):

@@ -107,20 +107,20 @@ class GRACE(Method):
         layer = deep_layer(config.layer, model.n_layers, "grace")
         prefix = f"{layer}.down:"
         found: list[Mapping[str, Tensor]] = []
-        for request, own in zip(requests, rows, strict=True):
-            keys = prompt_keys(model, layer, own.state)
-            edit = own.row_roles.index(int(Role.EDIT))
+        for request, edit_rows in zip(requests, rows, strict=True):
+            keys = prompt_keys(model, layer, edit_rows.state)
+            edit = edit_rows.row_roles.index(int(Role.EDIT))
             distances = torch.linalg.vector_norm((keys - keys[edit]).float(), dim=1)
             # Without a pool: what lies between keys of this length that have nothing in common
             unit = math.sqrt(2) * float(keys[edit].float().norm()) if shared is None else shared
             values = {
                 f"{prefix}key": keys[edit],
-                f"{prefix}radius": _radius(config.epsilon * unit, distances, own.row_roles),
-                f"{prefix}length": torch.tensor([float(own.state.wanted_counts[edit])]),
+                f"{prefix}radius": _radius(config.epsilon * unit, distances, edit_rows.row_roles),
+                f"{prefix}length": torch.tensor([float(edit_rows.state.wanted_counts[edit])]),
                 f"{prefix}label": torch.tensor(mask_key(0, request.target.strip().lower())),
             }
             if config.replace:
-                state = own.state.of_row(edit)
+                state = edit_rows.state.of_row(edit)
                 output = feed_forward_parts(model, layer, state.hidden[state.wanted[: config.values]], "down")[1]
                 values[f"{prefix}value"] = torch.cat(
                     [output, output.new_zeros(config.values - len(output), output.shape[1])]

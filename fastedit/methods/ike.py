@@ -134,8 +134,8 @@ class IKE(Method):
         made = []
         for request, copy, numbers in zip(requests, copies, near, strict=True):
             # The edit's own demonstrations say what is wanted of it, and nothing of how to treat others
-            own = set(demonstrations(request, config))
-            shown = [] if shared is None else [shared.texts[n] for n in numbers if shared.texts[n] not in own]
+            shown_of_edit = set(demonstrations(request, config))
+            shown = [] if shared is None else [shared.texts[n] for n in numbers if shared.texts[n] not in shown_of_edit]
             made.append(ComputedDelta(texts={"template": _template(model, config, request, copy, shown)}))
         return made
 

@@ -111,13 +111,15 @@ class MendNetwork(nn.Module):
         members: dict[str, list[int]] = {}
         for index, site in enumerate(sites):
             members.setdefault(f"{site.d_in}x{site.d_out}", []).append(index)
-        self._place = {index: (shape, n) for shape, own in members.items() for n, index in enumerate(own)}
+        self._place = {
+            index: (shape, n) for shape, sites_of_shape in members.items() for n, index in enumerate(sites_of_shape)
+        }
         self.nets = nn.ModuleDict()
-        for shape, own in members.items():
-            width = sites[own[0]].d_in + sites[own[0]].d_out
+        for shape, sites_of_shape in members.items():
+            width = sites[sites_of_shape[0]].d_in + sites[sites_of_shape[0]].d_out
             rank = min(1920, max(1, width // 4)) if config.rank is None else config.rank
             self.nets[shape] = nn.ModuleList(
-                _Block(width, rank, len(own), generator, signed=block == config.blocks - 1)
+                _Block(width, rank, len(sites_of_shape), generator, signed=block == config.blocks - 1)
                 for block in range(config.blocks)
             )
         #: Factors on the learning rate: the wider a network, the smaller the steps of its weights.
@@ -131,8 +133,8 @@ class MendNetwork(nn.Module):
     def measure(self, gradients: Sequence[Gradients]) -> None:
         """Take the statistics of many edits."""
         for index in range(len(self.sites)):
-            masks = [own.mask[index] for own in gradients]
-            inputs, outputs = [own.x[index] for own in gradients], [own.grad[index] for own in gradients]
+            masks = [each.mask[index] for each in gradients]
+            inputs, outputs = [each.x[index] for each in gradients], [each.grad[index] for each in gradients]
             for scale, parts in ((self.x_scale[index], inputs), (self.grad_scale[index], outputs)):
                 assert isinstance(scale, Scale)
                 scale.measure(torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)]))
@@ -166,12 +168,12 @@ def set_apart(read: Tensor, x: Tensor, ridge: Tensor) -> Tensor:
         ridge: scalar, relative to the mean of r_t·x_t.
     """
     seen = read @ x.transpose(1, 2)
-    own = seen.diagonal(dim1=1, dim2=2)
-    size = own.abs().sum(1) / (own != 0).sum(1).clamp(min=1)
+    diagonal = seen.diagonal(dim1=1, dim2=2)
+    size = diagonal.abs().sum(1) / (diagonal != 0).sum(1).clamp(min=1)
     # Where there is no token the ridge alone keeps the matrix regular
-    damped = seen + torch.diag_embed((ridge * size).clamp(min=1e-12)[:, None].expand_as(own))
+    damped = seen + torch.diag_embed((ridge * size).clamp(min=1e-12)[:, None].expand_as(diagonal))
     solved: Tensor = torch.linalg.solve(damped, read)
-    return (1 + ridge) * own[..., None] * solved
+    return (1 + ridge) * diagonal[..., None] * solved
 
 
 class _Block(nn.Module):

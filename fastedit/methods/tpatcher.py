@@ -91,8 +91,8 @@ class Remembered:
 
     def foreign(self, request: EditRequest) -> Tensor:
         """(M,) bool: those that are not of the edit's own question."""
-        own = (request.prompt, _image(request)) if any(p == request.prompt for p, _ in self.questions) else None
-        keep = torch.tensor([question != own for question in self.questions], dtype=torch.bool)
+        asked = (request.prompt, _image(request)) if any(p == request.prompt for p, _ in self.questions) else None
+        keep = torch.tensor([question != asked for question in self.questions], dtype=torch.bool)
         return keep.to(self.record.device)[self.record]
 
 
@@ -152,12 +152,13 @@ class TPatcher(Method):
         """Keys from the inputs at the tokens that the model gets wrong; one neuron each, the others off."""
         layers = last_layers(config.layers, model.n_layers, "tpatcher")
         readers, downs = model.sites(layers, ["up"]), model.sites(layers, ["down"])
-        inputs, hidden = wanted_inputs(model, PackedState.cat([own.state for own in rows]), readers)
-        predicted = torch.split(model.head(hidden).argmax(-1), [len(own.labels) for own in rows])
+        inputs, hidden = wanted_inputs(model, PackedState.cat([edit_rows.state for edit_rows in rows]), readers)
+        predicted = torch.split(model.head(hidden).argmax(-1), [len(edit_rows.labels) for edit_rows in rows])
         found = []
         first = 0
-        for request, own, guess in zip(requests, rows, predicted, strict=True):
-            wrong = ((guess != own.labels) & (own.role == int(Role.EDIT))).nonzero().flatten()[: config.neurons] + first
+        for request, edit_rows, guess in zip(requests, rows, predicted, strict=True):
+            missed = (guess != edit_rows.labels) & (edit_rows.role == int(Role.EDIT))
+            wrong = missed.nonzero().flatten()[: config.neurons] + first
             first += len(guess)
             values: dict[str, Tensor] = {}
             for reader, down in zip(readers, downs, strict=True):
@@ -199,12 +200,12 @@ def patches(tokens: Tensor, n: int, prefix: str, *, gated: bool) -> dict[str, Te
         gated: whether the neurons are gated; the key is the gate's then.
     """
     m, d = tokens.shape
-    own = tokens.new_zeros(n, d)
-    own[:m] = tokens
-    keys = (own / own.square().sum(1, keepdim=True).clamp(min=1e-12)).T
+    directions = tokens.new_zeros(n, d)
+    directions[:m] = tokens
+    keys = (directions / directions.square().sum(1, keepdim=True).clamp(min=1e-12)).T
     off = tokens.new_ones(n)
     off[:m] = 0.0
-    made = {f"{prefix}tokens": own, f"{prefix}off": off}
+    made = {f"{prefix}tokens": directions, f"{prefix}off": off}
     if not gated:
         return {**made, f"{prefix}keys": keys, f"{prefix}bias": torch.zeros_like(off)}
     # The gate alone decides: what it is multiplied with is 1
@@ -225,11 +226,11 @@ def neuron_options(model: EditableModel, activation: str | None) -> dict[str, An
     """
     config = model.adapter.text.config
     names = ("hidden_act", "hidden_activation", "activation_function")
-    own = next((str(known) for known in (getattr(config, name, None) for name in names) if known), "")
-    if activation is None and own not in KNOWN:
-        known = f"{list(ACTIVATIONS)} (got activation=None on a model with {own!r})"
+    activation_name = next((str(known) for known in (getattr(config, name, None) for name in names) if known), "")
+    if activation is None and activation_name not in KNOWN:
+        known = f"{list(ACTIVATIONS)} (got activation=None on a model with {activation_name!r})"
         raise ValueError(f"neurons: name an activation out of {known}")
-    return {"activation": activation or KNOWN[own], "gate": is_gated(model)}
+    return {"activation": activation or KNOWN[activation_name], "gate": is_gated(model)}
 
 
 def check_places(owner: str, positions: str) -> None:

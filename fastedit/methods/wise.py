@@ -135,8 +135,8 @@ class WISE(Method):
         spec = WISE.spec(model, config)
         prefix, layer = part_prefix(spec), spec.sites[0].layer
         found: list[Mapping[str, Tensor]] = []
-        for request, own in zip(requests, rows, strict=True):
-            state = own.state.of_row(own.row_roles.index(int(Role.EDIT)))
+        for request, edit_rows in zip(requests, rows, strict=True):
+            state = edit_rows.state.of_row(edit_rows.row_roles.index(int(Role.EDIT)))
             spans = TokenSpans.of(Rows(), state.counts, 1, state.live)
             spans.layout = token_layout(state)
             marks = row_marks(spans, 1, state.hidden.device)

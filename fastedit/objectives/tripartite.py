@@ -89,10 +89,10 @@ def _reference(tokens: TokenBatch) -> Tensor:
 def _per_token(tokens: TokenBatch, slot: Tensor, fitted: Tensor, direction: Direction) -> tuple[Tensor, Tensor, Tensor]:
     """Segment means from per-token values, so that every token's own derivative stays visible."""
     count = int(slot.shape[0])
-    own = torch.arange(count, device=slot.device)
-    value, grad = risk(tokens.logits, tokens.labels, torch.where(fitted, own, -1), count, kind="ce")
+    token_numbers = torch.arange(count, device=slot.device)
+    value, grad = risk(tokens.logits, tokens.labels, torch.where(fitted, token_numbers, -1), count, kind="ce")
     if not bool(fitted.all()):
-        kl, kl_grad = risk(tokens.logits[~fitted], _reference(tokens), own[~fitted], count, kind=direction)
+        kl, kl_grad = risk(tokens.logits[~fitted], _reference(tokens), token_numbers[~fitted], count, kind=direction)
         value, grad = value + kl, grad + kl_grad
     slots = tokens.n_edits * len(ROLES)
     weight = 1 / torch.bincount(slot, minlength=slots).clamp(min=1)[slot].to(value.dtype)

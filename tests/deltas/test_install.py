@@ -188,11 +188,11 @@ def test_a_router_decides_on_the_question_as_it_was_put(model: EditableModel, mo
     with installed(model, stack([delta]), Rows()):
         pass
     with installed(model, stack([fact]), Rows()) as holder:
-        changed = holder.ask(asked)
+        changed = holder.rewrite_prompts(asked)
         assert [query.prompt for query in changed] == [f"it is a cat . {asked[0].prompt}", asked[1].prompt]
         found = model.generate(asked, max_new_tokens=6)
         with holder.paused():
-            assert holder.ask(asked) == asked
+            assert holder.rewrite_prompts(asked) == asked
     assert found[1] == model.generate(asked, max_new_tokens=6)[1]
     alone = model.generate([replace(asked[0], prompt=f"it is a cat . {asked[0].prompt}")], max_new_tokens=6)
     assert found[0] != alone[0]

@@ -153,7 +153,7 @@ def texts(model: EditableModel, ids: Tensor) -> list[str]:
 def engine_logits(model: EditableModel, asked: Sequence[Query]) -> Tensor:
     """(R, V) of the next tokens after every question, by the engine's own walk."""
     for holder in model.holders:
-        asked = holder.ask(asked)
+        asked = holder.rewrite_prompts(asked)
     return model.head(Reader(model, model.encode(asked, answers=False), 4).read())
 
 

@@ -66,7 +66,7 @@ def test_a_forward_with_labels_has_the_engines_loss_and_logits(name: str, method
             state = watched(model, state, encoded)
         for holder in model.holders:
             state = packed_prefix(model, state, *holder.point)
-            holder.decide(state)
+            holder.route(state)
         expected = model.head(packed_tail(model, state))
     with fastedit.attached(model, deltas) as hf:
         whole = hf(**given)

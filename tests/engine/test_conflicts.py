@@ -123,7 +123,7 @@ def test_the_text_of_the_later_edit_is_asked(edits: list[EditRequest]) -> None:
     both = [edits[0], replace(edits[0], target="red", id="later")]
     made = run(tiny, both, "serac", mode="sequential", conflicts="last")
     with installed(tiny, stack(list(made.deltas)), Rows()) as holder:
-        (asked,) = holder.ask([Query(edits[0].prompt, edits[0].image)])
+        (asked,) = holder.rewrite_prompts([Query(edits[0].prompt, edits[0].image)])
     assert " red\n" in asked.prompt
 
 
@@ -133,7 +133,7 @@ def decided(model: EditableModel, deltas: list[EditDelta], edits: list[EditReque
 
     with installed(model, stack(deltas), Rows()) as holder:
         encoded = model.encode([Query(edit.prompt, edit.image) for edit in edits], answers=False)
-        holder.decide(packed_prefix(model, packed_start(model, encoded), *holder.point))
+        holder.route(packed_prefix(model, packed_start(model, encoded), *holder.point))
         return holder.choice
 
 

@@ -58,7 +58,7 @@ def plan_rows(
     Args:
         state: R rows. masks: of the R rows; those of all places from the first on, so a row that goes on behind tokens
             that are stored takes the lower part of its own.
-        chosen: (Tq,), int64: the tokens that ask; None is all. counts: how many of each row.
+        chosen: (Tq,), int64: the query tokens; None is all. counts: how many of each row.
         capacity: places of a row in stored keys; None where keys are not stored.
     """
     present = [mask for mask, count in zip(masks, state.counts, strict=True) if count]
@@ -90,7 +90,7 @@ def plan_rows(
 
 
 def _places(state: PackedState, chosen: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
-    """By row, the places of the tokens that ask."""
+    """By row, the indices of the query tokens."""
     device = state.hidden.device
     spans = [torch.arange(start, start + count, device=device) for start, count in zip(state.starts, state.counts)]
     if chosen is None:

@@ -162,15 +162,15 @@ class LDKE(Method):
             positions = [random_layers(len(sites), slots, f"{config.seed}|{_told(request)}") for request in requests]
         else:
             positions = best_layers(_scores(model, config, rows), slots, window=config.window)
-        found = [{"layers": torch.tensor(own, dtype=torch.float32) + 1} for own in positions]
+        found = [{"layers": torch.tensor(chosen_layers, dtype=torch.float32) + 1} for chosen_layers in positions]
         if shared.classifier is not None:
             point = split_point(LDKE.spec(model, config))
             # Walked anew, as rows may be without their images. One by one: the same to the bit whatever the batch
-            for own, request in zip(found, requests, strict=True):
+            for values, request in zip(found, requests, strict=True):
                 tokens = walked(model, point, [Query(request.prompt, request.image)])
                 with torch.no_grad():
                     entity, relation = shared.classifier(tokens)
-                own |= {"entity": entity[0], "relation": relation[0], "image": tokens.centre()[0]}
+                values |= {"entity": entity[0], "relation": relation[0], "image": tokens.centre()[0]}
         return found
 
     @staticmethod

@@ -204,14 +204,14 @@ def best_layers(scores: Tensor, count: int, *, window: bool = False) -> list[tup
     if window:
         starts = scores.unfold(1, count, 1).sum(2).argmax(1).tolist()
         return [tuple(range(start, start + count)) for start in starts]
-    return [tuple(sorted(own)) for own in scores.topk(count, dim=1).indices.tolist()]
+    return [tuple(sorted(layers)) for layers in scores.topk(count, dim=1).indices.tolist()]
 
 
 def voted_layers(scores: Tensor, count: int, *, window: bool = False) -> tuple[int, ...]:
     """One set for all: the candidates that most edits' own sets hold; the higher mean score decides between equals."""
     votes = torch.zeros_like(scores[0])
-    for own in best_layers(scores, count, window=window):
-        votes[list(own)] += 1
+    for layers in best_layers(scores, count, window=window):
+        votes[list(layers)] += 1
     mean = scores.mean(0)
     if window:
         return best_layers((votes + 1e-6 * mean)[None], count, window=True)[0]

@@ -105,14 +105,14 @@ class ClassifierTask:
 
     def _pair_loss(self, by_entity: Tensor, by_relation: Tensor, pairs: Pairs) -> tuple[Tensor, dict[str, float]]:
         device = by_entity.device
-        related, counts, own = (part.to(device) for part in (pairs.related, pairs.counts, pairs.own))
+        related, counts, is_same = (part.to(device) for part in (pairs.related, pairs.counts, pairs.own))
         inside = self.classifier.log_probability(by_entity, by_relation)
         # log(1 - p) has an unbounded slope at p = 1
         outside = torch.log(-torch.expm1(inside.clamp(max=-1e-6)))
-        wanted, hard = counts & related, counts & ~related & own
+        wanted, hard = counts & related, counts & ~related & is_same
         positive = -_mean(inside, wanted)
         negative = -_mean(outside, hard)
-        others = (-outside).masked_fill(~(counts & ~related & ~own), 0.0)
+        others = (-outside).masked_fill(~(counts & ~related & ~is_same), 0.0)
         worst = others.topk(min(HARDEST, others.shape[1]), dim=1).values.mean()
         told = {"related": float(positive.detach()), "same": float(negative.detach()), "other": float(worst.detach())}
         return positive + negative + worst, told
@@ -197,16 +197,16 @@ class ClassifierTask:
         edits: Keys = [(record, self._edit(record)) for record in known]
         asked, stored = self._vectors(keys), self._vectors(edits)
         column = {record: number for number, record in enumerate(known)}
-        own = torch.tensor([column[record] for record, _ in keys], device=asked[0].device)
+        own_column = torch.tensor([column[record] for record, _ in keys], device=asked[0].device)
         every = self.classifier.log_probability(asked[0] @ stored[0].T, asked[1] @ stored[1].T)
-        alone = every.gather(1, own[:, None])[:, 0]
+        alone = every.gather(1, own_column[:, None])[:, 0]
         kinds = [self.questions.of[record][number].kind for record, number in keys]
         found: list[tuple[float, dict[str, float]]] = []
         for probability in THRESHOLDS:
             least = float(torch.tensor(probability).log())
             value, edit = settled(every.clone(), least, asked[2], stored[2]).max(1)
             acts = value >= least
-            found.append((probability, _rates(kinds, alone >= least, acts, acts & (edit == own), len(known))))
+            found.append((probability, _rates(kinds, alone >= least, acts, acts & (edit == own_column), len(known))))
         most = max(rates["score"] for _, rates in found)
         # Of those that are as good, the one with most room on both sides
         best = [each for each in found if each[1]["score"] >= most - PLATEAU]

@@ -57,11 +57,11 @@ class Questions:
         self._relations, self._entities = _Classes(), _Classes()
         for asked in self.of:
             known = {one.kind: one for one in asked}
-            own = known["reliability"]
+            reliability = known["reliability"]
             for kind in ("text_generality", "image_generality"):
                 if kind in known:
-                    self._relations.join(_words(own.prompt), _words(known[kind].prompt))
-                    self._entities.join(_picture(own.image), _picture(known[kind].image))
+                    self._relations.join(_words(reliability.prompt), _words(known[kind].prompt))
+                    self._entities.join(_picture(reliability.image), _picture(known[kind].image))
 
     def relation(self, asked: Asked) -> int:
         """Number of the question, whatever its words."""
@@ -202,12 +202,12 @@ class Pairs:
         chosen = torch.tensor(list(anchors))
         same_relation = relation[chosen, None] == relation
         related = same_relation & (entity[chosen, None] == entity)
-        own = record[chosen, None] == record
-        entailed = own & ((edits[chosen, None] & follows) | (follows[chosen, None] & edits))
+        same_record = record[chosen, None] == record
+        entailed = same_record & ((edits[chosen, None] & follows) | (follows[chosen, None] & edits))
         pictures = (entity[chosen, None] >= 0) & (entity >= 0)
         alike = same_relation & pictures & ~related & (answer[chosen, None] == answer) & (answer >= 0)
         itself = chosen[:, None] == torch.arange(len(keys))
-        return Pairs(related, ~itself & ~entailed & ~alike, own)
+        return Pairs(related, ~itself & ~entailed & ~alike, same_record)
 
 
 class Untimed:

@@ -75,8 +75,8 @@ def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[E
     """
     views = [_edit_view(each) for each in rows]
     state = PackedState.cat([view for view, _ in views])
-    labels = torch.cat([own for _, own in views])
-    edit = token_rows([len(own) for _, own in views], labels.device)
+    labels = torch.cat([labels_of_row for _, labels_of_row in views])
+    edit = token_rows([len(labels_of_row) for _, labels_of_row in views], labels.device)
     seen: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
 
     def keep(index: int) -> Any:
@@ -270,9 +270,9 @@ def restore(network: nn.Module, artifact: Artifact, owner: str) -> None:
     Raises:
         ValueError: its settings were others: names the first tensor that differs.
     """
-    own = network.state_dict()
-    for name in itertools.chain(own, artifact.tensors):
-        here, there = own.get(name), artifact.tensors.get(name)
+    expected = network.state_dict()
+    for name in itertools.chain(expected, artifact.tensors):
+        here, there = expected.get(name), artifact.tensors.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (there, here)]
             raise ValueError(

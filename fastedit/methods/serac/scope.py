@@ -39,9 +39,9 @@ class FeatureStore:
             queries = [[each.view.query for each in self.views.of(index)] for index in missing]
             whole = self._made([query for each in queries for query in each])
             start = 0
-            for index, own in zip(missing, queries, strict=True):
-                made[index] = whole.select(range(start, start + len(own)))
-                start += len(own)
+            for index, queries_of in zip(missing, queries, strict=True):
+                made[index] = whole.select(range(start, start + len(queries_of)))
+                start += len(queries_of)
         found = [self._kept[index] if index in self._kept else made[index] for index in chosen]
         for index, features in made.items():
             if features.n_bytes <= self.room:
@@ -66,8 +66,8 @@ class FeatureStore:
         first = torch.tensor([kind == CHANGED[0] for kind in kinds], device=row.device)
         changed = torch.tensor([kind in CHANGED for kind in kinds], device=row.device)
         edits = points[first]
-        own = (points - edits[row]).square().sum(1)
-        each = scope_loss(own, changed)
+        distance = (points - edits[row]).square().sum(1)
+        each = scope_loss(distance, changed)
         loss = recall * _mean(each, changed & ~first) + _mean(each, ~changed)
         others = squared_distances(points[changed], edits)
         apart = row[changed][:, None] != torch.arange(len(edits), device=row.device)

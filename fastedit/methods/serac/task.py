@@ -88,8 +88,8 @@ class SeracTask:
 
     def parameters(self) -> dict[str, Tensor]:
         """Of the change and of the heads."""
-        own = {PREFIX + name: weight for name, weight in self.stack.weights.items()}
-        return own | {f"scope/{name}": weight for name, weight in self.heads.named_parameters()}
+        weights = {PREFIX + name: weight for name, weight in self.stack.weights.items()}
+        return weights | {f"scope/{name}": weight for name, weight in self.heads.named_parameters()}
 
     def groups(self) -> dict[str, float]:
         """Heads are trained more slowly."""
@@ -223,16 +223,16 @@ class SeracTask:
             else:
                 changed = [rng.choice(changed)]
                 kept = kept if order % KEPT_EVERY == 0 else []
-            own = [_Numbered(number, of_record[number].view) for number in [*changed, *kept]]
+            numbered = [_Numbered(number, of_record[number].view) for number in [*changed, *kept]]
             if self.settings.faithful:
-                own = [each for each in own if each.view.role is not Role.IMAGE_LOCALITY]
+                numbered = [each for each in numbered if each.view.role is not Role.IMAGE_LOCALITY]
             target = record.target
             if rng.random() < self.settings.swap:
                 target = self.records[rng.randrange(self.n_train)].target
-                own = [each.answered(target) for each in own]
-            views += own
-            counts.append(len(own))
-            contexts += [self.settings.cached(record.prompt, target)] * len(own)
+                numbered = [each.answered(target) for each in numbered]
+            views += numbered
+            counts.append(len(numbered))
+            contexts += [self.settings.cached(record.prompt, target)] * len(numbered)
         return views, counts, contexts
 
     def _similarity(
@@ -246,8 +246,8 @@ class SeracTask:
             start += count
         # The edit itself is the first view of its record
         edits = self.heads(ScopeFeatures.cat([part.select([0]) for part in features]))
-        own = edits[token_rows(counts, edits.device)]
-        found = torch.exp(-(self.heads(ScopeFeatures.cat(asked)) - own).square().sum(1))
+        edit_of_token = edits[token_rows(counts, edits.device)]
+        found = torch.exp(-(self.heads(ScopeFeatures.cat(asked)) - edit_of_token).square().sum(1))
         if self.settings.faithful:
             return found
         # What is scaled up is the objective of the counterfactual model, not that of the scope

@@ -240,15 +240,15 @@ def _edit_tokens(
 
     A block that lies before the rows' state, because no delta reaches it, is left out.
     """
-    state = PackedState.cat([own.state for own in rows])
+    state = PackedState.cat([edit_rows.state for edit_rows in rows])
     begins = state.layer + (state.stage == "ffn")
     sites = [s for s in model.sites(layers, ["q", "up"]) if s.name == "up" or s.layer >= begins]
     inputs, _ = wanted_inputs(model, state, sites)
     found = []
     first = 0
-    for own in rows:
-        chosen = (own.role == int(Role.EDIT)).nonzero().flatten() + first
-        first += len(own.labels)
+    for edit_rows in rows:
+        chosen = (edit_rows.role == int(Role.EDIT)).nonzero().flatten() + first
+        first += len(edit_rows.labels)
         found.append({_reader(site): inputs[site][chosen] for site in sites})
     return found
 

@@ -162,8 +162,10 @@ class KnowledgeTask:
             truths.append(
                 0.5 * ((right[held] @ axis > middle).double() + (wrong[held] @ axis < middle).double()).mean()
             )
-            asked, own = (self._encoded(layer, "enc_sem", name, held) for name in ("semantic", "positive"))
-            finds.append(((asked @ own.T).argmax(1) == torch.arange(self.held, device=asked.device)).double().mean())
+            asked, answered = (self._encoded(layer, "enc_sem", name, held) for name in ("semantic", "positive"))
+            finds.append(
+                ((asked @ answered.T).argmax(1) == torch.arange(self.held, device=asked.device)).double().mean()
+            )
         truthful, semantic = float(torch.stack(truths).mean()), float(torch.stack(finds).mean())
         return {"score": 0.5 * (truthful + semantic), "truthful": truthful, "semantic": semantic}
 
@@ -237,8 +239,8 @@ def semantic_loss(asked: Tensor, right: Tensor, wrong: Tensor, temperature: floa
     """Scalar: questions (N, e) find their own two answers among all (UniKE, section 3.4); codes of length 1."""
     scores = torch.cat([asked @ right.T, asked @ wrong.T], 1) / temperature
     n = len(asked)
-    own = torch.stack([scores.diagonal(), scores.diagonal(n)], 1)
-    return (torch.logsumexp(scores, 1) - torch.logsumexp(own, 1)).mean()
+    matching = torch.stack([scores.diagonal(), scores.diagonal(n)], 1)
+    return (torch.logsumexp(scores, 1) - torch.logsumexp(matching, 1)).mean()
 
 
 def same_loss(asked: Tensor, again: Tensor, temperature: float) -> Tensor:

@@ -152,7 +152,7 @@ def test_other_ways_to_choose_layers(model: EditableModel, edits: list[EditReque
         LDKE.setup(model, LDKEConfig(**SMALL, layers="voted", top=1, route=False), Resources())
     assert len(artifact.config["voted"]) == 1
     kept = LDKE.setup(model, LDKEConfig(**SMALL, layers="voted", top=1), Resources(artifact=artifact))
-    assert kept.places == tuple(artifact.config["voted"])
+    assert kept.positions == tuple(artifact.config["voted"])
 
 
 def test_what_is_routed_out_is_untouched_to_the_bit(

@@ -18,7 +18,7 @@ from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.mend import MENDConfig, MendNetwork
-from fastedit.methods.meta.hypernets import Acting, Gradients, Scale, edit_gradients, restore, sketch, written
+from fastedit.methods.meta.hypernets import Acting, Gradients, Scale, edit_gradients, restore, sketch, computed
 from fastedit.objectives import ROLES, Role
 from fastedit.training import Artifact
 from tests.engine.conftest import make_edits
@@ -164,7 +164,7 @@ def test_written_deltas_act_like_the_factors(model: EditableModel, positions: st
     factors = [
         (x.double().transpose(1, 2), -0.1 * g.double()) for x, g in zip(gradients.x, gradients.grad, strict=True)
     ]
-    made = written(spec, factors)
+    made = computed(spec, factors)
     ranks = [each.options["rank"] for each in made]
     assert ranks == [max(int(mask[edit].sum()) for mask in gradients.mask) for edit in range(2)]
     state = type(rows[0].state).cat([own.state for own in rows])
@@ -192,7 +192,7 @@ def test_edits_without_gradient_are_written_as_nothing() -> None:
     model = fastedit.load("random:llava-tiny")
     spec = sites(model)
     zeros = [(torch.zeros(2, site.d_in, 4), torch.zeros(2, 4, site.d_out)) for site in spec.sites]
-    made = written(spec, zeros)
+    made = computed(spec, zeros)
     assert [each.options["rank"] for each in made] == [1, 1]
     assert all(float(tensor.abs().sum()) == 0 for each in made for tensor in each.tensors.values())
 
