@@ -68,7 +68,7 @@ class Reader:
     def read(self) -> Tensor:
         """Walk the prompts from there to the end; return the final hidden states (R, d) of their last tokens.
 
-        On the way those who decide what acts on which prompt are asked.
+        On the way routers choose what acts on which prompt.
         """
         state = self._state
         for holder in sorted(self.model.holders, key=lambda each: each.point):

@@ -135,7 +135,9 @@ class AttachedCalls:
                 ids = given.get("input_ids", given.get("inputs"))
                 before = _EDIT_IDS.get()
                 chosen = self._chosen(edit_ids, given)
-                asked = self._asked(chosen, given) if holder.rewrites_prompts and not self.calls.goes_on(given) else None
+                asked = (
+                    self._asked(chosen, given) if holder.rewrites_prompts and not self.calls.goes_on(given) else None
+                )
                 if asked is not None:
                     given, ids, chosen = asked.given, asked.given["input_ids"], asked.chosen
                 _EDIT_IDS.set(MappingProxyType({**before, id(self): chosen}))

@@ -18,7 +18,7 @@ from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.mend import MENDConfig, MendNetwork
-from fastedit.methods.meta.hypernets import Acting, Gradients, Scale, edit_gradients, restore, sketch, computed
+from fastedit.methods.meta.hypernets import Acting, Gradients, Scale, computed, edit_gradients, restore, sketch
 from fastedit.objectives import ROLES, Role
 from fastedit.training import Artifact
 from tests.engine.conftest import make_edits
