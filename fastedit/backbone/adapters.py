@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from .placement import device_of
 from .stacks import TextStack
 from .states import ImageFeatures, ImageInputs
 from .text import check_text
@@ -182,8 +183,7 @@ def input_place(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
             if not parameter.is_meta:
                 return parameter.device, parameter.dtype
             # Kept elsewhere until its module runs, whose hook says where; or a model without weights
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", parameter.device)
-            offloaded = offloaded or (torch.device(device), parameter.dtype)
+            offloaded = offloaded or (device_of(module), parameter.dtype)
     if offloaded is not None:
         return offloaded
     names = ", ".join(type(module).__name__ for module in modules)

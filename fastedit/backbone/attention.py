@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -31,6 +31,10 @@ class PackedLayout:
     most_keys: int
     window: int | None
 
+    def to(self, device: torch.device) -> PackedLayout:
+        """Return the layout for a kernel on a device."""
+        return replace(self, query_starts=self.query_starts.to(device), key_starts=self.key_starts.to(device))
+
 
 @dataclass(slots=True)
 class AttentionPlan:
@@ -55,6 +59,18 @@ class AttentionPlan:
     mask: Tensor | None
     present: Tensor | None = None
     packed: PackedLayout | None = None
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """Return the plan for queries and keys on a device."""
+        if self.query_slots is None and self.key_slots is None and self.mask is None and self.packed is None:
+            return self
+        moved = {
+            name: part.to(device)
+            for name in ("query_slots", "key_slots", "mask", "present")
+            if (part := getattr(self, name)) is not None
+        }
+        packed = None if self.packed is None else self.packed.to(device)
+        return replace(self, **moved, packed=packed)
 
 
 def plan_attention(
@@ -138,7 +154,7 @@ class ConstantPast:
         """See `Past`."""
         known = self._padded.get((layer, plan.capacity))
         if known is None:
-            known = self._laid_out(layer, plan)
+            known = self._laid_out(layer, plan, key.device)
             self._padded[layer, plan.capacity] = known
         if plan.key_slots is None:
             raise ValueError("ConstantPast: a plan with places for keys is needed (got key_slots=None)")
@@ -148,9 +164,9 @@ class ConstantPast:
             known[1].index_copy(0, plan.key_slots, value).view(shape),
         )
 
-    def _laid_out(self, layer: int, plan: AttentionPlan) -> KeyValue:
+    def _laid_out(self, layer: int, plan: AttentionPlan, device: torch.device) -> KeyValue:
         starts = self._state.starts
-        key, value = self._state.constant[layer]
+        key, value = (part.to(device) for part in self._state.constant[layer])
         row = token_rows(starts, key.device)
         slots = row * plan.capacity + torch.arange(len(row), device=key.device) - first_tokens(starts, key.device)[row]
         empty = key.new_zeros(plan.rows * plan.capacity, *key.shape[1:])

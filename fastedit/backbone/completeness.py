@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .headers import StoredTensor
+from .placement import is_kept
 
 #: Types of weights that are no codes.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -56,7 +57,9 @@ def check_weights(hf: Any, checkpoint: Checkpoint, tensors: Mapping[str, StoredT
 
 def check_loaded(hf: Any, checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     """The same of a model that the library has loaded, by its own account; unexpected weights are told as a warning."""
-    missing = set(info.get("missing_keys", ())) | {name for name, part in hf.named_parameters() if part.is_meta}
+    missing = set(info.get("missing_keys", ())) | {
+        name for name, part in hf.named_parameters() if part.is_meta and not is_kept(hf, name)
+    }
     mismatched = [(name, tuple(got), tuple(wanted)) for name, got, wanted in info.get("mismatched_keys", ())]
     unexpected = set(info.get("unexpected_keys", ()))
     refuse(hf, checkpoint, missing, mismatched, unexpected)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from .placement import is_offloaded
 
 P = ParamSpec("P")
 Returned = TypeVar("Returned")
@@ -203,7 +205,10 @@ class Frozen:
     def __init__(self, module: nn.Module) -> None:
         self._module, self._users, self._lock = module, 0, threading.RLock()
         self._training: list[nn.Module] = []
-        self._parameters: list[nn.Parameter] = []
+        #: By owner and name: those whose weights are read for one call only are exchanged at every call.
+        self._parameters: list[tuple[nn.Module, str]] = []
+        # Hooks that bring a weight for one call and take it away again serve one thread at a time
+        self._one_by_one: AbstractContextManager[Any] = threading.RLock() if is_offloaded(module) else nullcontext()
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -212,10 +217,16 @@ class Frozen:
             self._users += 1
             if self._users == 1:
                 self._training = [module for module in self._module.modules() if module.training]
-                self._parameters = [part for part in self._module.parameters() if part.requires_grad]
+                self._parameters = [
+                    (module, name)
+                    for module in self._module.modules()
+                    for name, part in module._parameters.items()
+                    if part is not None and part.requires_grad
+                ]
                 self._set(False)
         try:
-            yield
+            with self._one_by_one:
+                yield
         finally:
             with self._lock:
                 self._users -= 1
@@ -227,8 +238,8 @@ class Frozen:
         for module in self._training:
             # Not train(), which a module may do more in, and which reaches its children
             module.training = changed
-        for part in self._parameters:
-            part.requires_grad_(changed)
+        for module, name in self._parameters:
+            getattr(module, name).requires_grad_(changed)
 
 
 def on_frozen_model(function: Callable[P, Returned]) -> Callable[P, Returned]:

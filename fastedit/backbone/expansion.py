@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cpu_linear import frozen_product
+from .placement import calls_its_class
 from .quantization import library
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def expanded_layers(model: EditableModel, first_layer: int) -> Iterator[int]:
     try:
         for layer in list(model.adapter.text.layers)[first_layer:]:
             for module in layer.modules():
-                if isinstance(module, library().nn.Linear4bit):
+                if isinstance(module, library().nn.Linear4bit) and calls_its_class(module):
                     total += _expand(module, model)
                     used.append(module)
         yield total

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .placement import host_weights, stored_weights
+
 #: Bytes of a weight that are on the host at a time.
 PART = 64 << 20
 #: Configuration entries that say where or how a model was loaded or saved, not what it computes; the type of weights is
@@ -23,9 +25,7 @@ _VOLATILE = (
 def weights_hash(module: nn.Module) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of a state dict. Equal means bit-identical."""
     digest = hashlib.sha256()
-    state = module.state_dict()
-    for name in sorted(state):
-        value = state[name]
+    for name, value in stored_weights(module):
         digest.update(name.encode())
         if not isinstance(value, Tensor):
             digest.update(repr(value).encode())
@@ -60,9 +60,16 @@ def architecture_fingerprint(hf: nn.Module) -> str:
 
 
 def weights_version(hf: nn.Module) -> tuple[int, int]:
-    """Return what changes with every in-place change of a parameter, and with every exchange of one."""
-    parts = list(hf.parameters())
-    return sum(part._version for part in parts if not part.is_inference()), hash(tuple(map(id, parts)))
+    """Return what changes with every in-place change of a parameter, and with every exchange of one.
+
+    A parameter that is kept elsewhere until its module runs is exchanged at every call, and does not count; what is
+    kept of it in host memory does.
+    """
+    every = list(hf.parameters())
+    parts = [part for part in every if not part.is_meta]
+    kept = host_weights(hf) if len(parts) < len(every) else []
+    version = sum(part._version for part in (*parts, *kept) if not part.is_inference())
+    return version, hash(tuple(map(id, parts)))
 
 
 def _bytes(value: Tensor) -> Iterator[Any]:

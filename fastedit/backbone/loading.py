@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,12 +16,23 @@ from .adapters import input_place, make_adapter
 from .checkpoint import reading
 from .completeness import check_loaded
 from .cpu_linear import LINEAR, choose_linear, use_onednn
+from .device_map import DeviceMap, checked_map, offloading
 from .generic.kinds import auto_class
 from .model import EditableModel
 from .opening import RANDOM_PREFIX, open_model, resolve_name
+from .placement import look_up_late
 from .prompts import check_template
 from .quantization import QUANTIZATIONS, Quantizer
-from .settings import ATTENTIONS, AUTO_DTYPE, DTYPES, check_choice, check_dtype, checked_device, default_device
+from .settings import (
+    ATTENTIONS,
+    AUTO_DTYPE,
+    DTYPES,
+    check_choice,
+    check_dtype,
+    checked_device,
+    default_device,
+    settled_dtype,
+)
 from .synthetic.models import make_random
 from .synthetic.shapes import SHAPES
 
@@ -34,6 +45,9 @@ def load(
     quantize: str = "none",
     dtype: str | None = AUTO_DTYPE,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     attention: str | None = None,
     template: str | None = None,
     keep: Sequence[int | str] = (),
@@ -50,8 +64,14 @@ def load(
         quantize: "none", "nf4" or "int8" (bitsandbytes) for the decoder's linear maps; head, vision side and
             projector are left as they are. A checkpoint that is already quantized keeps its own.
         dtype: "float32", "bfloat16", "float16", "float64", or None for what the checkpoint was stored in. "auto" is
-            float32, save that a checkpoint that is already quantized keeps what it was stored in.
+            float32 on a CPU, and elsewhere what the checkpoint was stored in, as it is where that is already quantized.
         device: None is the first GPU where there is one, else the CPU.
+        device_map: for a model that does not fit one device (needs accelerate): "auto" fills the GPUs, then host
+            memory, then the disk; or devices, "cpu" or "disk" by module path, "" for the rest. Layers run where they
+            are; those in host memory beside a GPU, or on disk, are brought to a device for each call.
+        max_memory: bytes or "10GiB" by a GPU's number and "cpu", which "auto" may fill; None is what is free.
+        offload_folder: for weights on disk that are in the checkpoint in another form (experts): written there, and
+            removed with the model. Other weights on disk are read from the checkpoint's own files.
         attention: attention implementation of transformers; None is its default.
         template: prompt text around the question, "Question: {} Short answer:"; None is the processor's chat template
             where it has one, else the bare question.
@@ -75,7 +95,9 @@ def load(
     for field, budget in (("image_cache_mib", image_cache_mib), ("state_cache_mib", state_cache_mib)):
         if budget < 0:
             raise ValueError(f"load: {field} must not be negative (got {field}={budget})")
-    place = checked_device(device)
+    spread = checked_map(device_map, device, max_memory, offload_folder, name)
+    place = checked_device(device) if spread is None else spread.device
+    dtype = settled_dtype(dtype, place)
     named = DTYPES.get(dtype or AUTO_DTYPE, torch.float32)
     choose_linear(linear, named, place)
     # Parameters made in inference mode could never be part of a graph
@@ -83,7 +105,8 @@ def load(
         if name.startswith(RANDOM_PREFIX):
             hf, processor, quantizer = _make_random(name, quantize, named, place, attention, keep, seed)
         else:
-            hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, place, attention, keep, template)
+            target = place if spread is None else spread
+            hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, target, attention, keep, template)
         return _editable(hf, processor, quantizer, name, template, place, linear, image_cache_mib, state_cache_mib)
 
 
@@ -142,7 +165,7 @@ def _load_checkpoint(
     name: str,
     quantize: str,
     dtype: str | None,
-    place: torch.device,
+    place: torch.device | DeviceMap,
     attention: str | None,
     keep: Sequence[int | str],
     template: str | None,
@@ -155,10 +178,15 @@ def _load_checkpoint(
         options["attn_implementation"] = attention
     if quantizer.active and not quantizer.is_stored:
         options["quantization_config"] = quantizer.config(opened.hf)
-    if quantizer.active or place.type != "cpu":
+    spread = place.settled(opened.hf, quantized=quantizer.active) if isinstance(place, DeviceMap) else None
+    if isinstance(place, torch.device) and (quantizer.active or place.type != "cpu"):
         # Straight to the device; needs accelerate, which a plain model on the CPU does not.
         options["device_map"] = {"": place}
-    with reading(f"the weights of {name!r} must be readable"), _quiet() if checkpoint.local else nullcontext():
+    with (
+        reading(f"the weights of {name!r} must be readable"),
+        _quiet() if checkpoint.local else nullcontext(),
+        offloading(spread) as (folder, owner),
+    ):
         hf, info = auto_class(opened.config).from_pretrained(
             checkpoint.source,
             local_files_only=checkpoint.local,
@@ -166,8 +194,11 @@ def _load_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             **options,
+            **({} if spread is None else spread.options(folder)),
         )
+        owner.append(hf)
     check_loaded(hf, checkpoint, info)
+    look_up_late(hf)
     if quantizer.is_stored:
         quantizer.check(hf)
         quantizer.settle(hf, opened.stored)

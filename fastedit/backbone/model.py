@@ -20,6 +20,7 @@ from .fingerprint import architecture_fingerprint, model_fingerprint, weights_ve
 from .generation import greedy
 from .generic.adapter import walkable
 from .images import ImageReader
+from .placement import device_of, layer_devices
 from .prompts import PromptBuilder
 from .several import Several
 from .states import Encoded, ImageFeatures, Site
@@ -99,6 +100,7 @@ class EditableModel:
         self._lock = threading.RLock()
         paths = {id(module): path for path, module in self.hf.named_modules()}
         self._layer_paths = [paths[id(layer)] for layer in adapter.text.layers]
+        self.layer_devices = layer_devices(adapter.text.layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableModel:
         """A model with weights of its own and empty caches."""
@@ -153,8 +155,8 @@ class EditableModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder is."""
-        return next(self.adapter.text.layers[0].parameters()).device
+        """Where the decoder ends: what is handed around is there, and layers elsewhere get it brought."""
+        return device_of(self.adapter.text.layers[-1])
 
     @property
     def stored_per_token(self) -> int:
@@ -250,7 +252,7 @@ class EditableModel:
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of final hidden states (..., d)."""
         logits: Tensor = self.adapter.head(hidden)
-        return logits
+        return logits.to(hidden.device)
 
     @on_frozen_model
     @outside_inference_mode

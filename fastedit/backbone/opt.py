@@ -45,13 +45,13 @@ class LearnedPositionStack:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings."""
         embeddings: Tensor = self.root.embed_tokens(input_ids)
-        return embeddings
+        return embeddings.to(input_ids.device)
 
     def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Return the sum of word and position embeddings."""
         # With explicit positions the table ignores its mask argument.
         places: Tensor = self.root.embed_positions(None, 0, position_ids=position_ids[:, 0])
-        return embeddings + places
+        return embeddings + places.to(embeddings.device)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return None: positions entered with the embeddings."""
@@ -85,8 +85,8 @@ class LearnedPositionStack:
         """Return the residual stream after the feed-forward block, through its own submodules."""
         layer: Any = self.layers[index]
         normed = layer.final_layer_norm(hidden) if layer.do_layer_norm_before else hidden
-        output: Tensor = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
-        return output if layer.do_layer_norm_before else layer.final_layer_norm(output)
+        output: Tensor = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed))).to(hidden.device)
+        return output if layer.do_layer_norm_before else layer.final_layer_norm(output).to(hidden.device)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Return the normed hidden states; the variant with norms after each block has no final one."""

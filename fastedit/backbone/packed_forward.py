@@ -25,6 +25,18 @@ class Attention:
     def __init__(self, model: EditableModel, state: PackedState, past: Past | None, queries: Tensor | None) -> None:
         self.queries, self.rotary = queries, state.rotary
         self._model, self._state, self._past = model, state, past
+        self._elsewhere: dict[torch.device, Attention] = {}
+
+    def on(self, device: torch.device) -> Attention:
+        """The same for a layer on a device."""
+        if device == self._state.hidden.device:
+            return self
+        if device not in self._elsewhere:
+            moved = Attention(self._model, self._state, self._past, self.queries)
+            moved.queries = None if self.queries is None else self.queries.to(device)
+            moved.rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
     def at_queries(self, values: Tensor) -> Tensor:
         """Values (T, ...) of the query tokens, (Tq, ...)."""
@@ -40,6 +52,9 @@ class Attention:
             (window, capacity, self.queries is None),
             lambda: plan_attention(state, self.queries, counts, window=window, capacity=capacity),
         )
+        if query.device != state.hidden.device:
+            key_there = (window, capacity, self.queries is None, query.device)
+            plan = state.remembered(key_there, lambda: plan.to(query.device))
         varlen = varlen_function(str(text.config._attn_implementation), query.device)
         return attend(layer, query, key, value, plan, scale=scale, past=self._past, varlen=varlen)
 
@@ -99,7 +114,6 @@ def packed_prefix(
     traced = generic(model.adapter)
     if traced is not None:
         return traced.walker.prefix(state, layer, stage, past)
-    text = model.adapter.text
     hidden, first = state.hidden, state.layer
     attention = Attention(model, state, past, None)
     with running(state):
@@ -107,10 +121,11 @@ def packed_prefix(
             hidden = _fed(model, first, hidden, state.deep)
             first += 1
         for index in range(first, layer):
-            hidden = text.attend_packed(index, hidden, attention)
+            hidden = _attended(model, index, hidden, attention)
             hidden = _fed(model, index, hidden, state.deep)
         if stage == "ffn":
-            hidden = text.attend_packed(layer, hidden, attention)
+            hidden = _attended(model, layer, hidden, attention)
+    hidden = hidden.to(state.hidden.device)
     deep = {index: part for index, part in state.deep.items() if index >= layer}
     found = replace(state, hidden=hidden, layer=layer, stage=stage, deep=deep)
     if stage == "ffn" and layer == model.n_layers - 1:
@@ -128,7 +143,7 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
     traced = generic(model.adapter)
     if traced is not None:
         return traced.walker.tail(state, past)
-    text, last = model.adapter.text, model.n_layers - 1
+    last = model.n_layers - 1
     if past is None and any(state.starts) and state.constant:
         past = state.remembered("constant", lambda: ConstantPast(state))
     if state.stage == VISION:
@@ -142,9 +157,9 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
             hidden = _fed(model, first, hidden, state.deep)
             first += 1
         for index in range(first, last):
-            hidden = _fed(model, index, text.attend_packed(index, hidden, whole), state.deep)
+            hidden = _fed(model, index, _attended(model, index, hidden, whole), state.deep)
         asked = None if len(state.wanted) == hidden.shape[0] else state.wanted
-        hidden = text.attend_packed(last, hidden, Attention(model, state, past, asked))
+        hidden = _attended(model, last, hidden, Attention(model, state, past, asked))
         return _finished(model, hidden, state)
 
 
@@ -168,13 +183,13 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
     before = replace(state, wanted=none, wanted_counts=(0,) * len(state)).only(~state.live)
     collected = _Collected()
     attention = Attention(model, before, collected, None)
-    text, hidden, first = model.adapter.text, before.hidden, before.layer
+    hidden, first = before.hidden, before.layer
     with running(before):
         if before.stage == "ffn":
             hidden = _fed(model, first, hidden, before.deep)
             first += 1
         for index in range(first, model.n_layers):
-            hidden = _fed(model, index, text.attend_packed(index, hidden, attention), before.deep)
+            hidden = _fed(model, index, _attended(model, index, hidden, attention), before.deep)
     return replace(after, starts=before.counts, constant=collected.found)
 
 
@@ -207,10 +222,20 @@ def _taken(values: Tensor, state: PackedState) -> Tensor:
     return values if len(state.wanted) == values.shape[0] else values[state.wanted]
 
 
+def _attended(model: EditableModel, index: int, hidden: Tensor, attention: Attention) -> Tensor:
+    """The residual stream (Tq, d) after the attention block of a layer, on the device of that."""
+    if model.layer_devices is not None:
+        device = model.layer_devices[index]
+        hidden, attention = hidden.to(device), attention.on(device)
+    return model.adapter.text.attend_packed(index, hidden, attention)
+
+
 def _fed(model: EditableModel, index: int, hidden: Tensor, deep: dict[int, Tensor]) -> Tensor:
     """The residual stream (T, d) after a feed-forward block and what is added behind it."""
+    if model.layer_devices is not None:
+        hidden = hidden.to(model.layer_devices[index])
     hidden = model.adapter.text.feed_forward(index, hidden[None])[0]
-    return hidden + deep[index] if index in deep else hidden
+    return hidden + deep[index].to(hidden.device) if index in deep else hidden
 
 
 def _finished(model: EditableModel, hidden: Tensor, state: PackedState) -> Tensor:
@@ -219,4 +244,4 @@ def _finished(model: EditableModel, hidden: Tensor, state: PackedState) -> Tenso
     hidden = text.feed_forward(last, hidden[None])
     if last in state.deep:
         hidden = hidden + _taken(state.deep[last], state)[None]
-    return text.finish(hidden)[0]
+    return text.finish(hidden)[0].to(state.hidden.device)

@@ -37,4 +37,4 @@ def feed_forward_parts(model: EditableModel, layer: int, hidden: Tensor, name: s
 
     with scoped_hooks({model.module(site): keep}):
         model.adapter.text.feed_forward(layer, hidden[None])
-    return seen[0], seen[1]
+    return seen[0].to(hidden.device), seen[1].to(hidden.device)

@@ -48,7 +48,7 @@ class RotaryStack:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings."""
         embeddings: Tensor = self.root.embed_tokens(input_ids)
-        return embeddings
+        return embeddings.to(input_ids.device)
 
     def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Return the embeddings: positions enter in the attention."""
@@ -58,8 +58,8 @@ class RotaryStack:
         """Return cosine and sine tables (R, N, d_head)."""
         axes = position_ids.shape[1]
         places = position_ids[:, 0] if axes == 1 else position_ids.transpose(0, 1)
-        tables: tuple[Tensor, Tensor] = self.root.rotary_emb(hidden, places)
-        return tables
+        cosine, sine = self.root.rotary_emb(hidden, places)
+        return cosine.to(hidden.device), sine.to(hidden.device)
 
     def attend_packed(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
         """Return the residual stream (Tq, d) of the query tokens, after attention over packed tokens (T, d)."""
@@ -86,7 +86,7 @@ class RotaryStack:
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor:
         """Return the residual stream after the stock feed-forward module."""
         layer: Any = self.layers[index]
-        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden)).to(hidden.device)
         return output
 
     def finish(self, hidden: Tensor) -> Tensor:

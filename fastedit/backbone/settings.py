@@ -14,7 +14,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-#: float32, save that a checkpoint that is quantized already keeps the type it was stored in.
+#: float32 on a CPU; elsewhere, and where a checkpoint is quantized already, the type that it was stored in.
 AUTO_DTYPE = "auto"
 ATTENTIONS: tuple[str, ...] = (
     "sdpa",
@@ -40,6 +40,11 @@ def check_dtype(dtype: object) -> None:
     """Refuse what is no name of a type."""
     if dtype is not None:
         check_choice("dtype", dtype, (*DTYPES, AUTO_DTYPE))
+
+
+def settled_dtype(dtype: str | None, device: torch.device) -> str | None:
+    """Return the name of the type that "auto" is on a device: None, what the checkpoint was stored in, on a GPU."""
+    return None if dtype == AUTO_DTYPE and device.type not in ("cpu", "meta") else dtype
 
 
 def default_device() -> torch.device:

@@ -234,7 +234,9 @@ class StockCalls:
             if adapter.video_token_id >= 0:
                 marks |= ids == adapter.video_token_id
             image = marks if bool(marks.any()) else None
-        return Prompts(inside, last, image, real)
+        home = self.model.device
+        marks = None if image is None else image.to(home)
+        return Prompts(inside.to(home), last.to(home), marks, real.to(home))
 
     @contextmanager
     def _deciding(self, holder: Any, prompts: Prompts, *, ends: bool = False) -> Iterator[None]:

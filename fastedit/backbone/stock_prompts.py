@@ -39,7 +39,7 @@ class Prompts:
 
     def state(self, hidden: Tensor, layer: int, stage: str) -> PackedState:
         """The prompts alone, packed, of the padded residual stream (R * N, d)."""
-        kept = self.inside.flatten()
+        kept, hidden = self.inside.flatten(), hidden.to(self.inside.device)
         counts = tuple(self.inside.sum(1).tolist())
         ends = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
         image = None if self.image is None else self.image.flatten()[kept]

@@ -97,8 +97,8 @@ def renewed(model: EditableModel, state: PackedState) -> PackedState:
     if tokens.shape[0] != len(places):
         got = f"features={tokens.shape[0]}, tokens={len(places)}"
         raise ValueError(f"{model.name}: images have as many features as tokens (got {got})")
-    entering = model.adapter.text.enter(tokens[None].to(state.hidden.dtype), state.position_ids[None, :, places])
-    hidden = state.hidden.index_copy(0, places, entering[0])
+    entering = model.adapter.text.enter(tokens[None].to(state.hidden), state.position_ids[None, :, places])
+    hidden = state.hidden.index_copy(0, places, entering[0].to(state.hidden.device))
     return replace(state, hidden=hidden, stage="attention", seen=())
 
 

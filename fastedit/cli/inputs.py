@@ -10,9 +10,11 @@ from rich.console import Console
 
 import fastedit
 from fastedit.backbone import EditableModel
+from fastedit.backbone.device_map import checked_map
+from fastedit.backbone.placement import places_of
 from fastedit.backbone.prompts import check_template
 from fastedit.backbone.quantization import QUANTIZATIONS
-from fastedit.backbone.settings import check_choice, check_dtype, checked_device
+from fastedit.backbone.settings import AUTO_DTYPE, check_choice, check_dtype, checked_device, settled_dtype
 from fastedit.backbone.synthetic.skeleton import skeleton
 from fastedit.cli.plan import announce
 from fastedit.data import EMBEDDED, RecordErrors
@@ -23,6 +25,9 @@ from fastedit.methods import resolve
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact, require_artifact
+
+#: Arguments of ``fastedit.load`` that say where weights go.
+_PLACING = ("device", "device_map", "offload_folder")
 
 
 def read_records(
@@ -84,21 +89,27 @@ def check_artifact(method: str, settings: Mapping[str, Any], artifact: Path | No
         raise FileNotFoundError(f"--artifact: a file that exists, of fastedit train (got {str(artifact)!r})")
 
 
-def check_loading(**loading: str | None) -> dict[str, Any]:
-    """Arguments of ``fastedit.load`` that were given, refused where they cannot be.
+def check_loading(
+    dtype: str | None,
+    quantize: str,
+    device: str | None,
+    template: str | None,
+    device_map: str | None = None,
+    offload_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Arguments of ``fastedit.load`` that were given, refused where they cannot be; None is its own default.
 
-    Args:
-        loading: dtype, quantize, device and template; None for its own default.
     Raises:
-        ValueError: see ``fastedit.load``.
+        ValueError, ImportError: see ``fastedit.load``.
     """
-    given = {name: value for name, value in loading.items() if value is not None}
-    check_choice("quantize", given["quantize"], QUANTIZATIONS)
-    if "dtype" in given:
-        check_dtype(given["dtype"])
-    checked_device(given.get("device"))
-    check_template(given.get("template"))
-    return given
+    check_choice("quantize", quantize, QUANTIZATIONS)
+    check_dtype(dtype)
+    spread = checked_map(device_map, device, None, offload_folder, "")
+    place = checked_device(device) if spread is None else spread.device
+    check_template(template)
+    optional = {"device": device, "template": template, "device_map": device_map, "offload_folder": offload_folder}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return {"dtype": settled_dtype(dtype or AUTO_DTYPE, place), "quantize": quantize, **given}
 
 
 def check_asked(
@@ -112,11 +123,21 @@ def check_asked(
         RecordErrors: what the model cannot be asked, all of it. ValueError: see ``fastedit.load``.
     """
     with progress(f"checking {len(edits)} records", 0):
-        shaped, _ = skeleton(model, **{name: value for name, value in loading.items() if name != "device"})
+        shaped, _ = skeleton(model, **{name: value for name, value in loading.items() if name not in _PLACING})
         problems = record_problems(shaped, edits, scored=scored)
     if problems:
         raise RecordErrors(problems)
     return shaped
+
+
+def open_model(messages: Console, model: str, loading: Mapping[str, Any]) -> EditableModel:
+    """Load a model and say what was taken where nothing was asked for: its type and its device."""
+    with progress(f"loading {model}", 0):
+        loaded = fastedit.load(model, **loading)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    parts = " and ".join(places_of(loaded.hf))
+    messages.print(f"{model}: {dtype} on {parts}", markup=False, soft_wrap=True)
+    return loaded
 
 
 def load_model(
@@ -139,14 +160,15 @@ def load_model(
         ValueError: records that the model cannot be asked, no room in ``out``, or see ``fastedit.load``.
     """
     shaped = check_asked(model, edits, loading, scored=evaluate)
-    with progress(f"planning for {model}", 0):
-        told = announce(
-            model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate, keep_deltas=keep_deltas
-        )
-    for line in told:
-        messages.print(line, markup=False, soft_wrap=True)
-    with progress(f"loading {model}", 0):
-        loaded = fastedit.load(model, **loading)
+    if "device_map" not in loading:
+        with progress(f"planning for {model}", 0):
+            told = announce(
+                model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate,
+                keep_deltas=keep_deltas,
+            )  # fmt: skip
+        for line in told:
+            messages.print(line, markup=False, soft_wrap=True)
+    loaded = open_model(messages, model, loading)
     loaded.images.take_sizes(shaped.images)
     sizes = [expected_output_bytes(loaded, resolve(n, s), len(edits), evaluate=evaluate) for n, s in methods.items()]
     require_room(out, sum(sizes), "--out")

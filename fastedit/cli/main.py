@@ -17,6 +17,7 @@ from fastedit.cli.options import (
     Conflicts,
     Data,
     Device,
+    DeviceMap,
     Dtype,
     Format,
     Images,
@@ -24,6 +25,7 @@ from fastedit.cli.options import (
     Mode,
     Model,
     Near,
+    OffloadFolder,
     Out,
     Overwrite,
     Pool,
@@ -99,6 +101,8 @@ def edit(
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
@@ -119,12 +123,10 @@ def edit(
     check_options(method=method, **{name: value for name, value in options.items() if name != "deltas_folder"})
     chosen = {method: overrides}
     resolve(method, overrides)
-    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
     check_artifact(method, overrides, artifact)
     require_known(data, pool)
-    edits, learned = read_records(
-        data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing
-    )  # fmt: skip
+    edits, learned = read_records(data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing)
     check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"], score_at=options["score_at"])
     if options["deltas_folder"] is not None:
         # Tried now, claimed by the run itself
@@ -156,13 +158,15 @@ def train(
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
     trainer: TrainerSettings = None,
 ) -> None:
     """Train the part that a method needs before it can edit; saved to a file for edit --artifact."""
-    from fastedit.cli.inputs import check_asked, check_loading
+    from fastedit.cli.inputs import check_asked, check_loading, open_model
     from fastedit.cli.train import train_method, training_settings
     from fastedit.data import EMBEDDED
     from fastedit.engine.output import claim_result
@@ -170,7 +174,7 @@ def train(
 
     overrides = parse_settings(settings)
     chosen = training_settings(method, overrides, trainer, steps)
-    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
     require_known(data, None)
     split = {"split": "train"} if data in EMBEDDED else {}
     with progress(f"reading {data}", 0):
@@ -180,8 +184,7 @@ def train(
     path = Path("runs") / f"{method.replace('+', '-')}.safetensors" if out is None else out
     with claim_result(path, field="--out"):
         shaped = check_asked(model, records, loading)
-        with progress(f"loading {model}", 0):
-            loaded = fastedit.load(model, **loading)
+        loaded = open_model(messages, model, loading)
         loaded.images.take_sizes(shaped.images)
         train_method(console, loaded, method, records, path, resume=resume, trainer=chosen, settings=overrides)
 
@@ -210,6 +213,8 @@ def compare(
     dtype: Dtype = None,
     quantize: Quantize = "none",
     device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
     settings: Settings = None,
@@ -227,11 +232,9 @@ def compare(
     check_options(**options)
     names = parse_names("--methods", methods)
     chosen = settings_per_method(names, overrides)
-    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=template)
+    loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
     require_known(data, pool)
-    edits, learned = read_records(
-        data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing
-    )  # fmt: skip
+    edits, learned = read_records(data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing)
     check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"])
     work = Comparison(edits, learned, chosen, data=data, out=out, artifacts=artifacts or out / "artifacts")
     work.check_artifacts(model)
@@ -264,7 +267,7 @@ def plan(
 
     size, overrides = parse_batch_size(batch_size), parse_settings(settings)
     resolve(method, overrides)
-    loading = check_loading(dtype=dtype, quantize=quantize, device=device, template=None)
+    loading = check_loading(dtype, quantize, device, None)
     edits = None
     if data is not None:
         require_known(data, None)

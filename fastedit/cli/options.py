@@ -30,6 +30,14 @@ TrainedPart = Annotated[Optional[Path], typer.Option("--artifact", help="what fa
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="leave out records whose images are missing")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 ...")]  # noqa: UP045
 Quantize = Annotated[str, typer.Option(help="none, nf4 or int8")]
+DeviceMap = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="auto spreads layers over GPUs, host memory and disk; balanced, sequential: see accelerate"),
+]
+OffloadFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="with --device-map: for weights on disk that no file of the checkpoint has as the model wants"),
+]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...")]  # noqa: UP045
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fastedit.backbone import EditableModel, Site
+from fastedit.backbone.placement import bare, returning
 from fastedit.deltas.base import DeltaSpec, EditDelta
 from fastedit.deltas.company import company
 from fastedit.deltas.key_value import KeyValueDelta, Shapes, neurons, part_prefix, plain_options, side_by_side
@@ -180,7 +181,8 @@ class LayerMemory:
         attention: Any = model.adapter.text.layers[site.layer].self_attn
         self.width, self.scale = int(attention.head_dim), float(attention.scaling)
         # Some rotary decoders norm queries and keys by head
-        self.query_norm, self.key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self.query_norm, self.key_norm = (None if norm is None else returning(norm) for norm in norms)
         if self.raw:
             # The mix of the paper's code, with the usual scale of the scores, which it leaves out
             self.width, self.scale, self.query_norm = site.d_out, site.d_out**-0.5, None
@@ -274,12 +276,6 @@ class LayerMemory:
 def each_of(spec: DeltaSpec) -> int:
     """Return how many of the entries are an edit's: all, but in a sequence."""
     return int(spec.options.get("each", spec.options.get("own", 0)))
-
-
-def bare(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear map of x (T, d_in), (T, d_out), without what is hooked to it or held of it."""
-    made: Tensor = type(module).forward(module, x)
-    return made
 
 
 def encode(x: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -70,6 +70,8 @@ class RowsHolder:
         self.model, self.stacked, self.router = model, stacked, router
         self.key = f"#{next(_NUMBERS)}" if key is None else key
         self.point = split_point(stacked.spec)
+        #: Where the deltas are. A site on another device sends its tokens there: rows of edits stay in one piece.
+        self.device = model.device
         self._initial_rows = rows
         self._of_thread = threading.local()
         #: Whether it is asked about prompts: which edit acts, or what is asked instead.
@@ -190,12 +192,12 @@ class RowsHolder:
         """(R,) int64, the edit of each row; None where any may act."""
         counts = self.rows.counts
         if counts is None:
-            return None if self.stacked.size > 1 else torch.zeros(rows, dtype=torch.long, device=self.model.device)
+            return None if self.stacked.size > 1 else torch.zeros(rows, dtype=torch.long, device=self.device)
         if sum(counts) != rows or len(counts) != self.stacked.size:
             got = f"rows={rows}, edits={self.stacked.size}, map={counts}"
             raise ValueError(f"rows: a map has every row once and a count for every edit (got {got})")
         sizes = torch.tensor(counts)
-        return torch.repeat_interleave(torch.arange(len(counts)), sizes).to(self.model.device)
+        return torch.repeat_interleave(torch.arange(len(counts)), sizes).to(self.device)
 
     def _text(self, edit: int, prompt: str) -> str:
         template = self.stacked.texts[edit].get("template", PLACEHOLDER)
@@ -290,6 +292,7 @@ def _hook(holder: RowsHolder, index: int, key: tuple[int, str] | None) -> Any:
             return output
         source = args[0] if key is None else holder.seen[key]
         x, flat = source.reshape(-1, source.shape[-1]), output.reshape(-1, output.shape[-1])
+        x, flat = x.to(holder.device), flat.to(holder.device)
         spans = holder.spans(x.shape[0])
         if spans is None and (partly or holder.router is not None):
             options = (
@@ -300,14 +303,14 @@ def _hook(holder: RowsHolder, index: int, key: tuple[int, str] | None) -> Any:
                 "tokens are whose (got padded rows)"
             )
         if spans is not None and spans.order is not None:
-            return _on_some(stacked, index, x, flat, spans).view(output.shape)
+            return _on_some(stacked, index, x, flat, spans).view(output.shape).to(output.device)
         change = stacked.delta(index, x, holder.rows if spans is None else spans, flat)
         if partly and spans is not None and spans.live is not None:
             change = change * spans.live[:, None]
         if change.dtype != output.dtype:
             change = change.to(output.dtype)
         # Into the fresh change: the output may be kept for later steps
-        return change.add_(flat).view(output.shape)
+        return change.add_(flat).view(output.shape).to(output.device)
 
     return hook
 

@@ -22,10 +22,11 @@ QUESTIONS = 64
 def captured(model: EditableModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     """Inside the block the newest input (..., d_in) of each site's module is in the yielded table."""
     found: dict[Site, Tensor] = {}
+    device = model.device
 
     def hook_for(site: Site) -> Any:
         def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
-            found[site] = args[0]
+            found[site] = args[0].to(device)
 
         return hook
 

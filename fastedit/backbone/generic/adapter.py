@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..context import Frozen
 from ..packed import PackedState
+from ..placement import device_of
 from ..several import most_images, without_video
 from ..states import Encoded, ImageFeatures, ImageInputs
 from .cross import SEEN
@@ -103,9 +104,8 @@ class GenericAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Where word embeddings are."""
-        device: torch.device = self.hf.get_input_embeddings().weight.device
-        return device
+        """Where word embeddings are looked up."""
+        return device_of(self.hf.get_input_embeddings())
 
     def image_inputs(self, image: Image) -> tuple[dict[str, Tensor], int, tuple[int, ...], str]:
         """Return the tensors of one image, how many image tokens it takes, which stand for it, and their text."""
@@ -241,7 +241,7 @@ class GenericAdapter:
     def inputs(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> dict[str, Any]:
         """Arguments of the stock forward for one row."""
         weight = self.hf.get_input_embeddings().weight
-        row = torch.tensor([list(ids)], device=weight.device)
+        row = torch.tensor([list(ids)], device=self.device)
         marks = row == self.features_id(image)
         inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         if self.token_types:
@@ -253,7 +253,7 @@ class GenericAdapter:
                 kind = weight.dtype if tensor.is_floating_point() else tensor.dtype
                 if name == SEEN:
                     tensor = tensor.to(marks.device) * (marks.cumsum(1) > 0)[:, :, None, None]
-                inputs[name] = tensor.to(weight.device, kind)
+                inputs[name] = tensor.to(row.device, kind)
         return inputs
 
     def image_features(self, images: Sequence[ImageInputs]) -> list[ImageFeatures]:

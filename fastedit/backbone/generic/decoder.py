@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..placement import device_of
 from .attention import put_back, use_packed
 from .context import Forward, Instruments
 from .cross import cross_layers
@@ -108,6 +110,11 @@ class Decoder:
     def returned(self, index: int, hidden: Tensor) -> Any:
         """Hidden states in the form that a layer returns them in."""
         return (hidden,) if self.traces[index].is_tuple else hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Where the last layer is: states of rows are handed around there."""
+        return device_of(self.layers[-1])
 
     @property
     def n_layers(self) -> int:

@@ -50,7 +50,7 @@ def find_head(hf: Any, decoder: Decoder, hidden: Tensor, logits: Tensor) -> nn.M
         raise ValueError(f"load: a model must have a head that gives logits (got {type(hf).__name__})")
     worst = float("inf")
     for head in _heads(linear, hf, decoder.config):
-        gap = float((head(hidden) - logits).abs().max() / logits.abs().max().clamp(min=1e-6))
+        gap = float((head(hidden).to(logits.device) - logits).abs().max() / logits.abs().max().clamp(min=1e-6))
         if gap <= _TOLERANCE.get(logits.dtype, 1e-5):
             return head
         worst = min(worst, gap)

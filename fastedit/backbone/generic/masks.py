@@ -101,7 +101,7 @@ def _places(state: PackedState, chosen: Tensor | None, counts: Sequence[int]) ->
 def _part(mask: RowMask, places: Tensor, keys: int, kind: torch.dtype) -> Tensor:
     """What queries at some places of a row see of its first keys: (queries, keys)."""
     if isinstance(mask, Tensor):
-        part = mask[places, :keys]
+        part = mask.to(places.device)[places, :keys]
     else:
         key = torch.arange(keys, device=places.device)
         part = key <= places[:, None]

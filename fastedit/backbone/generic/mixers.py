@@ -39,7 +39,7 @@ class Padding:
 
     def gather(self, value: Tensor) -> Tensor:
         """(R, N, d) as (1, T, d)."""
-        return value.reshape(-1, value.shape[-1])[self.slots][None]
+        return value.reshape(-1, value.shape[-1])[self.slots.to(value.device)][None]
 
     def _spread(self, value: Tensor) -> Tensor:
         axis = token_axis(value, len(self.slots))
@@ -47,7 +47,7 @@ class Padding:
             return value
         flat = value.movedim(axis, 0)
         rest = flat.shape[1:]
-        wide = flat.new_zeros(self.rows * self.width, *rest).index_copy(0, self.slots, flat)
+        wide = flat.new_zeros(self.rows * self.width, *rest).index_copy(0, self.slots.to(flat.device), flat)
         # The axis of rows, which was 1 and stood before the tokens, is now the second of what is left
         wide = wide.view(self.rows, self.width, *rest).squeeze(axis + 1)
         return wide if axis == 1 else wide.movedim((0, 1), (axis - 1, axis))
@@ -66,7 +66,7 @@ def taken(value: Any, index: Tensor, tokens: int) -> Any:
 
     def take(part: Tensor) -> Tensor:
         axis = token_axis(part, tokens)
-        return part if axis is None else part.index_select(axis, index)
+        return part if axis is None else part.index_select(axis, index.to(part.device))
 
     return map_tensors(value, take)
 

@@ -40,7 +40,7 @@ class TracedStack:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return word embeddings."""
         embeddings: Tensor = self.root.embed_tokens(input_ids)
-        return embeddings
+        return embeddings.to(input_ids.device)
 
     def feed_forward_entry(self, index: int) -> nn.Module:
         """Return the module that reads the residual stream where the feed-forward block begins.
@@ -79,7 +79,7 @@ class TracedStack:
         with self.decoder.instrumented(), walking(_WithoutMixer(index, trace.mixer_length)):
             output = layer(hidden, **dict.fromkeys(needed[1:]))
         first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first
+        return first.to(hidden.device)
 
 
 class _WithoutMixer:

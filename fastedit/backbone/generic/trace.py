@@ -184,7 +184,7 @@ def _gap(
     for inputs in stock_rows:
         with walking(Alone(decoder, layers)):
             alone.append(_run(decoder, inputs)[0])
-    expected = torch.cat(alone)
+    expected = torch.cat(alone).to(decoder.device)
     ends = torch.tensor([row.count for row in rows], device=expected.device).cumsum(0) - 1
     worst = 0.0
     everything = torch.arange(len(expected), device=expected.device)
@@ -196,7 +196,7 @@ def _gap(
         walk = Some(decoder, state, None, entering=None, until=None)
         walk.layers = frozenset(layers)
         with walking(walk):
-            packed = _run(decoder, arguments)[0]
+            packed = _run(decoder, arguments)[0].to(expected.device)
         target = expected[wanted]
         if packed.shape != target.shape:
             return float("inf")
@@ -210,8 +210,7 @@ def _resumes(decoder: Decoder, walker: Walker, rows: Sequence[Row], layers: Sequ
     if len(layers) < decoder.n_layers:
         return True
     counts = [row.count for row in rows]
-    state = walker.state(rows, torch.arange(sum(counts)), counts)
-    state.wanted = state.wanted.to(state.hidden.device)
+    state = walker.state(rows, torch.arange(sum(counts), device=decoder.device), counts)
     whole = walker.tail(state, None)
     scale = whole.abs().max().clamp(min=1e-6)
     for layer in range(decoder.n_layers):

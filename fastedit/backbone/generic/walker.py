@@ -108,7 +108,8 @@ class PackedWalk:
         output = stock(*args, **kwargs) if wanted is None else self._last(stock, args, kwargs)
         changed = seeing if wanted is None else seeing[wanted]
         after = output[0] if isinstance(output, tuple) else output
-        return self.decoder.returned(index, torch.where(changed[:, None], after, passing))
+        marks = changed[:, None].to(after.device)
+        return self.decoder.returned(index, torch.where(marks, after, passing.to(after.device)))
 
     def _last(self, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the last layer's mixer on all tokens, and what follows it on those that are wanted."""
@@ -118,7 +119,7 @@ class PackedWalk:
             try:
                 stock(*args, **kwargs)
             except _Mixed as mixed:
-                self._given = mixed.output[:, self.wanted]
+                self._given = mixed.output[:, self.wanted.to(mixed.output.device)]
             finally:
                 self._catch_mixer = False
         # Hooks that tell tokens by their number see a number that stands for the wanted ones
@@ -159,8 +160,9 @@ class PackedWalk:
         given = args[0] if args else None
         if not self._catch_mixer or self.wanted is None or given is None or given.shape[:2] != (1, self.tokens):
             return stock(*args, **kwargs)
-        output = stock(given[:, self.wanted])
-        return output.new_zeros(1, self.tokens, output.shape[-1]).index_copy(1, self.wanted, output)
+        wanted = self.wanted.to(given.device)
+        output = stock(given[:, wanted])
+        return output.new_zeros(1, self.tokens, output.shape[-1]).index_copy(1, wanted.to(output.device), output)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
@@ -174,14 +176,14 @@ class PackedWalk:
         if key.shape[2] != tokens or query.shape[0] != 1 or options.get("position_bias") is not None:
             got = f"queries={tuple(query.shape)}, keys={tuple(key.shape)}, {type(module).__name__}"
             raise ValueError(f"attention of a decoder must be that of tokens among themselves (got {got})")
-        asked = self.wanted if self._catch_mixer else None
+        asked = self.wanted.to(query.device) if self._catch_mixer and self.wanted is not None else None
         queries = query[0].transpose(0, 1)
         mixed = mix(
             self.index,
             queries if asked is None else queries[asked],
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            self._plan(asked),
+            self._plan(asked, query.device),
             scale=scale,
             past=self.past,
             varlen=varlen_function(implementation_of(self.decoder.config), query.device),
@@ -195,7 +197,7 @@ class PackedWalk:
     def _masks(self, index: int) -> list[RowMask]:
         return [None if row is None else row.masks[row.kinds[index]] for row in self.state.entries]
 
-    def _plan(self, asked: Tensor | None) -> AttentionPlan:
+    def _plan(self, asked: Tensor | None, device: torch.device) -> AttentionPlan:
         state, capacity = self.state, getattr(self.past, "capacity", None)
         key = ("rows", self.index, asked is None, capacity)
         known = state.memory.get(key)
@@ -203,7 +205,8 @@ class PackedWalk:
             masks = self._masks(self.index)
             counts = state.counts if asked is None else state.wanted_counts
             same = ("rows", tuple(map(id, masks)), asked is None, capacity)
-            known = state.remembered(same, lambda: plan_rows(state, masks, asked, counts, capacity))
+            wanted = None if asked is None else self.wanted
+            known = state.remembered(same, lambda: plan_rows(state, masks, wanted, counts, capacity)).to(device)
             state.memory[key] = known
         plan: AttentionPlan = known
         return plan
@@ -239,7 +242,7 @@ class Walker:
         parts = [
             self._embedded(row)[0, a - row.first :] for row, a in zip(rows, starts, strict=True) if row is not None
         ]
-        hidden = torch.cat(parts)
+        hidden = torch.cat(parts).to(wanted.device)
         places = [torch.arange(a, a + n, device=hidden.device) for a, n in zip(starts, counts, strict=True)]
         return PackedState(
             hidden=hidden,
@@ -286,9 +289,9 @@ class Walker:
             try:
                 output = self.decoder.root(**arguments, use_cache=False)
             except _Reached as reached:
-                return reached.hidden
+                return reached.hidden.to(state.hidden.device)
         final: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        return final[0]
+        return final[0].to(state.hidden.device)
 
     def arguments(self, state: PackedState) -> dict[str, Any]:
         """Return the arguments of the decoder's forward for the tokens of a state, less what a walk sets itself."""

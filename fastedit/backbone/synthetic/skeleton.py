@@ -80,12 +80,16 @@ def _random(name: str, quantize: str, dtype: torch.dtype) -> tuple[Any, Any, Qua
     return hf.to("meta"), processor, Quantizer(quantize, SHAPES[shape_name].model_type, (), dtype)
 
 
-def weight_bytes(hf: nn.Module) -> int:
-    """Return the bytes of a loaded model: parameters and buffers, tied ones once, and scales of quantized maps."""
+def weight_bytes(hf: nn.Module, device: torch.device | None = None) -> int:
+    """Return the bytes of a loaded model: parameters and buffers, tied ones once, and scales of quantized maps.
+
+    Args:
+        device: what is elsewhere does not count; None is everywhere.
+    """
     parts = [*hf.parameters(), *hf.buffers()]
     for module in hf.modules():
         parts += _scales(module)
-    return sum(_nbytes(part) for part in parts)
+    return sum(_nbytes(part) for part in parts if device in (None, part.device))
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.backbone.settings import checked_device
+from fastedit.backbone.settings import checked_device, settled_dtype
 from fastedit.backbone.synthetic.skeleton import skeleton, weight_bytes
 from fastedit.engine.memory.footprint import Sizes, delta_parameters, held_parts, phase_parts
 from fastedit.engine.memory.limits import available_bytes, process_bytes
@@ -160,9 +160,10 @@ def plan_memory(
         raise ValueError("plan_memory: at least one edit, or None (got edits=[])")
     place = checked_device(device)
     if isinstance(model, EditableModel):
-        shaped, weights = model, weight_bytes(model.hf)
+        shaped, weights = model, weight_bytes(model.hf, model.device)
         place, image_cache_mib = model.device, model.image_features.budget_bytes >> 20
     else:
+        dtype = settled_dtype(dtype, place)
         shaped, weights = skeleton(model, quantize=quantize, dtype=dtype, image_cache_mib=image_cache_mib)
     run = _run(
         shaped,
@@ -202,7 +203,7 @@ def largest_batch(
         model,
         plan,
         edits,
-        weights=weight_bytes(model.hf),
+        weights=weight_bytes(model.hf, model.device),
         device=model.device,
         evaluate=evaluate,
         tokens_per_row=None,

@@ -76,13 +76,13 @@ def trace(model: EditableModel, sites: Sequence[Site], state: PackedState, label
     group = _groups(state)
     made = []
     for index, grad in enumerate(grads):
-        x, output = (part.reshape(-1, part.shape[-1]) for part in seen[index][:2])
+        x, output, grad = (part.reshape(-1, part.shape[-1]).to(labels.device) for part in (*seen[index][:2], grad))
         whole = x.shape[0] == state.hidden.shape[0]
         made.append(
             Traced(
                 x,
                 output,
-                grad.reshape(-1, grad.shape[-1]),
+                grad,
                 token_rows(state.counts, labels.device) if whole else owner,
                 group if whole else group[state.wanted],
             )

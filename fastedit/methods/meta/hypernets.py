@@ -81,7 +81,7 @@ def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[E
 
     def keep(index: int) -> Any:
         def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).to(labels.device)
             # Weights are frozen: the gradient of an output is that of a zero added to it
             zero = torch.zeros_like(output, requires_grad=True)
             assert model.running is not None
@@ -99,7 +99,7 @@ def edit_gradients(model: EditableModel, sites: Sequence[Site], rows: Sequence[E
         # Edits share no token, so the gradient of the sum is each edit's own
         found = torch.autograd.grad((nll * lengths).sum(), zeros)
     padded = [
-        _without_zeros(seen[index][0], grad.reshape(-1, grad.shape[-1]), seen[index][2])
+        _without_zeros(seen[index][0], grad.reshape(-1, grad.shape[-1]).to(labels.device), seen[index][2])
         for index, grad in enumerate(found)
     ]
     x, grad, mask = zip(*padded, strict=True)
