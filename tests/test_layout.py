@@ -36,6 +36,7 @@ PEERS = {
 # Where the tests of modules are that have no test file of their own; a folder stands for all in it.
 TESTED_IN = {
     "backbone/active": "backbone/test_context",
+    "backbone/families": "backbone/test_adapters",
     "backbone/generic": "backbone/test_architectures",
     "backbone/headers": "backbone/test_completeness",
     "backbone/json_files": "backbone/test_checkpoint",

@@ -1,8 +1,9 @@
 """Backbones: Hugging Face multimodal models behind one interface, split into prefix and tail at any layer."""
 
-from .adapters import FAMILIES, Adapter
+from .adapters import Adapter
 from .constant_cache import Held, held_inputs
 from .expansion import expanded_layers
+from .families import FAMILIES
 from .fingerprint import weights_hash
 from .loading import load
 from .model import EditableModel

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .families import FAMILIES
 from .placement import device_of
 from .stacks import TextStack
 from .states import ImageFeatures, ImageInputs
@@ -83,29 +83,6 @@ class Adapter(Protocol):
         """Return positions (R, A, N) of right-padded rows."""
 
 
-#: Family module and class by the model type in a configuration.
-FAMILIES: dict[str, tuple[str, str]] = {
-    "llava": ("llava", "LlavaAdapter"),
-    "llava_next": ("llava", "LlavaTiledAdapter"),
-    "llava_onevision": ("llava", "LlavaTiledAdapter"),
-    "blip-2": ("blip2", "Blip2Adapter"),
-    "qwen2_vl": ("qwenvl", "QwenVLAdapter"),
-    "qwen2_5_vl": ("qwenvl", "QwenVLAdapter"),
-    "qwen3_vl": ("qwenvl", "QwenVLAdapter"),
-}
-
-#: Parts that stay unquantized, by model type: the head, the vision side and what joins it to the decoder.
-UNQUANTIZED: dict[str, tuple[str, ...]] = {
-    "llava": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
-    "llava_next": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
-    "llava_onevision": ("lm_head", "model.vision_tower", "model.multi_modal_projector"),
-    "blip-2": ("language_model.lm_head", "vision_model", "qformer", "language_projection"),
-    "qwen2_vl": ("lm_head", "model.visual"),
-    "qwen2_5_vl": ("lm_head", "model.visual"),
-    "qwen3_vl": ("lm_head", "model.visual"),
-}
-
-
 def check_configuration(name: str, config: Any) -> None:
     """Refuse a configuration that cannot be edited, before any weight is read.
 
@@ -129,7 +106,7 @@ def make_adapter(hf: Any, processor: Any) -> Adapter:
 
         traced: Any = GenericAdapter(hf, processor)
         return cast(Adapter, traced)
-    adapter: Adapter = _adapter_class(hf.config.model_type)(hf, processor)
+    adapter: Adapter = FAMILIES[hf.config.model_type].adapter_class()(hf, processor)
     return adapter
 
 
@@ -138,16 +115,11 @@ def has_family(config: Any) -> bool:
     if config.model_type not in FAMILIES:
         return False
     try:
-        _adapter_class(config.model_type).check(config)
+        FAMILIES[config.model_type].adapter_class().check(config)
         check_text(config.get_text_config().model_type)
     except ValueError:
         return False
     return True
-
-
-def _adapter_class(model_type: str) -> Any:
-    module_name, class_name = FAMILIES[model_type]
-    return getattr(importlib.import_module(f"{__package__}.{module_name}"), class_name)
 
 
 def sequential_positions(image_mask: Tensor) -> Tensor:

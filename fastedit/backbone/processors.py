@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -10,20 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .families import FAMILIES
 from .json_files import read_object
 
 #: The longest side, and the most pixels, that a processor may bring images to.
 MOST_SIDE, MOST_PIXELS = 1 << 14, 1 << 26
-
-_PLAIN_IMAGE_PROCESSORS = {
-    "llava": ("clip", "CLIPImageProcessorPil"),
-    "llava_next": ("llava_next", "LlavaNextImageProcessorPil"),
-    "llava_onevision": ("llava_onevision", "LlavaOnevisionImageProcessorPil"),
-    "blip-2": ("blip", "BlipImageProcessorPil"),
-    "qwen2_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
-    "qwen2_5_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
-    "qwen3_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
-}
 
 
 class PartsProcessor:
@@ -73,10 +63,13 @@ def load_processor(source: str, model_type: str, *, local_only: bool, sees: bool
     try:
         image_processor = AutoImageProcessor.from_pretrained(source, **options)
     except ImportError:
-        if model_type not in _PLAIN_IMAGE_PROCESSORS:
+        if model_type not in FAMILIES:
             raise
-        image_processor = _plain_image_processor(model_type).from_pretrained(source, local_files_only=local_only)
-    if model_type in _PLAIN_IMAGE_PROCESSORS:
+        # Before transformers 5.23 it insists on torchvision
+        image_processor = (
+            FAMILIES[model_type].image_processor_class().from_pretrained(source, local_files_only=local_only)
+        )
+    if model_type in FAMILIES:
         return PartsProcessor(image_processor, tokenizer, template)
     return _without_video(source, model_type, image_processor, tokenizer, template)
 
@@ -110,13 +103,6 @@ def _without_video(source: str, model_type: str, image_processor: Any, tokenizer
 
 def _any_class(_processor: Any, _name: str, part: Any) -> type:
     return type(part)
-
-
-def _plain_image_processor(model_type: str) -> Any:
-    """Return the Pillow image processor of a family whose AutoImageProcessor insists on torchvision (before 5.23)."""
-    folder, name = _PLAIN_IMAGE_PROCESSORS[model_type]
-    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
-    return getattr(module, name)
 
 
 def _chat_template(source: str) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import COMPUTE_DTYPES, UNQUANTIZED
+from .adapters import COMPUTE_DTYPES
+from .families import FAMILIES
 
 QUANTIZATIONS: tuple[str, ...] = ("none", "nf4", "int8")
 
@@ -52,7 +53,7 @@ class Quantizer:
         self.is_stored = stored_kind is not None
         self.compute = compute
         #: Paths; of a model without a family they are added when its modules are known.
-        self.skipped = list(UNQUANTIZED.get(model_type, ()))
+        self.skipped = list(FAMILIES[model_type].unquantized) if model_type in FAMILIES else []
         self._kept_layers = {entry for entry in keep if isinstance(entry, int)}
         self.skipped += [entry for entry in keep if isinstance(entry, str)]
         if self.active:

@@ -7,20 +7,20 @@ import types
 import pytest
 
 from fastedit.backbone import FAMILIES, SHAPES
-from fastedit.backbone.adapters import UNQUANTIZED, check_configuration
+from fastedit.backbone.adapters import check_configuration
 from fastedit.backbone.text import text_stack
 
 from .conftest import TINY, cached_model
 
 
 def test_every_family_has_a_tiny_model_and_its_unquantized_parts() -> None:
-    assert {SHAPES[name.removeprefix("random:")].model_type for name in TINY} == set(FAMILIES) == set(UNQUANTIZED)
+    assert {SHAPES[name.removeprefix("random:")].model_type for name in TINY} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_unquantized_parts_are_real_modules_outside_of_the_layers(name: str) -> None:
     model = cached_model(name)
-    for path in UNQUANTIZED[model.hf.config.model_type]:
+    for path in FAMILIES[model.hf.config.model_type].unquantized:
         part = model.hf.get_submodule(path)
         assert not set(map(id, part.modules())) & set(map(id, model.adapter.text.layers.modules()))
 
