@@ -230,5 +230,6 @@ def _file_stamp(source: ImageSource) -> Stamp | None:
 
 
 def _inputs_bytes(inputs: ImageInputs) -> int:
-    size = sum(part.numel() * part.element_size() for part in inputs.tensors.values())
-    return size + sum(_inputs_bytes(part) for part in inputs.parts)
+    # Tensors of parts share the memory of those of the whole
+    held = inputs.looked_at
+    return sum(part.numel() * part.element_size() for each in held for part in each.tensors.values())

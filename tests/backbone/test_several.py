@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -167,6 +168,50 @@ def test_questions_that_share_an_image_share_its_features(key: str) -> None:
         assert sum(seen) == 3
     finally:
         del model.adapter.image_features
+
+
+@pytest.mark.parametrize("key", ["gemma3", "internvl", "paligemma", "qwen3_vl_moe", "qwen2_5_vl any"])
+@torch.no_grad()
+def test_lists_that_share_an_image_share_its_features_in_a_stock_model(
+    key: str, count_calls: Callable[[Any], list[int]]
+) -> None:
+    model = editable(key)
+    adapter = generic(model.adapter)
+    assert adapter is not None
+    adapter.features.kept.clear()
+    adapter.features.apart = None
+    owner = adapter.hf.model
+    tower = count_calls(getattr(owner, "vision_tower", None) or owner.visual)
+    rows = [Query("a", [A, B]), Query("b", [B, A]), Query("c", [C, B, A])]
+    packed_start(model, model.encode(rows, answers=False))
+    assert adapter.features.apart
+    # Three images, and the first list once more as a whole, to see that they may be looked at one by one
+    assert len(tower) == 4
+
+
+def test_a_model_that_looks_at_lists_as_a_whole_is_let() -> None:
+    model = editable("gemma3")
+    adapter = generic(model.adapter)
+    assert adapter is not None
+    adapter.features.kept.clear()
+    adapter.features.apart = None
+    projector = adapter.hf.model.multi_modal_projector
+    # What one image becomes depends on those beside it
+    mixing = projector.register_forward_hook(lambda _module, _args, output: output + output.mean(0, keepdim=True))
+    try:
+        rows = [Query("a", [A, B], "x"), Query("b", [B, A], "x")]
+        encoded = model.encode(rows, answers=True)
+        state = packed_start(model, encoded)
+        logits = torch.split(model.head(packed_tail(model, state)), list(state.wanted_counts))
+        assert adapter.features.apart is False
+        for row, query in enumerate(rows):
+            answer = encoded.labels[row][encoded.label_mask[row]].tolist()
+            expected = stock_logits(model, stock_inputs(model, query), answer)
+            assert float((logits[row] - expected).detach().abs().max()) <= 1e-12
+    finally:
+        mixing.remove()
+        adapter.features.kept.clear()
+        adapter.features.apart = None
 
 
 def test_lists_are_told_apart_by_content_and_order(tmp_path: Any) -> None:

@@ -220,7 +220,7 @@ class GenericAdapter:
         return state
 
     def _enter(self, inputs: dict[str, Any], image: ImageInputs | None) -> tuple[Row, dict[str, Any]]:
-        with self._without_deltas(), self.features.looking_at(None if image is None else image.key):
+        with self._without_deltas(), self.features.looking_at(image):
             return enter(self.decoder, self.text_only if image is None else self.hf, inputs)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,34 @@ def video_inputs(
         "", tensors_of(batch), expansion.count(features_id), tuple(expansion), spelled if same else "",
         video=True, kind=kind, features_id=features_id,
     )  # fmt: skip
+
+
+def split_tensors(tensors: Mapping[str, Tensor], counts: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Return the tensors of each image of a list, those that can be told apart.
+
+    The first dimension counts images, or parts of images, as many of each as it has tokens in proportion.
+
+    Args:
+        tensors: of the list. counts: image tokens of each image.
+    """
+    total, alone = sum(counts), [dict[str, Tensor]() for _ in counts]
+    for name, tensor in tensors.items():
+        size = tensor.shape[0] if tensor.dim() else 0
+        if size != len(counts) and any(size * count % max(total, 1) or not size for count in counts):
+            continue
+        sizes = [1] * len(counts) if size == len(counts) else [size * count // total for count in counts]
+        for each, part in zip(alone, torch.split(tensor, sizes), strict=True):
+            each[name] = part
+    return alone
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of what the model is given of an image."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Placeholder:
@@ -192,11 +220,13 @@ class Placeholder:
         """
         batch = processor(text=[(self.text + _WORD) * len(images)], images=[list(images)], return_tensors="pt")
         expansions = self._expansions(batch["input_ids"][0].tolist(), len(images))
+        tensors, counts = tensors_of(batch), [tokens.count(self.token_id) for tokens in expansions]
+        alone = split_tensors(tensors, counts)
         parts = tuple(
-            ImageInputs(key, {}, tokens.count(self.token_id), tuple(tokens), self._spelled(tokens))
-            for key, tokens in zip(keys, expansions, strict=True)
+            ImageInputs(_digest(each) if each else key, each, count, tuple(tokens), self._spelled(tokens))
+            for key, each, count, tokens in zip(keys, alone, counts, expansions, strict=True)
         )
-        return ImageInputs("", tensors_of(batch), sum(part.tokens for part in parts), parts=parts)
+        return ImageInputs("", tensors, sum(counts), parts=parts)
 
     def asked(self, image: ImageInputs, text: str) -> ImageInputs:
         """Return an image as it is looked at with the text of its prompt in mind, where the model does that."""
