@@ -18,7 +18,7 @@ from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mo
 from .encoding import encode_queries
 from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
 from .generation import greedy
-from .generic.adapter import walkable
+from .generic.adapter import generic, walkable
 from .images import ImageReader
 from .placement import device_of, layer_devices
 from .prompts import PromptBuilder
@@ -184,6 +184,9 @@ class EditableModel:
         self.images.clear()
         self.image_features.clear()
         self.tower_outputs.clear()
+        traced = generic(self.adapter)
+        if traced is not None:
+            traced.features.kept.clear()
         self.caches.clear()
         self.reference_answers.clear()
 

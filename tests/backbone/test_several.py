@@ -178,7 +178,8 @@ def test_lists_that_share_an_image_share_its_features_in_a_stock_model(
     model = editable(key)
     adapter = generic(model.adapter)
     assert adapter is not None
-    adapter.features.kept.clear()
+    model.forget()
+    assert not len(adapter.features.kept)
     adapter.features.apart = None
     owner = adapter.hf.model
     tower = count_calls(getattr(owner, "vision_tower", None) or owner.visual)
