@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
@@ -12,6 +13,7 @@ from fastedit.backbone.wrapping import wrap
 from fastedit.deltas import EditDelta, Rows, RowsHolder, accumulate, installed, stack
 from fastedit.engine.apply import checked_deltas, memories, refuse_to_save, require_sequence
 from fastedit.engine.attached_calls import AttachedCalls, InFlight, Select
+from fastedit.training import Artifact, load_artifact, require_artifact
 
 
 class Attachment:
@@ -41,6 +43,7 @@ def attached(
     delta: EditDelta | Sequence[EditDelta],
     processor: Any = None,
     *,
+    artifact: Artifact | str | Path | None = None,
     select: Select | None = None,
     check_model: bool = True,
     check_sequence: bool = True,
@@ -52,21 +55,26 @@ def attached(
     into an empty cache; the choice is kept with the cache for the steps behind it. Rows for which none acts are those
     of the base model, to the bit.
 
+    Deltas that ask another question do so in ``generate``, where prompts are those of the model's own template and come
+    back as they were given; a forward with such deltas is refused. So is generation that does not read a prompt as a
+    whole and its answer token by token (assisted, in chunks).
+
     Args:
         model: a model of transformers or PEFT, or what ``fastedit.load`` and ``fastedit.wrap`` return.
         delta: one edit, or several of one method.
         processor: of a stock model.
+        artifact: trained parts that the deltas do not act without, or their file (``Run.artifact``).
         select: which delta acts on which row of a call, instead of a router; deltas need not be of a sequence then. A
             call may also say so itself: ``model(..., edit_ids=[0, -1])``, ``model.generate(..., edit_ids=[0, -1])``.
         check_model, check_sequence: see ``fastedit.applied``.
     Yields:
         The stock model.
     Raises:
-        TypeError, ValueError: see ``fastedit.applied`` and ``fastedit.wrap``; or deltas that ask another question,
-            which a stock call cannot.
+        TypeError, ValueError: see ``fastedit.applied`` and ``fastedit.wrap``; or trained parts of another model.
     """
     with ExitStack() as block:
-        yield _attach(block, model, delta, processor, select, check_model, check_sequence, everywhere=False)[0]
+        editable = _editable(model, processor, artifact)
+        yield _attach(block, editable, delta, select, check_model, check_sequence, everywhere=False)[0]
 
 
 def attach(
@@ -74,31 +82,43 @@ def attach(
     delta: EditDelta | Sequence[EditDelta],
     processor: Any = None,
     *,
+    artifact: Artifact | str | Path | None = None,
     select: Select | None = None,
     check_model: bool = True,
     check_sequence: bool = True,
 ) -> Attachment:
     """Let edits act in the stock model, in all threads, until ``detach`` of what is returned.
 
+    Calls that are under way in other threads end as they began.
+
     Args and errors: see ``attached``.
     """
     with ExitStack() as block:
-        _, flight = _attach(block, model, delta, processor, select, check_model, check_sequence, everywhere=True)
+        editable = _editable(model, processor, artifact)
+        _, flight = _attach(block, editable, delta, select, check_model, check_sequence, everywhere=True)
         return Attachment(block.pop_all(), flight)
+
+
+def _editable(model: Any, processor: Any, artifact: Artifact | str | Path | None) -> EditableModel:
+    """The editable model around a stock model, with trained parts at its disposal."""
+    editable = model if isinstance(model, EditableModel) else wrap(model, processor)
+    if artifact is not None:
+        given = artifact if isinstance(artifact, Artifact) else load_artifact(artifact)
+        require_artifact(given, given.kind, editable)
+        editable.artifacts[given.id] = given
+    return editable
 
 
 def _attach(
     block: ExitStack,
-    model: Any,
+    editable: EditableModel,
     delta: EditDelta | Sequence[EditDelta],
-    processor: Any,
     select: Select | None,
     check_model: bool,
     check_sequence: bool,
     *,
     everywhere: bool,
 ) -> tuple[Any, InFlight]:
-    editable = model if isinstance(model, EditableModel) else wrap(model, processor)
     deltas = checked_deltas(editable, delta, check_model=check_model)
     routed = "router" in deltas[0].spec.options
     together = memories(deltas, check_sequence) if routed else deltas

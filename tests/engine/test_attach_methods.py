@@ -14,6 +14,7 @@ from tests.engine.stock_calls import (
     NEW,
     engine_logits,
     fitted,
+    inputs,
     load,
     questions,
     stock_answers,
@@ -58,7 +59,10 @@ def test_stock_generation_is_the_engines_own(name: str, method: str) -> None:
     assert stock_answers(model, model.hf, asked) == base
     with fastedit.applied(model, acting):
         expected, logits = model.generate(asked, max_new_tokens=NEW), engine_logits(model, asked)
-    with fastedit.attached(model, acting) as hf:
+    known = [each for each in model.artifacts.values() if each.id == deltas[0].spec.options.get("artifact")]
+    given = {"artifact": known[0]} if known else {}
+    whose = (model,) if name in TRACED else (model.hf, model.processor)
+    with fastedit.attached(whose[0], acting, *whose[1:], **given) as hf:
         assert stock_answers(model, hf, asked) == expected
         if asks:
             with pytest.raises(ValueError, match="asks another question, which a stock call cannot but in generate"):
@@ -105,3 +109,27 @@ def test_positions_and_what_routers_read_are_the_engines_own(name: str, method: 
         assert stock_answers(model, hf, asked) == expected
         torch.testing.assert_close(stock_logits(model, hf, asked), logits, rtol=0, atol=NEAR["float64"])
     assert expected != base, "the case needs a delta that is felt"
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("serac", "ike")])
+@pytest.mark.parametrize("name", ["random:llava-tiny", "random:blip2-tiny", "random:qwen2vl-tiny", "generic:qwen3_5"])
+def test_rows_that_no_edit_acts_on_are_the_base_models_to_the_bit(name: str, method: str) -> None:
+    if method in WITHOUT.get(name, ()):
+        pytest.skip("not a method for this model")
+    model, delta = load(name), fitted(name, method)[0]
+    asked = questions(model)
+    ids = [0, -1, 0, *[-1] * (len(asked) - 3)]
+    before = stock_logits(model, model.hf, asked)
+    options = {"output_scores": True, "return_dict_in_generate": True, "max_new_tokens": NEW, "do_sample": False}
+    given = inputs(model, asked, left=True) | {"eos_token_id": None, "pad_token_id": 0}
+    plain = model.hf.generate(**given, **options)
+    with fastedit.attached(model, delta) as hf:
+        after = stock_logits(model, hf, asked, edit_ids=ids)
+        generated = hf.generate(**given, **options, edit_ids=ids)
+    assert not torch.equal(after[0], before[0])
+    for row, edit in enumerate(ids):
+        if edit < 0:
+            assert torch.equal(after[row], before[row])
+            assert torch.equal(generated.sequences[row], plain.sequences[row])
+            for ours, theirs in zip(generated.scores, plain.scores, strict=True):
+                assert torch.equal(ours[row], theirs[row])
