@@ -173,8 +173,15 @@ def _leading_special_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 def expand_image_token(ids: Sequence[int], image_token_id: int, *counts: int) -> tuple[list[int], list[bool]]:
     """Replace each image token, in order, by so many of them; return tokens and which of them are image tokens."""
-    expanded = replace_token(ids, image_token_id, [[image_token_id] * count for count in counts])
-    return expanded, [token == image_token_id for token in expanded]
+    expanded: list[int] = []
+    marks: list[bool] = []
+    rest = list(ids)
+    for count in counts:
+        place = rest.index(image_token_id)
+        expanded += [*rest[:place], *[image_token_id] * count]
+        marks += [False] * place + [True] * count
+        rest = rest[place + 1 :]
+    return expanded + rest, marks + [False] * len(rest)
 
 
 def replace_token(ids: Sequence[int], token_id: int, expansions: Sequence[Sequence[int]]) -> list[int]:

@@ -29,7 +29,10 @@ class Several:
 
     def refusal(self, visual: VisualSource) -> str:
         """Return why the model does not take an image, a list or a video; "" where it does. Nothing is opened."""
-        most, count = self._adapter.most_images, len(images_of(visual))
+        most = self._adapter.most_images
+        if most != 0 and not isinstance(visual, (list, tuple, Video)):
+            return ""
+        count = len(images_of(visual))
         if most == 0:
             return f"{self._name} is a model of text alone, which takes no images (got {_told(visual)})"
         if isinstance(visual, Video):
