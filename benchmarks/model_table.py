@@ -24,19 +24,26 @@ refused with the number; `model.sites` says by which names the maps of a layer g
 The table is the outcome of `tests/backbone/test_architectures.py`: tiny models of stock classes with random weights,
 in float64, walked by tracing also where there is a family. Rows are ragged, with two shapes of image and with none.
 Logits are those of labels: their largest difference from the stock forward of every row alone, over five points of
-entry. Answers are greedy, beside stock `generate`. An edit is `lora` beside the maps named: it converges, a batch of
-two equals one alone, the base is untouched to the bit. Where keys and values are not stored (layers that are not
-attention, or count positions inside), rows are read again for every token of an answer. Differences above 1e-12 are
-float32 inside of the stock model.
+entry. Answers are greedy, beside stock `generate`. Edits are `lora` and `odedit+lora` beside the maps named, which are
+their own choice: they converge, a batch of two equals one alone (`lora`), the base is untouched to the bit. Where keys
+and values are not stored (layers that are not attention, or count positions inside), rows are read again for every
+token of an answer. Differences above 1e-12 are float32 inside of the stock model.
 
 | model | decoder | logits | answers | edits beside | keys and values |
 |---|---|---|---|---|---|
 """
 TAIL = """
-Refused, with a sentence that says why: text models with an encoder (BLIP-2 with T5, Florence-2), images by
-cross-attention (Mllama), forwards that need more than tokens and an image (InstructBLIP's Q-Former reads the question),
-decoders of another build (GPT-2, Bloom). `ft-vision` knows the families only. A question has one image; several, and
-video, are not taken yet. Llama 4's `generate` fails in transformers 5.24 by itself: its answers are not compared.
+Where layers read images by cross-attention (Mllama), rows of text pass by them, in one batch with others. What
+InstructBLIP's Q-Former makes of an image depends on the question and is kept by both. Gemma 3n's vision tower wraps a
+model of timm, which needs torchvision: in the test a convolution stands for it inside of the stock wrapper. Where a
+layer has no `up` and `down`, `lora` and `ft` take `gate_up` and `down`, or `block`, all experts as one.
+
+Refused, with a sentence that says why: text models with an encoder (BLIP-2 and InstructBLIP with T5, Florence-2),
+forwards that need more than tokens, an image and what the processor makes of a prompt, decoders of another build
+(GPT-2, Bloom). A text model with an encoder would need rows of two sequences, the prompt for the encoder and the answer
+with its labels for the decoder, where a row here is one causal sequence; a second stack to walk; and T5's position
+biases in attention. `ft-vision` knows the families only. Models with a Q-Former or cross-attention are asked about one
+image a question. Llama 4's `generate` fails in transformers 5.24 by itself: its answers are not compared.
 """
 
 
@@ -44,7 +51,7 @@ def outcomes(path: Path) -> dict[str, dict[str, str]]:
     """By model, the properties that its tests recorded; "failed" for those of a test that failed."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        match = re.fullmatch(r"test_(logits|answers|edits)_\w+\[(.+)\]", case.get("name", ""))
+        match = re.fullmatch(r"test_(logits|answers|edits)_\w+\[(.+?)(?:-(?:odedit\+)?lora)?\]", case.get("name", ""))
         if match is None:
             continue
         if case.find("failure") is not None or case.find("error") is not None:
