@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -61,15 +62,19 @@ def outcomes(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def main(path: Path) -> None:
-    """Write the page."""
+def main(paths: Sequence[Path]) -> None:
+    """Write the page from one run, or from several of some tests each, of which later ones count."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for path in paths:
+        for key, told in outcomes(path).items():
+            found[key] |= told
     fields = ("decoder", "logits", "answers", "edits", "keys")
     rows = [
         f"| `{key}` | " + " | ".join(told.get(field, "not compared") for field in fields) + " |"
-        for key, told in outcomes(path).items()
+        for key, told in found.items()
     ]
     PAGE.write_text(HEAD + "\n".join(rows) + "\n" + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(name) for name in sys.argv[1:]])

@@ -148,13 +148,13 @@ def test_edits_converge_and_leave_the_base_alone(key: str, method: str, record_p
     before = packed_tail(model, packed_start(model, encoded))
     weights = [weight.clone() for weight in model.hf.parameters()]
     options: dict[str, Any] = {"method": method, "views": "record", "evaluate": False}
-    options["lr"] = 6e-2 if key == "gemma4" else 3e-2
+    options["lr"] = 3e-2
     asked = requests(key)
     if method == "lora":
         few, alone = (fastedit.edit(model, some, steps=2, **options).deltas[0] for some in (asked, asked[:1]))
         for name, tensor in few.tensors.items():
             assert (tensor - alone.tensors[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
-    run = fastedit.edit(model, asked, steps=STEPS, **options)
+    run = fastedit.edit(model, asked, steps=100 if (key, method) == ("gemma4", "lora") else STEPS, **options)
     for request, delta in zip(asked, run.deltas, strict=True):
         with fastedit.applied(model, delta):
             assert model.answer(request.image, request.prompt, max_new_tokens=6) == request.target
