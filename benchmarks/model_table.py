@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -62,7 +61,7 @@ def outcomes(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def main(paths: Sequence[Path]) -> None:
+def main(*paths: Path) -> None:
     """Write the page from one run, or from several of some tests each, of which later ones count."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for path in paths:
@@ -77,4 +76,4 @@ def main(paths: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main(*map(Path, sys.argv[1:]))
