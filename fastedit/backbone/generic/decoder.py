@@ -154,14 +154,20 @@ def find_decoder(hf: Any) -> nn.Module:
     return found
 
 
+class Enough(Exception):
+    """Raised by a hook that has seen what it was there for: the rest of a layer need not run."""
+
+
 @contextmanager
 def hooked(handles: list[Any]) -> Iterator[None]:
-    """Inside the block some hooks are there."""
+    """Inside the block some hooks are there; the block ends where one of them has seen `Enough`."""
     try:
         yield
+    except Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()
 
 
-__all__ = ["Decoder", "Forward", "LayerTrace", "bound", "find_decoder", "hooked"]
+__all__ = ["Decoder", "Enough", "Forward", "LayerTrace", "bound", "find_decoder", "hooked"]

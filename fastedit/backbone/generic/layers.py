@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import Forward, walking
-from .decoder import Decoder, LayerTrace, hooked
+from .decoder import Decoder, Enough, LayerTrace, hooked
 from .sites import LayerProbe, find_sites
 
 #: Largest difference, relative to the largest number, where one computation is done in two ways.
@@ -88,7 +88,7 @@ def look(decoder: Decoder, alone: Alone, index: int) -> LayerTrace:
             trace.mixer, trace.padded = _mixing_child(layer, call, hidden), True
         trace.mixer_length = _length(layer, trace.mixer, call)
         trace.entry = _entry(layer, trace, call, output)
-        probe = LayerProbe(layer, call, hidden.shape[-2], spy.given)
+        probe = LayerProbe(layer, trace.mixer, call, hidden.shape[-2], spy.given)
         trace.sites = find_sites(probe, trace, int(decoder.config.hidden_size))
         trace.parallel = _is_parallel(layer, trace, call)
     return trace
@@ -127,6 +127,7 @@ def _length(layer: nn.Module, path: str, call: Any) -> int:
 
     def keep(_m: nn.Module, _a: Any, output: Any) -> None:
         lengths.append(len(output) if isinstance(output, tuple) else 0)
+        raise Enough
 
     with hooked([layer.get_submodule(path).register_forward_hook(keep)]):
         call()
@@ -179,8 +180,13 @@ def _is_parallel(layer: nn.Module, trace: LayerTrace, call: Any) -> bool:
     if reader is None:
         return False
     read: list[Tensor] = []
-    with hooked([layer.get_submodule(reader).register_forward_pre_hook(lambda _m, args: read.append(args[0].clone()))]):
+
+    def keep(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append(args[0].clone())
+        raise Enough
+
+    with hooked([layer.get_submodule(reader).register_forward_pre_hook(keep)]):
         call()
-        with hooked([_zeroed(layer, trace)]):
-            call()
+    with hooked([layer.get_submodule(reader).register_forward_pre_hook(keep), _zeroed(layer, trace)]):
+        call()
     return torch.equal(read[0], read[1])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decoder import LayerTrace, hooked
+from .decoder import Enough, LayerTrace, hooked
 
 #: What attention is given, in order.
 _GIVEN = ("q", "k", "v")
@@ -53,12 +53,21 @@ class LayerProbe:
     """One layer with a call of it that can be repeated.
 
     Args:
-        layer: a decoder layer. call: run it, return its hidden states. tokens: that the call has.
+        layer: a decoder layer. mixer: path of its mixer. call: run it, return its hidden states. tokens: of the call.
         given: what the attention function was given in the last call, (query, key, value); empty where there was none.
     """
 
-    def __init__(self, layer: nn.Module, call: Callable[[], Tensor], tokens: int, given: list[Tensor]) -> None:
-        self.layer, self.call, self.tokens, self.given = layer, call, tokens, given
+    def __init__(
+        self, layer: nn.Module, mixer: str, call: Callable[[], Tensor], tokens: int, given: list[Tensor]
+    ) -> None:
+        self.layer, self.mixer, self.call, self.tokens, self.given = layer, mixer, call, tokens, given
+
+    def mixed(self) -> list[Tensor]:
+        """What attention is given; the layer is run no further than its mixer."""
+        self.given.clear()
+        with hooked([self.layer.get_submodule(self.mixer).register_forward_hook(_enough)]):
+            self.call()
+        return list(self.given)
 
     def calls(self) -> list[tuple[str, bool]]:
         """Linear maps that see every token once, in the order of their calls: (path, after attention)."""
@@ -79,15 +88,24 @@ class LayerProbe:
 
     def changed(self, path: str, change: Callable[[Tensor], Tensor], watched: str | None) -> list[Tensor]:
         """What attention is given, or what a watched map reads, while a map's output is changed."""
-        read: list[Tensor] = []
         handles = [self.layer.get_submodule(path).register_forward_hook(lambda _m, _a, out: change(out))]
-        if watched is not None:
-            keep: Any = lambda _m, args: read.append(args[0].clone())  # noqa: E731
-            handles.append(self.layer.get_submodule(watched).register_forward_pre_hook(keep))
-        self.given.clear()
+        if watched is None:
+            with hooked(handles):
+                return self.mixed()
+        read: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            read.append(args[0].clone())
+            raise Enough
+
+        handles.append(self.layer.get_submodule(watched).register_forward_pre_hook(keep))
         with hooked(handles):
             self.call()
-        return read if watched is not None else list(self.given)
+        return read
+
+
+def _enough(*_: Any) -> None:
+    raise Enough
 
 
 def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
@@ -119,9 +137,7 @@ def find_sites(probe: LayerProbe, trace: LayerTrace, hidden_size: int) -> dict[s
 
 
 def _of_attention(probe: LayerProbe, calls: list[tuple[str, bool]]) -> dict[str, str]:
-    probe.given.clear()
-    probe.call()
-    before = [part.clone() for part in probe.given]
+    before = [part.clone() for part in probe.mixed()]
     groups: dict[str, list[str]] = {}
     for path, after in calls:
         if after:

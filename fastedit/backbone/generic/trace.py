@@ -66,7 +66,10 @@ def trace_decoder(decoder: Decoder, rows: Sequence[Row], stock_rows: Sequence[di
     decoder.instrument_parts()
     shares = _shares(decoder)
     if not shares:
-        for index in (*chosen, decoder.n_layers - 1):
+        # Of its kind the last layer is checked alone, with all tokens and with wanted ones
+        last = decoder.n_layers - 1
+        alike = next(numbers for numbers in kinds.values() if last in numbers)
+        for index in (*(number for number in chosen if number not in alike), last):
             _choose(decoder, walker, rows, stock_rows, [index], kinds)
     whole = shares or sum(part.numel() for part in decoder.layers.parameters()) <= WHOLE
     if whole:
