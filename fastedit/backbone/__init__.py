@@ -2,12 +2,12 @@
 
 from .adapters import Adapter
 from .constant_cache import Held, held_inputs
-from .expansion import expanded_layers
 from .families import FAMILIES
 from .fingerprint import weights_hash
 from .loading import load
 from .model import EditableModel
 from .packed import PackedState
+from .quantization import expanded_layers
 from .states import Encoded, ImageFeatures, ImageInputs, Site
 from .synthetic.shapes import SHAPES
 

@@ -13,7 +13,7 @@ import torch
 
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import on_frozen_model, with_gradients
-from fastedit.backbone.expansion import expanded_layers
+from fastedit.backbone.quantization import expanded_layers
 from fastedit.data import fingerprint
 from fastedit.deltas import EditDelta, split_point
 from fastedit.engine import provenance
