@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +24,18 @@ SIZES = frozenset(
 MOST_SIZE = 1 << 16
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not known: the nearest that is, or all of them."""
+    listed = list(known)
+    close = difflib.get_close_matches(word, listed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(listed)}"
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def typed(owner: str, config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for fields of a config, as the fields are annotated: a list as a tuple, a whole number for a float.
 
@@ -31,7 +45,7 @@ def typed(owner: str, config: type, values: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: a value of another type, which ``config`` itself would fail on later or not at all.
     """
-    hints = get_type_hints(config)
+    hints = _hints(config)
     return {name: typed_value(owner, name, hints[name], value) for name, value in values.items()}
 
 

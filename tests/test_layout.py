@@ -58,6 +58,7 @@ TESTED_IN = {
     "deltas/gate": "engine/test_apply",
     "deltas/kinds": "deltas/test_deltas",
     "deltas/low_rank": "deltas/test_deltas",
+    "deltas/options": "deltas/test_deltas",
     "engine/asked": "engine/test_preflight",
     "engine/attached_calls": "engine/test_attach_calls",
     "engine/fit_problem": "engine/test_continuous",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.options import CodebookOptions, options_of
 from fastedit.deltas.questions import questions_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.scope import in_scope, row_marks
@@ -44,10 +45,11 @@ class CodebookDelta(FlatStack):
         # A feed-forward block ends as wide as it begins
         fixed = {f"{self.prefix}key": (site.d_out,)}
         fixed |= {f"{self.prefix}radius": (1,), f"{self.prefix}length": (1,), f"{self.prefix}label": (4,)}
-        self.n_values = int(spec.options.get("values", 1))
+        options: CodebookOptions = options_of(spec, CodebookOptions)
+        self.n_values = options.values
         shapes = {f"{self.prefix}value": (self.n_values, site.d_out)}
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
-        self.replaces = bool(spec.options.get("replace", False))
+        self.replaces = options.replace
 
     def reader(self, site: int) -> str | None:
         """Keys lie where the block reads."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas.base import DeltaSpec, FlatStack
+from fastedit.deltas.options import CounterfactualOptions, options_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.routers.scope import trained_part
 
@@ -27,10 +28,10 @@ class CounterfactualDelta(FlatStack):
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:
-        fixed = {"scope": (int(spec.options["scope_size"]),)}
+        options: CounterfactualOptions = options_of(spec, CounterfactualOptions)
+        fixed = {"scope": (options.scope_size,)}
         super().__init__(spec, {}, size, dtype=dtype, device=device, trainable=trainable, fixed=fixed)
-        self.rank = int(spec.options.get("rank", 0))
-        self.scale = float(spec.options.get("scale", 1.0))
+        self.rank, self.scale = options.rank, options.scale
         #: By part name, as `shared_shapes` has them; taken from the artifact unless they are set before.
         self.weights: Mapping[str, Tensor] = {}
 

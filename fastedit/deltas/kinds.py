@@ -18,6 +18,18 @@ from fastedit.deltas.full import FullDelta, accumulate_full
 from fastedit.deltas.key_value import KeyValueDelta, accumulate_key_value, joined_key_value
 from fastedit.deltas.localized import LocalizedDelta
 from fastedit.deltas.low_rank import LowRankDelta, accumulate_low_rank, joined_low_rank
+from fastedit.deltas.options import (
+    AttentionMemoryOptions,
+    CodebookOptions,
+    CounterfactualOptions,
+    DeltaOptions,
+    FullOptions,
+    KeyValueOptions,
+    LocalizedOptions,
+    LowRankOptions,
+    SideOptions,
+    options_of,
+)
 from fastedit.deltas.questions import QUESTIONS, joined_questions
 from fastedit.deltas.side import SideDelta, accumulate_side
 
@@ -27,27 +39,28 @@ class Kind:
     """What there is of a kind of delta.
 
     Args:
-        stacked: many of them, for fitting and application.
+        stacked: many of them, for fitting and application. options: record of its options.
         accumulate: deltas in sequence as one; None where they act one at a time.
         joined: deltas of different sizes as deltas of one spec; None where specs must be equal.
     """
 
     stacked: Callable[..., StackedDelta]
+    options: type[DeltaOptions]
     accumulate: Callable[[Sequence[EditDelta]], EditDelta] | None = None
     joined: Callable[[Sequence[EditDelta]], list[EditDelta]] | None = None
 
 
 #: What is written once, in storage too, and read by name. A new kind is a module and a line here.
 KINDS: dict[str, Kind] = {
-    "full": Kind(FullDelta, accumulate_full),
-    "low_rank": Kind(LowRankDelta, accumulate_low_rank, joined_low_rank),
-    "key_value": Kind(KeyValueDelta, accumulate_key_value, joined_key_value),
-    "attention_memory": Kind(AttentionMemoryDelta, accumulate_attention_memory),
-    "side": Kind(SideDelta, accumulate_side),
-    "codebook": Kind(CodebookDelta),
-    "localized": Kind(LocalizedDelta),
-    "context": Kind(ContextDelta),
-    "counterfactual": Kind(CounterfactualDelta),
+    "full": Kind(FullDelta, FullOptions, accumulate_full),
+    "low_rank": Kind(LowRankDelta, LowRankOptions, accumulate_low_rank, joined_low_rank),
+    "key_value": Kind(KeyValueDelta, KeyValueOptions, accumulate_key_value, joined_key_value),
+    "attention_memory": Kind(AttentionMemoryDelta, AttentionMemoryOptions, accumulate_attention_memory),
+    "side": Kind(SideDelta, SideOptions, accumulate_side),
+    "codebook": Kind(CodebookDelta, CodebookOptions),
+    "localized": Kind(LocalizedDelta, LocalizedOptions),
+    "context": Kind(ContextDelta, DeltaOptions),
+    "counterfactual": Kind(CounterfactualDelta, CounterfactualOptions),
 }
 
 
@@ -62,12 +75,13 @@ def new_stack(
     """An initialised stack of ``size`` deltas of the given spec; at the start every delta changes nothing.
 
     Raises:
-        ValueError: unknown kind, or no sites.
+        ValueError: unknown kind, no sites, or an option that the kind does not have or that is of another type.
     """
     if spec.kind not in KINDS:
         raise ValueError(f"delta: kind is one of {sorted(KINDS)} (got kind={spec.kind!r})")
     if not spec.sites and spec.kind != "context":
         raise ValueError(f"delta: at least one site (got sites={spec.sites!r})")
+    options_of(spec, KINDS[spec.kind].options)
     return KINDS[spec.kind].stacked(spec, size, dtype=dtype, device=device, trainable=trainable)
 
 

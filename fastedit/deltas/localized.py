@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.options import LocalizedOptions, options_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import low_rank
 
@@ -36,7 +37,8 @@ class LocalizedDelta(FlatStack):
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:
-        slots, rank = int(spec.options["slots"]), int(spec.options["rank"])
+        options: LocalizedOptions = options_of(spec, LocalizedOptions)
+        slots, rank = options.slots, options.rank
         widths = {(site.d_in, site.d_out) for site in spec.sites}
         if len(widths) > 1:
             raise ValueError(f"localized: sites to choose from have one shape (got {sorted(widths)})")
@@ -44,7 +46,7 @@ class LocalizedDelta(FlatStack):
             raise ValueError(f"localized: slots is 1 to {len(spec.sites)}, the number of sites (got slots={slots})")
         ((d_in, self.d_out),) = widths
         fixed: dict[str, tuple[int, ...]] = {"layers": (slots,)}
-        fixed |= {name: (int(spec.options[name]),) for name in MEMORY if name in spec.options}
+        fixed |= {name: (width,) for name in MEMORY if (width := getattr(options, name)) is not None}
         super().__init__(
             spec,
             {"down": (slots, d_in, rank), "up": (slots, rank, self.d_out)},
@@ -54,8 +56,8 @@ class LocalizedDelta(FlatStack):
             trainable=trainable,
             fixed=fixed,
         )
-        self.scale = float(spec.options.get("scale", 1.0))
-        generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
+        self.scale = options.scale
+        generator = torch.Generator().manual_seed(options.seed)
         # Uniform with variance 1 / (3 d_in), the usual initial state of LoRA's first factor
         drawn = (slots, d_in, rank) if size else (0,)
         draw = torch.rand(drawn, generator=generator, dtype=torch.float64) * 2 - 1

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
 from fastedit.deltas.full import accumulate_full
+from fastedit.deltas.options import LowRankOptions, options_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import low_rank
 
@@ -29,14 +30,15 @@ class LowRankDelta(FlatStack):
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:
-        rank = int(spec.options["rank"])
+        options: LowRankOptions = options_of(spec, LowRankOptions)
+        rank = options.rank
         shapes: dict[str, tuple[int, ...]] = {}
         for site in spec.sites:
             shapes[f"{site.layer}.{site.name}:down"] = (site.d_in, rank)
             shapes[f"{site.layer}.{site.name}:up"] = (rank, site.d_out)
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
-        self.scale = float(spec.options.get("scale", 1.0))
-        generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
+        self.scale = options.scale
+        generator = torch.Generator().manual_seed(options.seed)
         names = self.part_names()
         self._pairs = list(zip(names[0::2], names[1::2], strict=True))
         self._drawn: dict[str, Tensor] = {}

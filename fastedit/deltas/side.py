@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
 from fastedit.deltas.full import FullDelta, accumulate_full
+from fastedit.deltas.options import SideOptions, options_of
 from fastedit.deltas.questions import joined_questions
 from fastedit.deltas.random_mask import apply_mask_
 from fastedit.deltas.rows import Rows, TokenSpans
@@ -48,6 +49,7 @@ class SideDelta(FullDelta):
         if len(spec.sites) != 1:
             raise ValueError(f"side: a copy of one linear map (got sites={[site.module_path for site in spec.sites]})")
         super().__init__(spec, size, dtype=dtype, device=device, trainable=trainable)
+        self.options: SideOptions = options_of(spec, SideOptions)
         self.prefix = part_prefix(spec)
         for name, width in FIXED.items():
             self.fixed[f"{self.prefix}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
@@ -69,7 +71,7 @@ class SideDelta(FullDelta):
         assert isinstance(rows, TokenSpans)
         counted = rows.memory.get("counted")
         if counted is None:
-            counted = rows.memory["counted"] = marks.counted(str(self.spec.options["tokens"])).nonzero()[:, 0]
+            counted = rows.memory["counted"] = marks.counted(self.options.tokens).nonzero()[:, 0]
         total = change[counted]
         for earlier in self.earlier:
             # All tokens: those of an edit that is fitted on top of others
@@ -81,24 +83,24 @@ class SideDelta(FullDelta):
         """(B,) the margins of the last forward pass, in units; None before any."""
         if self._distance is None or self._seen is None:
             return None
-        marks, options, device = self._seen[2], self.spec.options, self._distance.device
+        marks, options, device = self._seen[2], self.options, self._distance.device
         inside = in_scope(self.row_roles, device)
         unit = self.fixed[f"{self.prefix}unit"][:, 0].clamp(min=torch.finfo(self.flat.dtype).tiny)
         distance = self._distance / unit[marks.owner]
         near, far = distance[inside], distance[~inside]
         own_near, own_far = marks.owner[inside], marks.owner[~inside]
-        loss = row_means((float(options["beta"]) - near).relu(), own_near, self.size)
-        loss = loss + row_means((far - float(options["alpha"])).relu(), own_far, self.size)
+        loss = row_means((options.beta - near).relu(), own_near, self.size)
+        loss = loss + row_means((far - options.alpha).relu(), own_far, self.size)
         # Every row of the edit against every other row of it
         a, b = (own_near[:, None] == own_far[None]).nonzero(as_tuple=True)
         self._distance = None
-        loss = loss + row_means((far[b] - near[a] + float(options["gamma"])).relu(), own_near[a], self.size)
-        return float(options["weight"]) * loss
+        loss = loss + row_means((far[b] - near[a] + options.gamma).relu(), own_near[a], self.size)
+        return options.weight * loss
 
     def end_step(self) -> None:
         """After the backward pass: gradients outside of the mask are dropped."""
         super().end_step()
-        apply_mask_(self.grad, self.fixed[f"{self.prefix}mask"], float(self.spec.options["keep"]))
+        apply_mask_(self.grad, self.fixed[f"{self.prefix}mask"], self.options.keep)
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own; one that was fitted has its threshold measured before."""
@@ -116,7 +118,7 @@ class SideDelta(FullDelta):
             return
         distance = self.distances(index, x[tokens], output[tokens], self.earlier)
         means = row_means(distance, marks.row[tokens], len(marks.owner))
-        self.fixed[f"{self.prefix}threshold"][index] = float(self.spec.options["share"]) * means[wanted].min()
+        self.fixed[f"{self.prefix}threshold"][index] = self.options.share * means[wanted].min()
 
     def distances(self, edit: int, x: Tensor, output: Tensor, earlier: Sequence[StackedDelta] = ()) -> Tensor:
         """(T,) how far an edit moves tokens whose input x (T, d_in) the frozen map takes to output (T, d_out)."""

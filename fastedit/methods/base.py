@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +15,7 @@ from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import SolverConfig
 from fastedit.objectives import NLLObjective, Objective
 from fastedit.requests import EditRequest
+from fastedit.settings import nearest
 from fastedit.training import Artifact, Task, TrainerConfig
 
 #: How the edits of a method add up in sequence. "accumulate": each is fitted on top of the earlier ones, and all act;
@@ -189,13 +189,6 @@ def check_method(name: str, method: type[Method]) -> None:
                 raise TypeError(f"methods: {member} of {name!r} takes {wanted} arguments (got {given})")
     if method.task is not Method.task and method.artifact is Method.artifact:
         raise TypeError(f"methods: {name!r} has a task, so it names its artifact (got none)")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a word that is not known: the nearest that is, or all of them."""
-    listed = list(known)
-    close = difflib.get_close_matches(word, listed, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(listed)}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastedit.methods.base import EditPlan, Method, ObjectiveChoice, check_method, nearest
+from fastedit.methods.base import EditPlan, Method, ObjectiveChoice, check_method
 from fastedit.methods.ft import FT, FTVision
 from fastedit.methods.grace import GRACE
 from fastedit.methods.ike import IKE
@@ -19,7 +19,7 @@ from fastedit.methods.tpatcher import TPatcher
 from fastedit.methods.unike.editor import UniKE
 from fastedit.methods.wise import WISE
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
-from fastedit.settings import typed
+from fastedit.settings import nearest, typed
 
 
 @dataclass(frozen=True)

@@ -305,9 +305,10 @@ def test_shares_without_entries_are_added(model: EditableModel) -> None:
 
 def test_neurons_stand_beside_it(model: EditableModel) -> None:
     sites = tuple(model.sites([1], ["o", "down"]))
-    options = {"n": 3, "activation": "silu", "gate": False, **spec_of(model).options}
+    alone = {"n": 3, "activation": "silu", "gate": False}
+    options = {**alone, **spec_of(model).options}
     stacked = new_stack(DeltaSpec("attention_memory", sites, options), 2, dtype=torch.float64)
-    neurons = new_stack(DeltaSpec("key_value", sites[1:], options), 2, dtype=torch.float64)
+    neurons = new_stack(DeltaSpec("key_value", sites[1:], alone), 2, dtype=torch.float64)
     assert [stacked.reader(0), stacked.reader(1)] == ["q", "up"]
     assert set(neurons.parts) <= set(stacked.parts)
     for name, part in neurons.parts.items():

@@ -131,7 +131,10 @@ class TwoLinears(nn.Module):
 
 def test_installed_adds_and_leaves_nothing_behind(spec: DeltaSpec) -> None:
     net = TwoLinears()
-    model: Any = SimpleNamespace(module=lambda site: net.get_submodule(site.module_path), running=None, watching=0)
+    device = torch.device("cpu")
+    model: Any = SimpleNamespace(
+        module=lambda site: net.get_submodule(site.module_path), running=None, watching=0, device=device
+    )
     before = {k: v.clone() for k, v in net.state_dict().items()}
     stacked = filled(spec)
     x = torch.randn(3, 4, 5, dtype=torch.float64)
@@ -203,6 +206,18 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     ("call", "message"),
     [
         (lambda: new_stack(DeltaSpec("fulll", SITES), 1), r"kind is one of .* \(got kind='fulll'\)"),
+        (
+            lambda: new_stack(DeltaSpec("full", SITES, {"rank": 2}), 1),
+            r"full: option 'rank' is not known.*\(got rank=2\)",
+        ),
+        (
+            lambda: new_stack(DeltaSpec("low_rank", SITES, {"rank": 2, "scal": 1.0}), 1),
+            r"low_rank: option 'scal' is not known; did you mean 'scale'\? \(got scal=1.0\)",
+        ),
+        (
+            lambda: new_stack(DeltaSpec("low_rank", SITES, {"rank": "2"}), 1),
+            r"low_rank: rank must be a whole number \(got rank='2'\)",
+        ),
         (lambda: new_stack(DeltaSpec("full", ()), 1), r"at least one site"),
         (lambda: stack([]), r"at least one delta"),
         (lambda: accumulate([]), r"at least one delta"),

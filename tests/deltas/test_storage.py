@@ -19,7 +19,7 @@ from fastedit.files import open_tensors, write_tensors
 from tests.files.damage import refused_or_same
 
 SITES = (Site(0, "up", "up", 5, 7), Site(1, "down", "down", 7, 5))
-LOW = DeltaSpec("low_rank", SITES, {"rank": 2, "scale": 1.5, "seed": 3, "layers": (0, 1)})
+LOW = DeltaSpec("low_rank", SITES, {"rank": 2, "scale": 1.5, "seed": 3})
 FULL = DeltaSpec("full", SITES)
 
 
