@@ -61,7 +61,7 @@ def test_every_number_has_a_range(config: type) -> None:
         ("lora", {"layers": ()}, "lora: layers names at least one (got layers=())"),
         ("lora", {"layers": (1, 1)}, "lora: layers names each once (got layers=(1, 1))"),
         ("ft", {"names": ("up", "up")}, "ft: names names each once (got names=('up', 'up'))"),
-        ("lora", {"names": "up"}, "lora: names must be a list of texts (got names='up')"),
+        ("lora", {"names": "up"}, "lora: names must be a list of texts or None (got names='up')"),
         ("lora", {"lr": [1]}, "lora: lr must be a finite number or None (got lr=[1])"),
         ("lora", {"lr": math.nan}, "lora: lr must be a finite number or None (got lr=nan)"),
         ("lora", {"lr": 0}, "solver: lr is positive or None (got lr=0.0)"),
