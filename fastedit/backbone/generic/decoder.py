@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,21 @@ class Decoder:
         self.traces = [LayerTrace() for _ in self.layers]
         self.signature = inspect.signature(self.root.forward)
         self.layer_signatures = [inspect.signature(layer.forward) for layer in self.layers]
+
+    @functools.cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """By layer, how far back it sees, where its configuration says so."""
+        return tuple(self._window(index) for index in range(self.n_layers))
+
+    def _window(self, index: int) -> int | None:
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds is not None and kinds[index] in ("full_attention", "sliding_attention"):
+            return window if kinds[index] == "sliding_attention" and isinstance(window, int) else None
+        for module in self.layers[index].modules():
+            if hasattr(module, "sliding_window"):
+                return module.sliding_window if isinstance(module.sliding_window, int) else None
+        return window if isinstance(window, int) else None
 
     @contextmanager
     def instrumented(self) -> Iterator[None]:

@@ -113,18 +113,6 @@ class _Door:
         return
 
 
-def window_of(decoder: Decoder, index: int) -> int | None:
-    """How far back a layer sees, where its configuration says so."""
-    kinds = getattr(decoder.config, "layer_types", None)
-    window = getattr(decoder.config, "sliding_window", None)
-    if kinds is not None and kinds[index] in ("full_attention", "sliding_attention"):
-        return window if kinds[index] == "sliding_attention" and isinstance(window, int) else None
-    for module in decoder.layers[index].modules():
-        if hasattr(module, "sliding_window"):
-            return module.sliding_window if isinstance(module.sliding_window, int) else None
-    return window if isinstance(window, int) else None
-
-
 def follow(decoder: Decoder, row: Row, ids: Tensor, behind: int) -> Row:
     """Return tokens of text behind a row that ends with text, as the decoder would be handed them.
 
@@ -137,9 +125,8 @@ def follow(decoder: Decoder, row: Row, ids: Tensor, behind: int) -> Row:
         ahead = torch.arange(1 + behind, 1 + behind + ids.shape[1], device=ids.device)
         values[PLACES] = row.values[PLACES][..., -1:] + ahead
     values |= followed(row.values, ids.shape[1])
-    windows = [window_of(decoder, index) for index in range(decoder.n_layers)]
-    masks = tuple(dict.fromkeys(windows))
-    return Row(start + ids.shape[1], values, masks, tuple(masks.index(window) for window in windows), start)
+    masks = tuple(dict.fromkeys(decoder.windows))
+    return Row(start + ids.shape[1], values, masks, tuple(masks.index(window) for window in decoder.windows), start)
 
 
 def follows(decoder: Decoder, short: Row, ids: Tensor, whole: Row) -> bool:
@@ -207,7 +194,7 @@ def enter(decoder: Decoder, forward: Callable[..., Any], inputs: Mapping[str, An
         made = door.masks.get(index, made)
         if id(made) not in number:
             number[id(made)] = len(masks)
-            masks.append(row_mask(made, window_of(decoder, index)))
+            masks.append(row_mask(made, decoder.windows[index]))
         kinds.append(number[id(made)])
     return Row(count, values, tuple(masks), tuple(kinds)), door.given
 
