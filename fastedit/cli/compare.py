@@ -83,9 +83,9 @@ class Comparison:
             if path.exists():
                 load_artifact(path, kind=kind)
             elif not self.pool:
-                told = f"fastedit train --method {kind} --out {path}"
+                command = f"fastedit train --method {kind} --out {path}"
                 raise ValueError(
-                    f"compare: {method} has parts to train, and no records to train on; run {told}, or give --pool "
+                    f"compare: {method} has parts to train, and no records to train on; run {command}, or give --pool "
                     "(got no pool)"
                 )
 

@@ -50,8 +50,8 @@ def is_expected(error: BaseException) -> bool:
     from fastedit.engine.memory.oom import is_out_of_memory
 
     # Our own TypeErrors say what they got; others come from a line that was not meant to see such a value
-    told = isinstance(error, TypeError) and "(got " in str(error)
-    return told or isinstance(error, _EXPECTED) or is_out_of_memory(error)
+    says_got = isinstance(error, TypeError) and "(got " in str(error)
+    return says_got or isinstance(error, _EXPECTED) or is_out_of_memory(error)
 
 
 def status_of(error: BaseException) -> int:
@@ -73,8 +73,8 @@ def sentence(error: BaseException) -> str:
     from fastedit.engine.memory.oom import is_out_of_memory
 
     if not is_expected(error):
-        told = f"{type(error).__name__}: {str(error).strip():.300}".rstrip(": ")
-        return f"a fault in fastedit, {told}; {DEBUG}=1 shows the traceback"
+        detail = f"{type(error).__name__}: {str(error).strip():.300}".rstrip(": ")
+        return f"a fault in fastedit, {detail}; {DEBUG}=1 shows the traceback"
     if isinstance(error, OSError) and error.strerror and type(error).__str__ is OSError.__str__:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     text = str(error).strip()

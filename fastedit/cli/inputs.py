@@ -162,11 +162,11 @@ def load_model(
     shaped = check_asked(model, edits, loading, scored=evaluate)
     if "device_map" not in loading:
         with progress(f"planning for {model}", 0):
-            told = announce(
+            lines = announce(
                 model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate,
                 keep_deltas=keep_deltas,
             )  # fmt: skip
-        for line in told:
+        for line in lines:
             messages.print(line, markup=False, soft_wrap=True)
     loaded = open_model(messages, model, loading)
     loaded.images.take_sizes(shaped.images)

@@ -61,8 +61,8 @@ def train_method(
     except KeyboardInterrupt as stopped:
         state = out.with_name(out.name + ".training")
         kept = f"the last checkpoint is kept in {state}, and the same command goes on from it"
-        told = kept if state.is_file() else "no checkpoint was written yet, so nothing is kept"
-        raise Ended(f"stopped; {told}", STOPPED) from stopped
+        state_kept = kept if state.is_file() else "no checkpoint was written yet, so nothing is kept"
+        raise Ended(f"stopped; {state_kept}", STOPPED) from stopped
     console.print(validation_table(artifact))
     metrics = artifact.metrics
     console.print(

@@ -90,11 +90,11 @@ def check_images(
     found = EditProblems(edits, name)
     looked = ImageLooks(size)
     for number, edit in enumerate(edits):
-        told = set()
+        reported = set()
         for field, source in image_fields(edit):
             result = looked.at(source)
-            if isinstance(result, ImageError) and looked.key(source) not in told:
-                told.add(looked.key(source))
+            if isinstance(result, ImageError) and looked.key(source) not in reported:
+                reported.add(looked.key(source))
                 found.add_error(number, field, result, source)
     return found.problems
 

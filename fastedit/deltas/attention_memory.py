@@ -303,8 +303,8 @@ def accumulate_attention_memory(deltas: Sequence[EditDelta]) -> EditDelta:
     counts = [int(delta.spec.options.get("own", 0)) for delta in deltas]
     each = {each_of(delta.spec) for delta in deltas}
     if len(ways) > 1 or len(each) > 1:
-        told = f"got {sorted(ways)}, entries of an edit {sorted(each)}"
-        raise ValueError(f"attention_memory: deltas in sequence read one memory in one way ({told})")
+        detail = f"got {sorted(ways)}, entries of an edit {sorted(each)}"
+        raise ValueError(f"attention_memory: deltas in sequence read one memory in one way ({detail})")
     feeding = AttentionMemoryDelta.neuron_sites(spec)
     tensors = side_by_side(deltas, feeding) if feeding else {}
     n = sum(int(delta.spec.options.get("n", 0)) for delta in deltas)

@@ -124,8 +124,8 @@ def accumulate(deltas: Sequence[EditDelta]) -> EditDelta:
         spec = delta.spec
         alike = spec.kind == first.kind or kinds == {"full", "low_rank"}
         if not alike or (spec.sites, spec.positions) != (first.sites, first.positions):
-            told = f"delta {index} has {spec}, not {first}"
-            raise ValueError(f"accumulate: deltas share kind, sites and positions ({told})")
+            detail = f"delta {index} has {spec}, not {first}"
+            raise ValueError(f"accumulate: deltas share kind, sites and positions ({detail})")
     together = KINDS["low_rank" if len(kinds) > 1 else first.kind].accumulate
     if together is None:
         raise ValueError(f"accumulate: deltas of kind {first.kind!r} act one at a time (got {len(deltas)} of them)")

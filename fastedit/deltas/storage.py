@@ -169,8 +169,8 @@ class Header:
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"deltas: a complete header (got {error!r:.200} in path={str(path)!r})") from error
         if self.numbers is not None and len(self.numbers) != len(self.entries):
-            told = f"{len(self.numbers)} for {len(self.entries)}"
-            raise ValueError(f"deltas: a number for every delta (got {told} in path={str(path)!r})")
+            detail = f"{len(self.numbers)} for {len(self.entries)}"
+            raise ValueError(f"deltas: a number for every delta (got {detail} in path={str(path)!r})")
         self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -187,8 +187,8 @@ class Header:
             try:
                 self._shapes[number] = new_stack(self.specs[number], 0, trainable=False).stored_shapes()
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
-                told = f"{error!r:.200} of spec {number} in path={str(self.path)!r}"
-                raise ValueError(f"deltas: specs that deltas can have (got {told})") from error
+                detail = f"{error!r:.200} of spec {number} in path={str(self.path)!r}"
+                raise ValueError(f"deltas: specs that deltas can have (got {detail})") from error
         return self._shapes[number]
 
     def members(self, spans: Sequence[Sequence[int]]) -> tuple[str, ...]:
@@ -221,8 +221,8 @@ class _File:
                 raise ValueError(f"deltas: every part is present (got no {key!r} in path={str(self.path)!r})")
             found = tuple(self._file.get_slice(key).get_shape())
             if found != shape:
-                told = f"part {key!r} of {str(self.path)!r}"
-                raise ValueError(f"deltas: {told} has shape {shape} (got shape={found})")
+                detail = f"part {key!r} of {str(self.path)!r}"
+                raise ValueError(f"deltas: {detail} has shape {shape} (got shape={found})")
             tensors[name] = self._file.get_tensor(key)
         fitted_on = None if entry.fitted_on is None else self.header.members(entry.fitted_on)
         delta = EditDelta(

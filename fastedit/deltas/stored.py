@@ -92,8 +92,8 @@ class StoredDeltas(Sequence[EditDelta]):
         try:
             checksum = write_deltas(deltas, path, numbers, exclusive=True)
         except FileExistsError:
-            told = f"{path.name} of another one in folder={str(self.folder)!r}"
-            raise ValueError(f"deltas: one process writes a folder (got {told})") from None
+            detail = f"{path.name} of another one in folder={str(self.folder)!r}"
+            raise ValueError(f"deltas: one process writes a folder (got {detail})") from None
         self._add([delta.request_id for delta in deltas], chosen, checksum)
 
     def _free(self, where: str, count: int, numbers: Sequence[int] | None) -> Sequence[int]:

@@ -14,14 +14,14 @@ class AskedPart:
 
     Args:
         field: of the question. prompt: its text. shown: field of its image. image: None for text only.
-        told: field of the answer. answer: None where none is given.
+        answer_field: of the answer. answer: None where none is given.
     """
 
     field: str
     prompt: str
     shown: str = ""
     image: VisualSource | None = None
-    told: str = ""
+    answer_field: str = ""
     answer: str | None = None
 
 

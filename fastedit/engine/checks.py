@@ -45,10 +45,10 @@ def check_conflicts(edits: Sequence[EditRequest]) -> None:
     for number, edit in enumerate(edits):
         first, other = answers.setdefault(question_of(edit), (number, edit))
         if target_key(other.target) != target_key(edit.target):
-            told = f"edits[{first}].target={other.target!r:.60} and edits[{number}].target={edit.target!r:.60}"
+            detail = f"edits[{first}].target={other.target!r:.60} and edits[{number}].target={edit.target!r:.60}"
             raise ValueError(
-                f"edit: in a sequence a question has one answer; conflicts='last' lets the later one stand (got {told} "
-                f"to prompt={edit.prompt!r:.60})"
+                f"edit: in a sequence a question has one answer; conflicts='last' lets the later one stand "
+                f"(got {detail} to prompt={edit.prompt!r:.60})"
             )
 
 

@@ -75,8 +75,10 @@ def open_store(folder: str | Path | None, *, overwrite: bool, expected_bytes: in
     with claim_folder(folder, "edit") as path:
         stored = sorted(path.glob("deltas-??????.safetensors"))
         if stored and not overwrite:
-            told = f"{folder} with {_counted(path)}"
-            raise ValueError(f"edit: deltas_folder is new or empty (got {told}); overwrite=True removes what is there")
+            detail = f"{folder} with {_counted(path)}"
+            raise ValueError(
+                f"edit: deltas_folder is new or empty (got {detail}); overwrite=True removes what is there"
+            )
         for each in reversed(stored):
             # the first last: without it no others are read
             each.unlink()
@@ -114,8 +116,8 @@ def require_room(folder: Path, expected_bytes: int | None, field: str) -> None:
         return
     free = shutil.disk_usage(folder).free
     if expected_bytes > free:
-        told = f"{expected_bytes / 2**20:,.1f} MiB for {free / 2**20:,.1f} MiB in folder={str(folder)!r}"
-        raise ValueError(f"{field}: the disk has room for what will be written (got {told})")
+        detail = f"{expected_bytes / 2**20:,.1f} MiB for {free / 2**20:,.1f} MiB in folder={str(folder)!r}"
+        raise ValueError(f"{field}: the disk has room for what will be written (got {detail})")
 
 
 def _require_new(folder: Path, field: str) -> None:

@@ -245,12 +245,12 @@ class Rows:
     def _spelled(self, record: _Record, part: AskedPart) -> bool:
         """Whether question and answer are text; adds what is wrong with them."""
         unknown = self.model.tokenizer.unk_token
-        for field, text in ((part.field, part.prompt), (part.told, part.answer)):
+        for field, text in ((part.field, part.prompt), (part.answer_field, part.answer)):
             special = self._special.get(text or "", "")
             # A character that the model does not know can be asked about, and not be answered
-            if special and (field == part.told or special != unknown):
+            if special and (field == part.answer_field or special != unknown):
                 record.add(field, f"{SPECIAL_RULE} ({special!r})", text)
-        return not record.named & {part.field, part.told}
+        return not record.named & {part.field, part.answer_field}
 
     def _fits(
         self, record: _Record, part: AskedPart, seen: int | ImageInputs, before: str, context: Context | None
@@ -279,7 +279,7 @@ class Rows:
             ids, _, length = row_tokens(self.model, part.prompt, shown, part.answer)
         except RowError as error:
             answered = error.part == "answer" or sizes["answer"] > sizes["prompt"]
-            record.add((answered and part.told) or part.field, str(error))
+            record.add((answered and part.answer_field) or part.field, str(error))
             return
         if context is not None and self.limit is not None and "context" not in record.named:
             wanted = max(room, len(ids) - length)

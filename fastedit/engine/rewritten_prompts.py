@@ -79,16 +79,16 @@ class RewrittenPrompts:
         sequences = output if isinstance(output, Tensor) else output.sequences
         share = len(sequences) // len(self.chosen)
         prompts = self.given["input_ids"].repeat_interleave(share, 0)
-        told = sequences.shape[1] >= self.width and torch.equal(sequences[:, : self.width], prompts)
-        answers = sequences[:, self.width :] if told else sequences
+        repeats_prompts = sequences.shape[1] >= self.width and torch.equal(sequences[:, : self.width], prompts)
+        answers = sequences[:, self.width :] if repeats_prompts else sequences
         if base is not None:
             others = base if isinstance(base, Tensor) else base.sequences
-            others = others[:, self.ids.shape[1] :] if told else others
+            others = others[:, self.ids.shape[1] :] if repeats_prompts else others
             asks = torch.tensor(self.chosen, device=answers.device).repeat_interleave(share) >= 0
             most = max(answers.shape[1], others.shape[1])
             answers, others = (_widened(part, most, self.padding) for part in (answers, others))
             answers = torch.where(asks[:, None], answers, others)
-        joined = torch.cat([self.ids.repeat_interleave(share, 0), answers], 1) if told else answers
+        joined = torch.cat([self.ids.repeat_interleave(share, 0), answers], 1) if repeats_prompts else answers
         if isinstance(output, Tensor):
             return joined
         output["sequences"] = joined

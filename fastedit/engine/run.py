@@ -150,8 +150,8 @@ class Run:
         """Let the deltas act on a model, which is the one that was edited."""
         of = str((self.provenance.get("model") or {}).get("fingerprint", ""))
         if of != model.fingerprint:
-            told = f"got a run of model={of[:12]!r}, in use {model.fingerprint[:12]!r}"
-            raise ValueError(f"run: it is of the model in use ({told})")
+            detail = f"got a run of model={of[:12]!r}, in use {model.fingerprint[:12]!r}"
+            raise ValueError(f"run: it is of the model in use ({detail})")
         if self.artifact is not None:
             require_artifact(self.artifact, self.artifact.kind, model)
             model.artifacts[self.artifact.id] = self.artifact

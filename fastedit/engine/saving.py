@@ -47,8 +47,8 @@ def write_run(folder: Path, content: Mapping[str, Any], deltas: Sequence[EditDel
         except BaseException as error:
             _clear(folder, NEXT)
             if isinstance(error, OSError) and error.errno is not None:
-                told = f"run: it was not saved, and what was in {str(folder)!r} is as it was: {error.strerror}"
-                raise OSError(error.errno, told) from error
+                detail = f"run: it was not saved, and what was in {str(folder)!r} is as it was: {error.strerror}"
+                raise OSError(error.errno, detail) from error
             raise
         _finish(folder, files, gone)
 
@@ -90,14 +90,16 @@ def _read(folder: Path, content: dict[str, Any], checked: bool) -> SavedRun:
     deltas: Sequence[EditDelta]
     if "format" not in content:
         if not checked:
-            told = f"run: {folder / SCORES} was written without checksums: what it holds is not checked; save it again"
-            warnings.warn(told, UserWarning, stacklevel=4)
+            detail = (
+                f"run: {folder / SCORES} was written without checksums: what it holds is not checked; save it again"
+            )
+            warnings.warn(detail, UserWarning, stacklevel=4)
         stored = (folder / STORED).is_dir() and not (folder / DELTAS).exists()
         deltas = StoredDeltas(folder / STORED) if stored else load_deltas(folder / DELTAS)
         return SavedRun(content, deltas, load_artifact(folder / ARTIFACT) if (folder / ARTIFACT).exists() else None)
     if content["format"] != FORMAT or not checked:
-        told = f"format={content['format']!r:.80}" + ("" if checked else " without a checksum")
-        raise ValueError(f"run: format is {FORMAT!r}, with a checksum (got {told} in path={str(folder / SCORES)!r})")
+        detail = f"format={content['format']!r:.80}" + ("" if checked else " without a checksum")
+        raise ValueError(f"run: format is {FORMAT!r}, with a checksum (got {detail} in path={str(folder / SCORES)!r})")
     found = {name: _part(folder, name, entry["sha256"]) for name, entry in content["files"].items()}
     return SavedRun(content, found[STORED] if STORED in found else found[DELTAS], found.get(ARTIFACT))
 

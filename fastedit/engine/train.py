@@ -106,8 +106,8 @@ def _recover(
     if not is_out_of_memory(error):
         return None
     kept = "" if state is None or not state.is_file() else f"; the state of the last checkpoint is kept in {state}"
-    told = f"train {kind}: memory ran out in a step of batch_size={settings.batch_size}"
-    warnings.warn(f"{told}; trying once more with all caches emptied{kept}", RuntimeWarning, stacklevel=5)
+    message = f"train {kind}: memory ran out in a step of batch_size={settings.batch_size}"
+    warnings.warn(f"{message}; trying once more with all caches emptied{kept}", RuntimeWarning, stacklevel=5)
     return partial(release_memory, model)
 
 

@@ -71,8 +71,8 @@ class TPatcherConfig:
         weights = ("activation_weight", "memory_weight", "memory", "margin")
         check_ranges("tpatcher", self, at_least={"neurons": 1, "most": 1}, not_negative=weights)
         if self.activation is not None and self.activation not in ACTIVATIONS:
-            told = f"got activation={self.activation!r}"
-            raise ValueError(f"tpatcher: activation is one of {list(ACTIVATIONS)} or None ({told})")
+            detail = f"got activation={self.activation!r}"
+            raise ValueError(f"tpatcher: activation is one of {list(ACTIVATIONS)} or None ({detail})")
         check_places("tpatcher", self.positions)
 
 

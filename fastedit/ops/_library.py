@@ -127,8 +127,10 @@ def launched(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
         schema = getattr(torch.ops.fastedit, name).default._schema
         if schema.is_mutable:
             raise RuntimeError(f"{name}: a block of the Triton kernel fits the GPU (got {error})") from error
-        told = f"{name}: a block of the Triton kernel is too large for this GPU; plain torch serves the call ({error})"
-        warnings.warn(told, RuntimeWarning, stacklevel=2)
+        message = (
+            f"{name}: a block of the Triton kernel is too large for this GPU; plain torch serves the call ({error})"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return _REFERENCES[name](*arguments)
 
 

@@ -55,8 +55,8 @@ def broken_message(state: State, path: Path | None, found: str) -> str:
     kept = "no checkpoint was asked for"
     if path is not None:
         kept = f"the state before is kept in {path}" if path.is_file() else "no checkpoint was written yet"
-    told = f"step={state.step}, {found}, lr={state.config.lr}, clip={state.config.clip}"
-    return f"train {state.task.name}: loss, gradient and parameters are finite (got {told}); {kept}; try a smaller lr"
+    detail = f"step={state.step}, {found}, lr={state.config.lr}, clip={state.config.clip}"
+    return f"train {state.task.name}: loss, gradient and parameters are finite (got {detail}); {kept}; try a smaller lr"
 
 
 @contextmanager
@@ -195,8 +195,8 @@ class State:
         """Go on from a checkpoint."""
         tensors, header, checked = read_tensors(path, FORMAT, f"train {self.task.name}")
         if not checked:
-            told = f"train {self.task.name}: the checkpoint {path} was written without a checksum: it is not checked"
-            warnings.warn(told, UserWarning, stacklevel=2)
+            detail = f"train {self.task.name}: the checkpoint {path} was written without a checksum: it is not checked"
+            warnings.warn(detail, UserWarning, stacklevel=2)
         if checked and header.get("content") != tensors_digest(tensors):
             raise ValueError(
                 f"train {self.task.name}: the checkpoint is what was written (its checksum differs in {path}); delete "

@@ -121,7 +121,7 @@ def _step(state: State, path: Path | None) -> dict[str, float]:
         group["lr"] = config.lr * group["factor"] * factor
     state.optimiser.zero_grad(set_to_none=True)
     with seeded(config.seed, state.step, parameters):
-        loss, told = state.task.loss(state.step)
+        loss, parts = state.task.loss(state.step)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise FloatingPointError(broken_message(state, path, f"loss={value}"))
@@ -135,7 +135,7 @@ def _step(state: State, path: Path | None) -> dict[str, float]:
     state.is_stepping = False
     state.step += 1
     state.note(value)
-    return {"loss": value, **told}
+    return {"loss": value, **parts}
 
 
 def _rate(config: TrainerConfig, step: int) -> float:

@@ -55,12 +55,12 @@ def video_inputs(
         ValueError: the processor refuses it.
     """
     tokenizer = processor.tokenizer
-    told: dict[str, Any] = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-    told |= {"duration": len(frames) / fps, "height": frames[0].height, "width": frames[0].width}
+    metadata: dict[str, Any] = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    metadata |= {"duration": len(frames) / fps, "height": frames[0].height, "width": frames[0].width}
     batch = processor(
         text=[text + _WORD],
         videos=[[np.asarray(frame) for frame in frames]],
-        video_metadata=[told],
+        video_metadata=[metadata],
         do_sample_frames=False,
         return_tensors="pt",
     )

@@ -184,10 +184,10 @@ class LDKE(Method):
         """Say which classifier decides for them."""
         if shared.artifact is None:
             return list(deltas)
-        told: dict[str, Any] = {"artifact": shared.artifact.id}
+        options: dict[str, Any] = {"artifact": shared.artifact.id}
         if config.threshold is not None:
-            told["threshold"] = config.threshold
-        return [_with_options(delta, told) for delta in deltas]
+            options["threshold"] = config.threshold
+        return [_with_options(delta, options) for delta in deltas]
 
 
 def _scores(model: EditableModel, config: LDKEConfig, rows: Sequence[EditRows]) -> Tensor:
@@ -236,5 +236,5 @@ def _told(request: EditRequest) -> str:
     return f"{request.id}|{request.prompt}|{request.target}"
 
 
-def _with_options(delta: EditDelta, told: dict[str, Any]) -> EditDelta:
-    return replace(delta, spec=replace(delta.spec, options={**delta.spec.options, **told}))
+def _with_options(delta: EditDelta, options: dict[str, Any]) -> EditDelta:
+    return replace(delta, spec=replace(delta.spec, options={**delta.spec.options, **options}))

@@ -80,8 +80,8 @@ class ClassifierTask:
         self.config, self.finish = dict(config), finish
         self.questions = Questions(records, trainer.seed)
         self.store = TokenStore(model, point, self.questions, room)
-        told = repr((self.config, point, held, stored, contrast, decorrelation))
-        digest = hashlib.sha256(told.encode()).hexdigest()
+        described = repr((self.config, point, held, stored, contrast, decorrelation))
+        digest = hashlib.sha256(described.encode()).hexdigest()
         self.fingerprint = f"{model.fingerprint[:16]}/{fingerprint(records)[:16]}/{digest[:16]}"
 
     def parameters(self) -> dict[str, Tensor]:
@@ -97,11 +97,11 @@ class ClassifierTask:
         anchors = self._anchors(keys, kinds, step)
         pairs = Pairs.of(self.questions, keys, anchors)
         by_entity, by_relation = entity[anchors] @ entity.T, relation[anchors] @ relation.T
-        value, told = self._pair_loss(by_entity, by_relation, pairs)
+        value, parts = self._pair_loss(by_entity, by_relation, pairs)
         contrast = self._contrast(entity, keys, kinds, "image_generality", self.questions.entity)
         contrast = contrast + self._contrast(relation, keys, kinds, "text_generality", self.questions.relation)
         total = value + self.contrast * contrast + self.decorrelation * _correlation(entity, relation)
-        return total, {**told, "contrast": float(contrast.detach())}
+        return total, {**parts, "contrast": float(contrast.detach())}
 
     def _pair_loss(self, by_entity: Tensor, by_relation: Tensor, pairs: Pairs) -> tuple[Tensor, dict[str, float]]:
         device = by_entity.device
@@ -114,8 +114,8 @@ class ClassifierTask:
         negative = -_mean(outside, hard)
         others = (-outside).masked_fill(~(counts & ~related & ~is_same), 0.0)
         worst = others.topk(min(HARDEST, others.shape[1]), dim=1).values.mean()
-        told = {"related": float(positive.detach()), "same": float(negative.detach()), "other": float(worst.detach())}
-        return positive + negative + worst, told
+        parts = {"related": float(positive.detach()), "same": float(negative.detach()), "other": float(worst.detach())}
+        return positive + negative + worst, parts
 
     def _contrast(
         self,

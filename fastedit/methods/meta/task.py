@@ -120,8 +120,8 @@ class MetaTask:
         self.store = RowStore(model, spec, self.views, room)
         # Settings of the objective, not what it has come to
         plain = {k: v for k, v in vars(objective).items() if is_dataclass(v) or isinstance(v, (int, float, str, tuple))}
-        told = repr((self.config, spec, type(objective).__name__, plain))
-        digest = hashlib.sha256(told.encode())
+        described = repr((self.config, spec, type(objective).__name__, plain))
+        digest = hashlib.sha256(described.encode())
         self.fingerprint = f"{model.fingerprint[:16]}/{fingerprint(records)[:16]}/{digest.hexdigest()[:16]}"
         measure: Any = network.measure
         measure(list(self._gradients(range(min(MEASURED, self.n_train)))))

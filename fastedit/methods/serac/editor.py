@@ -106,8 +106,8 @@ class SERAC(Method):
         """
         chosen = SeracObjective(config) if objective is None else objective
         heads = ScopeHeads(_shape(model, config), trainer.seed).to(model.device)
-        told = {"method": _trained_settings(model, config)}
-        return SeracTask(model, SERAC.spec(model, config), config, chosen, heads, records, trainer, told)
+        metadata = {"method": _trained_settings(model, config)}
+        return SeracTask(model, SERAC.spec(model, config), config, chosen, heads, records, trainer, metadata)
 
     @staticmethod
     def setup(model: EditableModel, config: SERACConfig, resources: Resources) -> _Shared:

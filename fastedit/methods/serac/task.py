@@ -82,8 +82,8 @@ class SeracTask:
         self.stack: Any = new_stack(spec, 1, device=model.device, trainable=False)
         self.stack.weights = self._first_weights()
         heads.standardise(self.features.edits(range(min(self.n_train, CHUNK))))
-        told = repr((self.config, settings, type(objective).__name__, vars(objective)))
-        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+        described = repr((self.config, settings, type(objective).__name__, vars(objective)))
+        digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         self.fingerprint = f"{model.fingerprint[:16]}/{fingerprint(records)[:16]}/{digest}"
 
     def parameters(self) -> dict[str, Tensor]:
@@ -106,13 +106,13 @@ class SeracTask:
         # By tokens: long targets are what copying is learned from, short ones can be guessed
         length = torch.bincount(tokens.edit[tokens.is_role(*CE_ROLES)], minlength=tokens.n_edits)
         total = SCALE * (losses.total * length).sum() / length.sum()
-        told: dict[str, float] = {}
+        parts: dict[str, float] = {}
         if self.settings.scope_weight and not self.settings.faithful:
             size = min(self.n_train, self.settings.scope_batch)
             scope = self.features.loss(self.heads, rng.sample(range(self.n_train), size), self.settings.scope_recall)
             total = total + self.settings.scope_weight * scope
-            told["scope"] = float(scope.detach())
-        return total, told
+            parts["scope"] = float(scope.detach())
+        return total, parts
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -167,7 +167,7 @@ class SeracTask:
         # Which rows each model reads; where the share is 1 the frozen one cannot be heard
         read = ((share < 1) | ~inside).tolist()
         heard = (inside | (share.detach() > UNHEARD)).tolist()
-        frozen, told = self._unedited([query for query, wanted in zip(queries, read, strict=True) if wanted], read)
+        frozen, unedited = self._unedited([query for query, wanted in zip(queries, read, strict=True) if wanted], read)
         asked = [replace(q, prompt=c + q.prompt) for q, c, h in zip(queries, contexts, heard, strict=True) if h]
         state, labels = self._walked(asked)
         with installed(self.model, self.stack, Rows(), route=False):
@@ -177,7 +177,7 @@ class SeracTask:
             # What must stay is the scope's business: here it would only teach not to copy
             after = {n: logits if inside[n] else logits.detach() for n, logits in after.items()}
         states = _rows(hidden, state.wanted_counts, heard)
-        labels_by_row = {**told, **_rows(labels, state.wanted_counts, heard)}
+        labels_by_row = {**unedited, **_rows(labels, state.wanted_counts, heard)}
         logits = [_mixed(frozen.get(row), after.get(row), share[row]) for row in range(len(views))]
         row = token_rows([len(labels_by_row[n]) for n in range(len(views))], device)
         # Objectives compare states of what must change only

@@ -194,8 +194,8 @@ class UniKE(Method):
         """With in-context text, the edit and its demonstrations before every question."""
         if config.extrinsic != "prompt":
             return list(deltas)
-        told = IKE.compute(model, _told(config, shared.texts), shared.texts, requests, [])
-        return [replace(delta, texts=one.texts) for delta, one in zip(deltas, told, strict=True)]
+        computed = IKE.compute(model, _told(config, shared.texts), shared.texts, requests, [])
+        return [replace(delta, texts=one.texts) for delta, one in zip(deltas, computed, strict=True)]
 
 
 def layers_of(model: EditableModel, config: UniKEConfig) -> tuple[int, ...]:

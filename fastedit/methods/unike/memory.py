@@ -145,8 +145,8 @@ class KnowledgeTask:
         parts = [self._losses(layer, chosen) for layer in self._layers]
         semantic, truthful = (torch.stack(each).sum() for each in zip(*parts, strict=True))
         count = len(self._layers)
-        told = {"semantic": float(semantic.detach()) / count, "truthful": float(truthful.detach()) / count}
-        return semantic + truthful, told
+        losses = {"semantic": float(semantic.detach()) / count, "truthful": float(truthful.detach()) / count}
+        return semantic + truthful, losses
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
