@@ -148,7 +148,7 @@ def test_every_option_reaches_the_library(records: Path, tmp_path: Path, monkeyp
         "--deltas-folder", str(tmp_path / "deltas"), "--template", "Q: {} A:", "--out", str(tmp_path / "out"),
         "--overwrite", "--batch-size", "2", "--set", "rank=2",
     )  # fmt: skip
-    assert loading == {"quantize": "none", "template": "Q: {} A:"}
+    assert loading == {"dtype": "auto", "quantize": "none", "template": "Q: {} A:"}
     assert [record.prompt for record in edit.pop("pool")] == [record.prompt for record in make_edits(5)[3:]]
     assert edit == {
         "method": "odedit+lora", "mode": "sequential", "score_at": (1, 2), "conflicts": "last", "views": "record",
