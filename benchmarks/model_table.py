@@ -38,11 +38,14 @@ InstructBLIP's Q-Former makes of an image depends on the question and is kept by
 model of timm, which needs torchvision: in the test a convolution stands for it inside of the stock wrapper. Where a
 layer has no `up` and `down`, `lora` and `ft` take `gate_up` and `down`, or `block`, all experts as one.
 
-Refused, with a sentence that says why: text models with an encoder (BLIP-2 and InstructBLIP with T5, Florence-2),
-forwards that need more than tokens, an image and what the processor makes of a prompt, decoders of another build
-(GPT-2, Bloom). A text model with an encoder would need rows of two sequences, the prompt for the encoder and the answer
-with its labels for the decoder, where a row here is one causal sequence; a second stack to walk; and T5's position
-biases in attention. `ft-vision` knows the families only. Models with a Q-Former or cross-attention are asked about one
+BLIP-2 and InstructBLIP with T5 have an encoder read prompt and image, once a row; the tokens of a row are those of its
+answer behind the token that the decoder begins with, and edits lie beside the decoder's maps: `lora` and `ft`, plain,
+with `kl+` and `odedit+`, at all positions. What acts by a prompt's tokens in the decoder is refused before any work:
+every other method, `positions="after_image"`, and `attach`, for which `applied` stands in.
+
+Refused, with a sentence that says why: other text models with an encoder (Florence-2), forwards that need more than
+tokens, an image and what the processor makes of a prompt, decoders of another build (GPT-2, Bloom). `ft-vision` knows
+the families only. Models with a Q-Former or cross-attention are asked about one
 image a question. Llama 4's `generate` fails in transformers 5.24 by itself: its answers are not compared.
 """
 

@@ -92,7 +92,7 @@ TESTED_IN = {
 # Tests of what more than one module promises together, and of what is no module.
 TOPICS = {
     "backbone/test_any_method", "backbone/test_architectures", "backbone/test_cross", "backbone/test_expansion",
-    "backbone/test_processing",
+    "backbone/test_encoder", "backbone/test_processing",
     "backbone/test_text_only",
     "cli/test_signals", "cli/test_terminal", "deltas/test_deltas", "engine/test_attach_calls",
     "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous", "engine/test_growth",

@@ -24,6 +24,10 @@ def encode_queries(model: EditableModel, queries: Sequence[Query], *, answers: b
     if not queries:
         raise ValueError("encode: at least one query is needed (got 0)")
     rows = [_row(model, number, query, answers) for number, query in enumerate(queries)]
+    read: tuple[tuple[int, ...], ...] = ()
+    if (start := _decoder_start(model)) is not None:
+        read = tuple(tuple(ids[:length]) for ids, _, length, _ in rows)
+        rows = [([start, *ids[length:]], [], 1, image) for ids, _, length, image in rows]
     width = max(len(ids) - 1 if answers else len(ids) for ids, _, _, _ in rows)
     shape = (len(rows), width)
     input_ids = torch.full(shape, padding_id(model), dtype=torch.long)
@@ -50,6 +54,7 @@ def encode_queries(model: EditableModel, queries: Sequence[Query], *, answers: b
         image_mask=image_mask,
         images=images,
         token_types=model.adapter.token_types,
+        read=read,
     )
     return encoded.to(model.device)
 
@@ -58,7 +63,15 @@ def row_size(model: EditableModel, query: Query) -> tuple[int, int]:
     """Return the tokens and the labels of a row, as `EditableModel.encode` would make it; no labels without answer."""
     answered = query.answer is not None and bool(query.answer.strip())
     ids, _, prompt_length, _ = _row(model, 0, query, answered)
+    if model.reads_prompts_by_encoder:
+        return len(ids) - prompt_length + (not answered), len(ids) - prompt_length
     return (len(ids) - 1, len(ids) - prompt_length) if answered else (len(ids), 0)
+
+
+def _decoder_start(model: EditableModel) -> int | None:
+    """The one token that a decoder has of every prompt, where an encoder reads those."""
+    traced = generic(model.adapter)
+    return None if traced is None else traced.start_token_id
 
 
 def answer_tokens(model: EditableModel, query: Query, prompt_length: int) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ class EditableModel:
         self.template = template
         self.end_token_ids = tuple(end_token_ids)
         texts = adapter.image_text, template, self.end_token_ids[0], adapter.video_text, adapter.listed_text
-        self.prompts = PromptBuilder(processor, self.tokenizer, *texts)
+        self.prompts = PromptBuilder(processor, self.tokenizer, *texts, apart=self.reads_prompts_by_encoder)
         self.images = ImageReader(adapter.image_inputs, image_cache_mib << 20, Several(name, adapter))
         self.image_features = feature_cache(image_cache_mib << 20)
         #: Of the model as it acts: keys say under which deltas.
@@ -163,6 +163,12 @@ class EditableModel:
         """Numbers that attention keeps of a token in all layers."""
         text = self.adapter.text
         return text.stored if text.stored is not None else 2 * self.sites([0], ["k"])[0].d_out * self.n_layers
+
+    @property
+    def reads_prompts_by_encoder(self) -> bool:
+        """Whether prompts and images are what an encoder reads, and the decoder's tokens are those of answers alone."""
+        traced = generic(self.adapter)
+        return traced is not None and traced.start_token_id is not None
 
     @property
     def n_layers(self) -> int:

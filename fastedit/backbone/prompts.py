@@ -72,6 +72,7 @@ class PromptBuilder:
         end_token_id: the token that ends an answer.
         video_text: what stands for a video in a raw prompt.
         listed_text: what stands for each of several images in a raw prompt; "" is `image_text`.
+        apart: whether an encoder reads the prompt, ended as the tokenizer does, and an answer is a text of its own.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class PromptBuilder:
         end_token_id: int,
         video_text: str = "",
         listed_text: str = "",
+        *,
+        apart: bool = False,
     ) -> None:
         check_template(template)
         self._tokenizer = tokenizer
@@ -92,7 +95,8 @@ class PromptBuilder:
         self.end_token_id = end_token_id
         self._chat_template = chat_template(processor) if template is None else None
         self._processor = processor
-        self._before = _leading_special_tokens(tokenizer)
+        self._before, after = _special_tokens_around(tokenizer)
+        self._after, self._apart = after if apart else (), apart
         self._ids: dict[str, tuple[int, ...]] = {}
         #: Tokens that no text may spell: they open, end or separate texts, or stand for what is no text.
         self.special_ids = frozenset((*_special_tokens(tokenizer), end_token_id))
@@ -130,14 +134,17 @@ class PromptBuilder:
         return _FIELDS.sub(lambda field: values[field[0]], template)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a prompt text, special tokens that open a text included."""
+        """Return the tokens of a prompt text, special tokens that open a text included, and for an encoder its end."""
         bare = self._bare_ids(text)
         # A chat template may spell the opening token itself.
-        return bare if bare[: len(self._before)] == self._before else self._before + bare
+        opened = bare if bare[: len(self._before)] == self._before else self._before + bare
+        return opened + self._after
 
     def answer_ids(self, text: str, answer: str) -> tuple[int, ...]:
         """Return the tokens of an answer to a prompt text, the end token last."""
         answer = answer.strip()
+        if self._apart:
+            return (*self._bare_ids(answer), self.end_token_id)
         gap = "" if text[-1:].isspace() else " "
         prompt, joined = self._bare_ids(text), self._bare_ids(text + gap + answer)
         if joined[: len(prompt)] == prompt and len(joined) > len(prompt):
@@ -161,14 +168,14 @@ def _special_tokens(tokenizer: Any) -> list[int]:
     return [*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)]
 
 
-def _leading_special_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return what the tokenizer puts before every text; what it would put after it is never wanted in a prompt."""
+def _special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what the tokenizer puts before and behind every text; the second is wanted in no prompt that goes on."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    return ()
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()
 
 
 def expand_image_token(ids: Sequence[int], image_token_id: int, *counts: int) -> tuple[list[int], list[bool]]:

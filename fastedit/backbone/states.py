@@ -108,6 +108,8 @@ class Encoded:
         image_mask: (R, N), bool. True at image tokens.
         images: what each row is about, None for a question in text only.
         token_types: whether the stock model wants `mm_token_type_ids`.
+        read: where the text model has an encoder, the tokens that it reads of each row, those of images among them. All
+            else is of the decoder then, whose prompt is one token that begins every row. Else ().
     """
 
     input_ids: Tensor
@@ -118,6 +120,7 @@ class Encoded:
     image_mask: Tensor
     images: tuple[ImageInputs | None, ...]
     token_types: bool = False
+    read: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -126,6 +129,10 @@ class Encoded:
     def lengths(self) -> Tensor:
         """(R,), int64: tokens of each row."""
         return self.attention_mask.sum(dim=1)
+
+    def read_by_encoder(self, row: int) -> tuple[int, ...]:
+        """The tokens of a row that an encoder reads; () without one."""
+        return self.read[row] if self.read else ()
 
     @property
     def distinct_images(self) -> dict[str, ImageInputs]:
@@ -136,6 +143,11 @@ class Encoded:
     def model_inputs(self) -> dict[str, Tensor]:
         """Everything that the stock model's forward takes for these rows, as keyword arguments."""
         inputs: dict[str, Tensor] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
+        if self.read:
+            tokens = [torch.tensor([ids], device=self.input_ids.device) for ids in self.read]
+            inputs = {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+            inputs["input_ids"] = join_padded(tokens)
+            inputs["attention_mask"] = join_padded([torch.ones_like(ids) for ids in tokens])
         if self.token_types:
             kinds = torch.tensor([[1 if image is None else image.kind] for image in self.images])
             inputs["mm_token_type_ids"] = self.image_mask.int() * kinds.int().to(self.image_mask.device)
@@ -154,7 +166,8 @@ class Encoded:
             for name in ("input_ids", "attention_mask", "label_mask", "labels", "image_mask")
         }
         images = tuple(self.images[row] for row in index.tolist())
-        return replace(self, **parts, last_prompt=self.last_prompt[index], images=images)
+        read = tuple(self.read[row] for row in index.tolist()) if self.read else ()
+        return replace(self, **parts, last_prompt=self.last_prompt[index], images=images, read=read)
 
     def to(self, device: torch.device | str) -> Encoded:
         """Return the rows with their token tensors on a device. Pixels stay where they are."""

@@ -120,6 +120,12 @@ def _attach(
     everywhere: bool,
 ) -> tuple[Any, InFlight]:
     deltas = checked_deltas(editable, delta, check_model=check_model)
+    if editable.reads_prompts_by_encoder:
+        kind = editable.hf.config.model_type
+        raise ValueError(
+            "attach: prompts must be tokens of the decoder, by which a stock call tells prompt from answer; an encoder "
+            f"reads them here, and fastedit.applied serves instead (got model_type={kind!r})"
+        )
     routed = "router" in deltas[0].spec.options
     together = memories(deltas, check_sequence) if routed else deltas
     if not routed and len(deltas) > 1 and (not check_sequence or any(each.fitted_on for each in deltas)):

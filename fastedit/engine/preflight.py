@@ -15,7 +15,7 @@ from fastedit.deltas.install import PLACEHOLDER
 from fastedit.engine.asked import AskedPart, asked_parts
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
-from fastedit.methods.base import Method, is_computed
+from fastedit.methods.base import Method, check_behind_encoder, is_computed
 from fastedit.requests import EditRequest, Query
 from fastedit.visuals import ImageSource, Video, image_places
 
@@ -63,8 +63,10 @@ def check_run(
         model: frozen; only its processor and configuration are used. edits: of the run. plan: of the method.
         views: what the edits are fitted on. evaluate: whether they are scored. mode: "single" or "sequential".
     Raises:
+        ValueError: a method that looks for prompts among the decoder's tokens, of a model whose encoder reads them.
         RecordErrors: every problem of the edits and of the pool, each with its place and id.
     """
+    check_behind_encoder(model, plan)
     roles = plan.build_objective(plan.method.solver(model, plan.config).steps).roles
     fitted = len(roles) > 1 and not is_computed(plan.method)
     context, rows = Context.of(plan), Rows(model)
@@ -92,6 +94,7 @@ def check_training(model: EditableModel, records: Sequence[EditRequest], plan: E
     Raises:
         RecordErrors: every problem, each with its place and id.
     """
+    check_behind_encoder(model, plan)
     context, rows = Context.of(plan), Rows(model)
 
     def parts(edit: EditRequest) -> Iterator[AskedPart]:

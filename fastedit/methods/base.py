@@ -290,6 +290,32 @@ def check_positions(owner: str, positions: str) -> None:
         raise ValueError(f"{owner}: positions is one of {list(POSITIONS)} (got positions={positions!r})")
 
 
+#: Base methods that neither read prompts at the decoder's tokens nor learn from states there.
+BEHIND_ENCODERS = ("lora", "ft")
+
+
+def check_behind_encoder(model: EditableModel, plan: EditPlan) -> None:
+    """Refuse what looks for a prompt among the decoder's tokens where an encoder reads it.
+
+    Raises:
+        ValueError: a method with keys, routers or trained parts at prompt tokens, or ``positions`` that tell tokens of
+            the image from others.
+    """
+    if not model.reads_prompts_by_encoder:
+        return
+    base = plan.name.rpartition("+")[2]
+    kind, got = model.hf.config.get_text_config().model_type, f"method={plan.name!r}"
+    positions = getattr(plan.config, "positions", "all")
+    if base in BEHIND_ENCODERS and positions == "all":
+        return
+    if base in BEHIND_ENCODERS:
+        got = f"positions={positions!r}"
+    raise ValueError(
+        f"{plan.name}: prompt and image must be tokens of the decoder for what acts by them; the text model {kind!r} "
+        f"has an encoder read them, and is edited by {' and '.join(BEHIND_ENCODERS)}, at all positions (got {got})"
+    )
+
+
 def positions_option(positions: str) -> dict[str, str]:
     """The option of a delta's spec; none for a delta that acts everywhere, as in files of earlier versions."""
     return {} if positions == "all" else {"positions": positions}

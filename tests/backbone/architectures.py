@@ -88,8 +88,10 @@ _MLLAMA |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 
 _OPT = {"model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 4, "dropout": 0.0}
 _OPT |= {"num_attention_heads": 4, "ffn_dim": 96, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
 _OPT |= {"tie_word_embeddings": False, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
-_T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+_T5 = {"model_type": "t5", "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 4, "num_heads": 4}
 _T5 |= {"vocab_size": VOCABULARY, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+#: As Flan-T5 has it; few buckets, so that the distances of a short row are told apart and shared.
+_FLAN = {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}
 _BLIP = {"qformer_config": _QFORMER, "num_query_tokens": 6, "image_token_index": IMAGE, "vision_config": _VIT}
 
 
@@ -216,9 +218,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
     },
     "blip-2": {"text_config": _OPT, **_BLIP},
-    "blip-2+t5": {"text_config": _T5, **_BLIP},
+    "blip-2+t5": {"text_config": _T5 | {"tie_word_embeddings": False, **_FLAN}, **_BLIP},
     "instructblip": {"text_config": _text("llama"), **_BLIP},
     "instructblip+opt": {"text_config": _OPT, **_BLIP},
+    "instructblip+t5": {"text_config": _T5, **_BLIP},
     "kimi_k25": {
         "text_config": _text("deepseek_v3", **_MLA),
         "vision_config": _KIMI,

@@ -181,7 +181,7 @@ def test_what_the_configuration_decides_is_said_before_weights_are_read(saved: P
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "a")
 
-    refused(r"must have a decoder-only text model, .* with the text model 't5'\)", text_config={"model_type": "t5"})
+    refused(r"must have a decoder-only text model, .* with the text model 'bart'\)", text_config={"model_type": "bart"})
     refused(r"must be of bitsandbytes \(got quant_method='awq'\)", quantization_config={"quant_method": "awq"})
     refused(
         r"must be of type nf4 \(got bnb_4bit_quant_type='fp4'\)",

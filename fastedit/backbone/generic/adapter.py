@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from ..states import Encoded, ImageFeatures, ImageInputs
 from .cross import SEEN
 from .decoder import Decoder
 from .door import Row, enter, follow, follows
+from .encoder import start_token
 from .features import FeatureMemory
 from .head import find_head
-from .kinds import check_kind
+from .kinds import check_forward, check_kind
 from .processing import OF_PROMPT, Placeholder, video_inputs
 from .sites import usual_sites
 from .stack import TracedStack
@@ -54,6 +55,8 @@ class GenericAdapter:
         self.placeholder = Placeholder(hf, processor)
         check_forward(hf, OF_PROMPT if self.placeholder.reads_prompts else ())
         self.decoder = Decoder(hf)
+        #: What the decoder begins rows with where an encoder reads the prompt; None where it reads prompts itself.
+        self.start_token_id = start_token(hf) if self.decoder.encoded else None
         self.image_token_id = self.placeholder.token_id
         self.image_text = self.placeholder.text
         self.listed_text = self.placeholder.marked(hf, self.image_text, "vision", "image")
@@ -72,7 +75,7 @@ class GenericAdapter:
             return
         with Frozen(hf).block(), self.decoder.instrumented():
             self.walker = self._traced()
-            ids = self.inputs(self.placeholder.some_ids(4), None, 4)
+            ids = self._sample(self.placeholder.some_ids(4), None)
             self.head: nn.Module = find_head(hf, self.decoder, *sample_logits(self.decoder, self.text_only, ids))
         self.text = TracedStack(self.decoder)
 
@@ -92,15 +95,27 @@ class GenericAdapter:
             (self.placeholder.some_ids(count), None) for count in (5, 9)
         ]
         samples += self.placeholder.samples(self.processor)
-        entered = [self._enter(self.inputs(ids, image, len(ids)), image) for ids, image in samples]
+        entered = [self._enter(self._sample(ids, image), image) for ids, image in samples]
         walker = trace_decoder(self.decoder, [row for row, _ in entered], [given for _, given in entered])
         #: Whether what a decoder is handed of text behind a prompt is known without its stock forward.
         self.follows = all(self._follows(ids, image) for ids, image in samples)
         return walker
 
+    def _sample(self, ids: Sequence[int], image: ImageInputs | None) -> dict[str, Any]:
+        """Arguments of a row of these tokens; where an encoder reads them, the decoder gets some others."""
+        if self.start_token_id is None:
+            return self.inputs(ids, image, len(ids))
+        return self.inputs(self._written(ids), image, 1, ids)
+
+    def _written(self, ids: Sequence[int]) -> list[int]:
+        """Tokens of the decoder for a sample that an encoder reads."""
+        return [int(self.start_token_id or 0), *self.placeholder.some_ids(2 + len(ids) // 2)]
+
     def _follows(self, ids: Sequence[int], image: ImageInputs | None) -> bool:
-        whole, short = (self._enter(self.inputs(part, image, len(ids) - 2), image)[0] for part in (ids, ids[:-2]))
-        return follows(self.decoder, short, torch.tensor([list(ids[-2:])], device=self.device), whole)
+        read, row = ((), ids) if self.start_token_id is None else (ids, self._written(ids))
+        inputs = [self.inputs(part, image, len(row) - 2, read) for part in (row, row[:-2])]
+        whole, short = (self._enter(each, image)[0] for each in inputs)
+        return follows(self.decoder, short, torch.tensor([list(row[-2:])], device=self.device), whole)
 
     @property
     def device(self) -> torch.device:
@@ -151,11 +166,13 @@ class GenericAdapter:
         found = []
         for row, image in enumerate(encoded.images):
             ids = encoded.input_ids[row, : int(encoded.attention_mask[row].sum())].tolist()
-            found.append(self._row(ids, image, int(encoded.last_prompt[row]) + 1))
+            found.append(self._row(ids, image, int(encoded.last_prompt[row]) + 1, encoded.read_by_encoder(row)))
         return found
 
-    def _row(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> Row:
+    def _row(self, ids: Sequence[int], image: ImageInputs | None, prompt: int, read: Sequence[int] = ()) -> Row:
         """A row whose answer may hold tokens that stand for images in prompts: there they are words."""
+        if self.start_token_id is not None:
+            return self._enter(self.inputs(ids, image, prompt, read), image)[0]
         seen = (self.image_token_id, self.video_token_id)
         words = [place for place in range(prompt, len(ids)) if ids[place] in seen]
         if not words:
@@ -200,7 +217,8 @@ class GenericAdapter:
                 rows[row] = follow(self.decoder, prompt, torch.tensor([tokens[behind:]], device=self.device), behind)
             else:
                 ids = encoded.input_ids[row, : lengths[row]].tolist()
-                rows[row] = self._row([*ids, *tokens], encoded.images[row], lengths[row])
+                read = encoded.read_by_encoder(row)
+                rows[row] = self._row([*ids, *tokens], encoded.images[row], lengths[row], read)
         ends = [0 if row is None else row.count for row in rows]
         starts = [firsts.get(number, lengths[number] if stored else 0) for number in range(len(rows))]
         new = [end - start if row is not None else 0 for row, end, start in zip(rows, ends, starts, strict=True)]
@@ -238,12 +256,21 @@ class GenericAdapter:
             for each, deltas in zip(holders, before, strict=True):
                 each.rope_deltas = deltas
 
-    def inputs(self, ids: Sequence[int], image: ImageInputs | None, prompt: int) -> dict[str, Any]:
-        """Arguments of the stock forward for one row."""
+    def inputs(
+        self, ids: Sequence[int], image: ImageInputs | None, prompt: int, read: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Arguments of the stock forward for one row.
+
+        Args:
+            ids: of the decoder. image: or None. prompt: how many of them are the prompt's.
+            read: tokens that an encoder reads, where the text model has one.
+        """
         weight = self.hf.get_input_embeddings().weight
-        row = torch.tensor([list(ids)], device=self.device)
+        row = torch.tensor([list(read or ids)], device=self.device)
         marks = row == self.features_id(image)
         inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        if read:
+            inputs["decoder_input_ids"] = torch.tensor([list(ids)], device=self.device)
         if self.token_types:
             inputs["mm_token_type_ids"] = marks.int() * (1 if image is None else image.kind)
         if self._block_types:
@@ -289,25 +316,3 @@ def walkable(adapter: Any) -> AbstractContextManager[None]:
     """Return a block for several walks, inside of which a decoder's parts ask for them; else each walk sees to it."""
     traced = generic(adapter)
     return nullcontext() if traced is None else traced.decoder.instrumented()
-
-
-def check_forward(hf: Any, of_prompt: Collection[str]) -> None:
-    """Refuse a model whose stock forward needs more than tokens and an image.
-
-    Args:
-        of_prompt: what else its processor makes of a prompt.
-    Raises:
-        ValueError: names what it needs.
-    """
-    needed = [
-        name
-        for name, parameter in inspect.signature(hf.forward).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        and name not in ("input_ids", "pixel_values", *of_prompt)
-    ]
-    if needed:
-        raise ValueError(
-            "load: a model's forward must need no more than tokens and an image "
-            f"(got {', '.join(needed)} besides for model_type={hf.config.model_type!r})"
-        )

@@ -1,4 +1,7 @@
-"""Decoders that see images by cross-attention: some layers read a row's image, and skip rows without one (Mllama)."""
+"""Decoders that read by cross-attention: some layers a row's image (Mllama), or all layers an encoder's states (T5).
+
+Rows without an image skip the layers that read images.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from ..packed import PackedState, token_rows
 
 #: The argument of a decoder that holds what layers read of an image: (tiles, patches, d) of one row.
 STATES = "cross_attention_states"
+#: The argument of a decoder that holds what an encoder makes of a row's prompt and image: (1, K, d).
+ENCODED = "encoder_hidden_states"
 #: Arguments that say of every token, on this axis, what it sees of those. Text behind a prompt sees what its end sees.
 PER_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
 TOKEN_AXIS = 2
 #: The axis of tokens, of arguments whose sizes do not tell it.
-AXES: dict[str, int | None] = {STATES: None, **dict.fromkeys(PER_TOKEN, TOKEN_AXIS)}
+AXES: dict[str, int | None] = {STATES: None, ENCODED: None, **dict.fromkeys(PER_TOKEN, TOKEN_AXIS)}
 #: What a processor says of every token: which tiles of an image it sees, (1, N, images, tiles).
 SEEN = "cross_attention_mask"
 
@@ -26,9 +31,14 @@ def cross_layers(config: Any) -> frozenset[int]:
     return frozenset(getattr(config, "cross_attention_layers", None) or ())
 
 
+def reads_encoder(config: Any) -> bool:
+    """Whether a text model has an encoder, by its configuration."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def followed(values: dict[str, Any], count: int) -> dict[str, Any]:
     """What some tokens of text behind a prompt are handed, by the prompt's arguments."""
-    going = {STATES: values[STATES]} if STATES in values else {}
+    going = {name: values[name] for name in (STATES, ENCODED) if name in values}
     for name in PER_TOKEN:
         if name in values:
             last = values[name].narrow(TOKEN_AXIS, values[name].shape[TOKEN_AXIS] - 1, 1)
@@ -36,25 +46,26 @@ def followed(values: dict[str, Any], count: int) -> dict[str, Any]:
     return going
 
 
-def image_keys(state: PackedState) -> list[int]:
-    """By row with tokens here, how many keys its image has; 0 without one."""
+def read_keys(state: PackedState) -> list[int]:
+    """By row with tokens here, how many keys there are to read; 0 without any."""
     sizes = []
     for entry, count in zip(state.entries, state.counts, strict=True):
-        states = None if entry is None or not count else entry.values.get(STATES)
+        values = {} if entry is None or not count else entry.values
+        states = values.get(STATES, values.get(ENCODED))
         sizes.append(0 if states is None else states.shape[0] * states.shape[1])
     return sizes
 
 
 def seeing_tokens(state: PackedState) -> Tensor | None:
     """(T,), bool: the tokens of rows with an image; None where no row has one."""
-    sizes = image_keys(state)
+    sizes = read_keys(state)
     if not any(sizes):
         return None
     device = state.hidden.device
     return torch.tensor([size > 0 for size in sizes], device=device)[token_rows(state.counts, device)]
 
 
-def attend_images(
+def attend_read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,7 +74,7 @@ def attend_images(
     keys: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """Attention of every row's tokens over its own image: (1, T, heads, d_head).
+    """Attention of every row's tokens over what it reads: (1, T, heads, d_head).
 
     Args:
         query: (1, heads, T, d_head). key, value: (1, groups, sum(keys), d_head).

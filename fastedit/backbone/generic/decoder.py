@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..placement import device_of
 from .attention import put_back, use_packed
 from .context import Forward, Instruments
-from .cross import cross_layers
+from .cross import cross_layers, reads_encoder
 
 #: What a decoder has beside its layers.
 _PARTS = ("embed_tokens", "config")
@@ -30,10 +30,11 @@ class LayerTrace:
     """What was seen of one decoder layer.
 
     Args:
-        is_tuple: whether it returns its hidden states first in a tuple.
+        length: of the tuple that it returns, hidden states first; 0 where it returns a tensor.
         mixer: path of the module that mixes tokens, inside of the layer. mixer_length: of the tuple that it returns;
             0 where it returns a tensor.
-        entry: path of the module that reads the residual stream after the mixer, or "" where there is none such that
+        reader: path of the module that reads what an encoder puts out, or "".
+        entry: path of the module that reads the residual stream after both, or "" where there is none such that
             nothing else is read.
         padded: whether the mixer is called on padded rows: it mixes tokens by other means than attention.
         parallel: whether the feed-forward block does not read what the mixer puts out.
@@ -41,9 +42,10 @@ class LayerTrace:
         stored: numbers that attention keeps of a token.
     """
 
-    is_tuple: bool = False
+    length: int = 0
     mixer: str = ""
     mixer_length: int = 0
+    reader: str = ""
     entry: str = ""
     padded: bool = False
     parallel: bool = False
@@ -65,7 +67,10 @@ class Decoder:
         root: Any = find_decoder(hf)
         self.root = root
         self.config: Any = root.config
-        self.layers: Any = root.layers
+        layers: Any = layers_of(root)
+        self.layers = layers
+        #: Whether each layer reads what an encoder makes of the prompt, and the first makes a position bias for all.
+        self.encoded = reads_encoder(self.config)
         #: Layers that read images by cross-attention.
         self.cross = cross_layers(self.config)
         self.traces = [LayerTrace() for _ in self.layers]
@@ -115,7 +120,8 @@ class Decoder:
         for index, trace in enumerate(self.traces):
             sites = trace.sites or {}
             token = [] if trace.padded else [("token", sites.get(name, "")) for name in ("q", "o")]
-            for role, path in (("mixer", trace.mixer), ("entry", trace.entry), *token):
+            parts = ("mixer", trace.mixer), ("reader", trace.reader), ("entry", trace.entry)
+            for role, path in (*parts, *token):
                 if path:
                     instruments.part(self.layers[index].get_submodule(path), role, index)
 
@@ -125,7 +131,8 @@ class Decoder:
 
     def returned(self, index: int, hidden: Tensor) -> Any:
         """Hidden states in the form that a layer returns them in."""
-        return (hidden,) if self.traces[index].is_tuple else hidden
+        length = self.traces[index].length
+        return (hidden, *[None] * (length - 1)) if length else hidden
 
     @property
     def device(self) -> torch.device:
@@ -155,10 +162,10 @@ def find_decoder(hf: Any) -> nn.Module:
     """
     best: Any = None
     for module in hf.modules():
-        layers = getattr(module, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not all(hasattr(module, name) for name in _PARTS):
+        layers = layers_of(module)
+        if layers is None or not all(hasattr(module, name) for name in _PARTS):
             continue
-        if best is None or len(layers) > len(best.layers):
+        if best is None or len(layers) > len(layers_of(best) or ()):
             best = module
     if best is None:
         kind = getattr(hf.config, "model_type", type(hf).__name__)
@@ -168,6 +175,14 @@ def find_decoder(hf: Any) -> nn.Module:
         )
     found: nn.Module = best
     return found
+
+
+def layers_of(module: nn.Module) -> nn.ModuleList | None:
+    """The list of layers of a decoder, which T5's has in 'block'; None of a module that is no decoder."""
+    layers = getattr(module, "layers", None)
+    if layers is None and getattr(module, "is_decoder", False):
+        layers = getattr(module, "block", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
 
 
 class Enough(Exception):
@@ -186,4 +201,4 @@ def hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-__all__ = ["Decoder", "Enough", "Forward", "LayerTrace", "bound", "find_decoder", "hooked"]
+__all__ = ["Decoder", "Enough", "Forward", "LayerTrace", "bound", "find_decoder", "hooked", "layers_of"]

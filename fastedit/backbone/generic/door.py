@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .context import Forward, walking
-from .cross import AXES, PER_TOKEN, STATES, TOKEN_AXIS, followed
+from .cross import AXES, ENCODED, PER_TOKEN, STATES, TOKEN_AXIS, followed
 from .decoder import Decoder, bound
 from .masks import RowMask, moved_mask, row_mask
 
 #: Arguments of a decoder that a walk sets itself, or has no use for.
 _DROPPED = frozenset({"attention_mask", "past_key_values", "use_cache", "cache_position", "labels", "cache"})
+#: Of a row alone it says nothing: no encoder state is padding.
+_DROPPED |= {"encoder_attention_mask"}
 EMBEDDED, IDS, PLACES = "inputs_embeds", "input_ids", "position_ids"
 
 
@@ -143,7 +145,9 @@ def follows(decoder: Decoder, short: Row, ids: Tensor, whole: Row) -> bool:
         axis = TOKEN_AXIS if name in PER_TOKEN else 1 if name == EMBEDDED else -1
         if known is None:
             return False
-        if not torch.equal(known if name == STATES else known.narrow(axis, short.count, ids.shape[1]), value):
+        if not torch.equal(
+            known if name in (STATES, ENCODED) else known.narrow(axis, short.count, ids.shape[1]), value
+        ):
             return False
     key = torch.arange(whole.count, device=ids.device)
     places = key[short.count :, None]
@@ -262,6 +266,8 @@ class Joiner:
                 parts = [each.values[name] for each, _, _ in present if name in each.values]
                 return [torch.cat([part[number] for part in parts]) for number in range(len(known))]
             return known
+        if name == ENCODED:
+            return torch.cat([each.values[name] for each, _, _ in present], 1)
         axis = self.axis(name, known, row.count - row.first)
         if axis is None:
             if name != STATES and any(a for _, a, _ in present):

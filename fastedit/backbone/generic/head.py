@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cross import reads_encoder
 from .decoder import Decoder
 
 #: Largest difference from the stock logits, relative to the largest, by type.
@@ -67,6 +68,8 @@ def _heads(linear: nn.Module, hf: Any, config: Any) -> Iterator[nn.Module]:
         factor, divisor = getattr(owner, "logit_scale", None), getattr(owner, "logits_scaling", None)
         scales += [float(factor)] if isinstance(factor, (int, float)) else []
         scales += [1 / float(divisor)] if isinstance(divisor, (int, float)) and divisor else []
+    # T5 scales what its head reads, where head and embeddings were made to be the same
+    scales += [float(config.hidden_size) ** -0.5] if reads_encoder(config) else []
     bound = getattr(config, "final_logit_softcapping", None)
     for scale in dict.fromkeys(scales):
         yield ScaledHead(linear, scale, bound)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from .decoder import find_decoder
+from .cross import reads_encoder
+from .decoder import find_decoder, layers_of
+from .encoder import ENCODER_TEXTS
 
 
 def check_kind(config: Any) -> None:
@@ -17,9 +21,9 @@ def check_kind(config: Any) -> None:
         ValueError: names the model type and the rule, and the nearest model type that transformers can build.
     """
     text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+    if (reads_encoder(config) or reads_encoder(text)) and text.model_type not in ENCODER_TEXTS:
         raise ValueError(
-            "load: a model must have a decoder-only text model, in which prompt and answer are one sequence "
+            "load: a model must have a decoder-only text model, in which prompt and answer are one sequence, or T5 "
             f"(got model_type={config.model_type!r} with the text model {text.model_type!r})"
         )
     known = _model_types()
@@ -28,6 +32,28 @@ def check_kind(config: Any) -> None:
         raise ValueError(
             "load: model_type must be one that transformers makes an image-text or a causal language model of "
             f"(got model_type={config.model_type!r}; the nearest is {nearest!r})"
+        )
+
+
+def check_forward(hf: Any, of_prompt: Collection[str]) -> None:
+    """Refuse a model whose stock forward needs more than tokens and an image.
+
+    Args:
+        of_prompt: what else its processor makes of a prompt.
+    Raises:
+        ValueError: names what it needs.
+    """
+    needed = [
+        name
+        for name, parameter in inspect.signature(hf.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and name not in ("input_ids", "pixel_values", *of_prompt)
+    ]
+    if needed:
+        raise ValueError(
+            "load: a model's forward must need no more than tokens and an image "
+            f"(got {', '.join(needed)} besides for model_type={hf.config.model_type!r})"
         )
 
 
@@ -41,8 +67,7 @@ def auto_class(config: Any) -> Any:
 def outside_layers(hf: nn.Module) -> list[str]:
     """Paths of the linear maps that are not inside of a decoder layer; they are never quantized."""
     root = find_decoder(hf)
-    layers: Any = root.layers
-    inside = {id(module) for module in layers.modules()}
+    inside = {id(module) for module in (layers_of(root) or nn.ModuleList()).modules()}
     return [path for path, module in hf.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside]
 
 

@@ -51,8 +51,10 @@ class Alone:
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> None:
         """Keep what attention is given; the stock function follows."""
-        self.given[:] = [query, key, value]
         self.callers.append(module)
+        if not self.decoder.encoded or module is self.callers[0]:
+            # Not what a layer reads of an encoder, which follows
+            self.given[:] = [query, key, value]
         return
 
 
@@ -61,7 +63,7 @@ def look(decoder: Decoder, alone: Alone, index: int) -> LayerTrace:
     layer: Any = decoder.layers[index]
     args, kwargs = alone.calls[index]
     hidden = args[0] if args else kwargs["hidden_states"]
-    trace = LayerTrace(is_tuple=isinstance(alone.outputs[index], tuple))
+    trace = LayerTrace(length=tuple_length(alone.outputs[index]))
     stock = layer.forward
 
     def call(state: Tensor = hidden) -> Tensor:
@@ -74,12 +76,12 @@ def look(decoder: Decoder, alone: Alone, index: int) -> LayerTrace:
     with walking(spy):
         output = call()
         callers = list(dict.fromkeys(spy.callers))
-        if len(callers) > 1:
+        if len(callers) > 1 + decoder.encoded:
             names = ", ".join(type(module).__name__ for module in callers)
             raise ValueError(f"load: a decoder layer must have one attention module (got {names} in layer {index})")
         paths = {id(part): path for path, part in layer.named_modules()}
         if callers:
-            trace.mixer = paths[id(callers[0])]
+            trace.mixer, trace.reader = (*[paths[id(each)] for each in callers], "")[:2]
             # Of a layer that reads images, none for a token
             query, key, value = spy.given
             if key.shape[2] == query.shape[2]:
@@ -126,7 +128,7 @@ def _length(layer: nn.Module, path: str, call: Any) -> int:
     lengths: list[int] = []
 
     def keep(_m: nn.Module, _a: Any, output: Any) -> None:
-        lengths.append(len(output) if isinstance(output, tuple) else 0)
+        lengths.append(tuple_length(output))
         raise Enough
 
     with hooked([layer.get_submodule(path).register_forward_hook(keep)]):
@@ -135,14 +137,15 @@ def _length(layer: nn.Module, path: str, call: Any) -> int:
 
 
 def _zeroed(layer: nn.Module, trace: LayerTrace) -> Any:
-    """A hook that lets the mixer put out zeros."""
+    """Hooks that let the mixer, and what reads an encoder's states, put out zeros."""
 
     def zero(_m: nn.Module, _a: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (torch.zeros_like(output[0]), *output[1:])
         return torch.zeros_like(output)
 
-    return layer.get_submodule(trace.mixer).register_forward_hook(zero)
+    parts = [layer.get_submodule(path) for path in (trace.mixer, trace.reader) if path]
+    return [part.register_forward_hook(zero) for part in parts]
 
 
 def _entry(layer: nn.Module, trace: LayerTrace, call: Any, output: Tensor) -> str:
@@ -159,18 +162,32 @@ def _entry(layer: nn.Module, trace: LayerTrace, call: Any, output: Tensor) -> st
 
         return hook
 
-    children = [(path, part) for path, part in layer.named_children() if path != trace.mixer]
+    children = [(path, part) for path, part in _children(layer) if path != trace.mixer]
     handles = [part.register_forward_pre_hook(keep(path), with_kwargs=True) for path, part in children]
     handles.append(layer.get_submodule(trace.mixer).register_forward_hook(lambda *_: mixed.append(True)))
     with hooked(handles):
         call()
     for path, given in seen.items():
-        with hooked([_zeroed(layer, trace)]):
+        with hooked(_zeroed(layer, trace)):
             again = call(given)
         scale = output.abs().max().clamp(min=1e-6)
         if bool((again - output).abs().max() <= EXACT.get(output.dtype, 1e-6) * scale):
             return path
     return ""
+
+
+def _children(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children of a layer by path; where they are all in one list, those in it."""
+    children = list(layer.named_children())
+    if len(children) == 1 and isinstance(children[0][1], nn.ModuleList):
+        path, inner = children[0]
+        return [(f"{path}.{name}", part) for name, part in inner.named_children()]
+    return children
+
+
+def tuple_length(output: Any) -> int:
+    """Entries of what a module returns, 0 of a tensor."""
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def _is_parallel(layer: nn.Module, trace: LayerTrace, call: Any) -> bool:
@@ -187,6 +204,6 @@ def _is_parallel(layer: nn.Module, trace: LayerTrace, call: Any) -> bool:
 
     with hooked([layer.get_submodule(reader).register_forward_pre_hook(keep)]):
         call()
-    with hooked([layer.get_submodule(reader).register_forward_pre_hook(keep), _zeroed(layer, trace)]):
+    with hooked([layer.get_submodule(reader).register_forward_pre_hook(keep), *_zeroed(layer, trace)]):
         call()
     return torch.equal(read[0], read[1])

@@ -79,7 +79,7 @@ def plan_rows(
     wide = torch.full((plan.rows, 1, plan.queries, plan.keys), hidden, dtype=kind, device=device)
     # Queries of padding see the first key: a query that sees none makes gradients that are no numbers
     wide[..., 0] = 0 if added else True
-    asked = _places(state, chosen, counts)
+    asked = asked_places(state, chosen, counts)
     for number, row in enumerate(rows):
         places = asked[row]
         if len(places):
@@ -89,7 +89,7 @@ def plan_rows(
     return replace(plan, mask=wide, packed=None)
 
 
-def _places(state: PackedState, chosen: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
+def asked_places(state: PackedState, chosen: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
     """By row, the indices of the query tokens."""
     device = state.hidden.device
     spans = [torch.arange(start, start + count, device=device) for start, count in zip(state.starts, state.counts)]

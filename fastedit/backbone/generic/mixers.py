@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedState, first_tokens, token_rows
+from ..token_layout import Running, TokenLayout, token_layout
 from .context import Forward, walking
 from .door import map_tensors
 from .masks import RowMask, plan_rows
@@ -99,3 +100,26 @@ def _mask(state: PackedState, masks: Sequence[RowMask]) -> Tensor:
     rows = sum(1 for count in state.counts if count)
     causal = torch.ones(plan.keys, plan.keys, dtype=torch.bool, device=state.hidden.device).tril()
     return causal.expand(rows, 1, -1, -1)
+
+
+def layouts_of(state: PackedState, *, padded: bool) -> Running:
+    """Whose tokens linear maps see in a walk: all of a state's, those that are wanted, and ``padded`` those of rows."""
+    layouts = {sum(state.counts): token_layout(state)}
+    if len(state.wanted) != sum(state.counts):
+        live = None if state.live is None else state.live[state.wanted]
+        layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live, behind=state.behind)
+    if padded:
+        wide = _padded_layout(state)
+        layouts.setdefault(sum(wide.counts), wide)
+    return Running(layouts)
+
+
+def _padded_layout(state: PackedState) -> TokenLayout:
+    """Whose tokens those of padded rows are."""
+    padding: Padding = state.remembered("padding", lambda: Padding(state))
+    live = None
+    if state.live is not None:
+        live = torch.zeros(padding.rows * padding.width, dtype=torch.bool, device=state.hidden.device)
+        live[padding.slots] = state.live
+    counts = tuple(padding.width if count else 0 for count in state.counts)
+    return TokenLayout(counts, live, padding.slots[state.wanted], state.wanted_counts, state.behind)

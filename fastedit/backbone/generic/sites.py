@@ -35,6 +35,14 @@ _USUAL = {
     "w1": "gate",
     "w2": "down",
     "w3": "up",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "o": "o",
+    "wi": "up",
+    "wi_0": "gate",
+    "wi_1": "up",
+    "wo": "down",
 }
 
 
@@ -110,10 +118,12 @@ def _enough(*_: Any) -> None:
 
 def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
     """Linear maps inside of a module by path, quantized ones among them; none of lists of experts."""
+    # T5's layers are nothing but a list of their parts
+    skip = 2 if len(list(module.named_children())) == 1 else 0
     return {
         path: part
         for path, part in module.named_modules()
-        if path and hasattr(part, "in_features") and not any(piece.isdigit() for piece in path.split("."))
+        if path and hasattr(part, "in_features") and not any(piece.isdigit() for piece in path.split(".")[skip:])
     }
 
 
@@ -128,7 +138,8 @@ def find_sites(probe: LayerProbe, trace: LayerTrace, hidden_size: int) -> dict[s
     inner = trace.mixer + "."
     mixing = [(path, after) for path, after in calls if path.startswith(inner)]
     found = _of_attention(probe, mixing) if probe.given else _of_mixer([path for path, _ in mixing])
-    outside = [path for path, _ in calls if not path.startswith(inner)]
+    read = f"{trace.reader}." if trace.reader else inner
+    outside = [path for path, _ in calls if not path.startswith((inner, read))]
     found |= _of_feed_forward(probe, outside, hidden_size)
     block = "" if "down" in found else _block(probe, trace)
     if block:

@@ -100,7 +100,7 @@ class _WithoutMixer:
 
     def part(self, role: str, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put out zeros where the mixer would run."""
-        if role != "mixer" or index != self.index:
+        if role not in ("mixer", "reader") or index != self.index:
             return stock(*args, **kwargs)
         zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
         return (zeros, *[None] * (self.length - 1)) if self.length else zeros

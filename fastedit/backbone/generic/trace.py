@@ -12,7 +12,7 @@ from torch import Tensor
 from .context import Forward, walking
 from .decoder import Decoder
 from .door import Joiner, Row
-from .layers import EXACT, Alone, look
+from .layers import EXACT, Alone, look, tuple_length
 from .walker import PackedWalk, Walker
 
 #: Largest difference between packed rows and rows alone, relative to the largest number, by type. Stock models of any
@@ -76,13 +76,15 @@ def trace_decoder(decoder: Decoder, rows: Sequence[Row], stock_rows: Sequence[di
         gap = _gap(decoder, walker, rows, stock_rows, range(decoder.n_layers))
         if gap > _tolerance(decoder):
             raise _refused(decoder, gap)
-    walker.resumes = not shares and _resumes(decoder, walker, rows, range(decoder.n_layers) if whole else chosen)
+    walker.resumes = (decoder.encoded or not shares) and _resumes(
+        decoder, walker, rows, range(decoder.n_layers) if whole else chosen
+    )
     return walker
 
 
 def _shares(decoder: Decoder) -> bool:
-    """Whether layers hand keys and values to later ones, so that none can be run without those before it."""
-    return bool(getattr(decoder.config, "num_kv_shared_layers", 0))
+    """Whether layers hand keys, values or biases to later ones, so that none can be run without those before it."""
+    return decoder.encoded or bool(getattr(decoder.config, "num_kv_shared_layers", 0))
 
 
 def _chosen(decoder: Decoder, kinds: dict[Any, list[int]]) -> list[int]:
@@ -124,7 +126,7 @@ class _First(Alone):
     def layer(self, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().layer(index, stock, args, kwargs)
         for number in self.same.get(index, ()):
-            self.decoder.traces[number].is_tuple = isinstance(output, tuple)
+            self.decoder.traces[number].length = tuple_length(output)
         return output
 
 

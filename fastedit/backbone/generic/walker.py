@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..attention import AttentionPlan, Past, varlen_function
 from ..packed import PackedState
-from ..token_layout import Running, TokenLayout, showing, token_layout
+from ..token_layout import Running, showing
 from .attention import implementation_of, mix
 from .context import Forward, walking
-from .cross import STATES, attend_images, image_keys, seeing_tokens
+from .cross import ENCODED, STATES, attend_read, read_keys, seeing_tokens
 from .decoder import Decoder
 from .door import EMBEDDED, IDS, Joiner, Row
+from .encoder import BIASES, biased_plan
 from .masks import RowMask, plan_rows
-from .mixers import Padding, call_padded, taken
+from .mixers import call_padded, layouts_of, taken
 
 
 class _Reached(Exception):
@@ -67,6 +68,8 @@ class PackedWalk:
         # What a mixer of the running layer is replaced by, and whether it or the entry ends the run
         self._given: Tensor | None = None
         self._zero = self._catch_mixer = self._catch_entry = False
+        # Whether attention runs that reads an encoder's states
+        self._reading = False
         # What enters the running layer, and the tokens that it changes where it reads images; None is all
         self._hidden = state.hidden
         self._seeing: Tensor | None = None
@@ -80,6 +83,9 @@ class PackedWalk:
         if index < self.first:
             hidden = args[0] if args else kwargs["hidden_states"]
             return self.decoder.returned(index, hidden)
+        if self.decoder.encoded:
+            # Attention gets the bias of its rows from their plan
+            args, kwargs = (), self.decoder.arguments(index, args, kwargs) | dict.fromkeys(BIASES, True)
         if index == self.first and self.entering is not None:
             args, kwargs = _entered(args, kwargs, self.entering)
         self.index = index
@@ -123,7 +129,8 @@ class PackedWalk:
             finally:
                 self._catch_mixer = False
         # Hooks that tell tokens by their number see a number that stands for the wanted ones
-        args, kwargs = taken(args, self.wanted, self.tokens), taken(kwargs, self.wanted, self.tokens)
+        read = {name: value for name, value in kwargs.items() if name == ENCODED}
+        args, kwargs = taken(args, self.wanted, self.tokens), taken(kwargs, self.wanted, self.tokens) | read
         return stock(*args, **kwargs)
 
     def part(self, role: str, index: int, stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,6 +147,11 @@ class PackedWalk:
                 raise _Reached(reached)
             return stock(*args, **kwargs)
         trace = self.decoder.traces[index]
+        if role == "reader" and not self._zero:
+            self._reading = True
+            output = stock(*args, **kwargs)
+            self._reading = False
+            return output
         given = self._given
         if self._zero:
             given = (args[0] if args else kwargs["hidden_states"]).new_zeros(1)
@@ -171,9 +183,11 @@ class PackedWalk:
         tokens = query.shape[2]
         scale = options.get("scaling")
         scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-        if self.index in self.decoder.cross:
-            return attend_images(query, key, value, mask, self.state.counts, image_keys(self.state), scale), None
-        if key.shape[2] != tokens or query.shape[0] != 1 or options.get("position_bias") is not None:
+        if self._reading or self.index in self.decoder.cross:
+            counts = self.state.counts if tokens == self.tokens else self.state.wanted_counts
+            return attend_read(query, key, value, mask, counts, read_keys(self.state), scale), None
+        biased = options.get("position_bias") is not None and not self.decoder.encoded
+        if key.shape[2] != tokens or query.shape[0] != 1 or biased:
             got = f"queries={tuple(query.shape)}, keys={tuple(key.shape)}, {type(module).__name__}"
             raise ValueError(f"attention of a decoder must be that of tokens among themselves (got {got})")
         asked = self.wanted.to(query.device) if self._catch_mixer and self.wanted is not None else None
@@ -183,7 +197,7 @@ class PackedWalk:
             queries if asked is None else queries[asked],
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            self._plan(asked, query.device),
+            self._plan(asked, query.device, query.dtype),
             scale=scale,
             past=self.past,
             varlen=varlen_function(implementation_of(self.decoder.config), query.device),
@@ -197,16 +211,22 @@ class PackedWalk:
     def _masks(self, index: int) -> list[RowMask]:
         return [None if row is None else row.masks[row.kinds[index]] for row in self.state.entries]
 
-    def _plan(self, asked: Tensor | None, device: torch.device) -> AttentionPlan:
+    def _plan(self, asked: Tensor | None, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
         state, capacity = self.state, getattr(self.past, "capacity", None)
-        key = ("rows", self.index, asked is None, capacity)
+        key = ("rows", self.index, asked is None, capacity, dtype)
         known = state.memory.get(key)
         if known is None:
             masks = self._masks(self.index)
             counts = state.counts if asked is None else state.wanted_counts
-            same = ("rows", tuple(map(id, masks)), asked is None, capacity)
+            same = ("rows", tuple(map(id, masks)), asked is None, capacity, dtype)
             wanted = None if asked is None else self.wanted
-            known = state.remembered(same, lambda: plan_rows(state, masks, wanted, counts, capacity)).to(device)
+
+            def make() -> AttentionPlan:
+                if self.decoder.encoded:
+                    return biased_plan(self.decoder.layers, state, wanted, counts, capacity, dtype)
+                return plan_rows(state, masks, wanted, counts, capacity)
+
+            known = state.remembered(same, make).to(device)
             state.memory[key] = known
         plan: AttentionPlan = known
         return plan
@@ -302,29 +322,8 @@ class Walker:
         return joined
 
     def _layouts(self, state: PackedState) -> Running:
-        def make() -> Running:
-            layouts = {sum(state.counts): token_layout(state)}
-            if len(state.wanted) != sum(state.counts):
-                live = None if state.live is None else state.live[state.wanted]
-                layouts[len(state.wanted)] = TokenLayout(state.wanted_counts, live, behind=state.behind)
-            if not self.stores:
-                wide = _padded_layout(state)
-                layouts.setdefault(sum(wide.counts), wide)
-            return Running(layouts)
-
-        return state.remembered("running", make)
+        return state.remembered("running", lambda: layouts_of(state, padded=not self.stores))
 
 
 def _entered(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _padded_layout(state: PackedState) -> TokenLayout:
-    """Whose tokens those of padded rows are."""
-    padding: Padding = state.remembered("padding", lambda: Padding(state))
-    live = None
-    if state.live is not None:
-        live = torch.zeros(padding.rows * padding.width, dtype=torch.bool, device=state.hidden.device)
-        live[padding.slots] = state.live
-    counts = tuple(padding.width if count else 0 for count in state.counts)
-    return TokenLayout(counts, live, padding.slots[state.wanted], state.wanted_counts, state.behind)
