@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fastedit.ops import risk
+
 
 class Role(IntEnum):
     """What a training view is for (ODEdit, arXiv 2601.19700, section 3: IN, SE and OUT prompt groups)."""
@@ -96,3 +98,15 @@ def all_correct(tokens: TokenBatch, *roles: Role) -> Tensor:
     wrong = (logits.argmax(-1) != tokens.labels) & tokens.is_role(*(roles or (Role.EDIT,)))
     count = torch.zeros(tokens.n_edits, dtype=torch.long, device=tokens.labels.device)
     return count.index_add_(0, tokens.edit, wrong.long()) == 0
+
+
+def losses_by_role(tokens: TokenBatch) -> Tensor:
+    """(B, roles) by edit and role: the NLL of views that must change, KL(unedited || edited) of those that must not."""
+    n, n_roles = tokens.n_edits, len(ROLES)
+    slot = tokens.edit * n_roles + tokens.role
+    fitted = tokens.is_role(*CE_ROLES)
+    value, _ = risk(tokens.logits, tokens.labels, torch.where(fitted, slot, -1), n * n_roles, kind="ce")
+    if tokens.reference is not None and tokens.reference.shape[0]:
+        kl, _ = risk(tokens.logits[~fitted], tokens.reference, slot[~fitted], n * n_roles, kind="forward_kl")
+        value = value + kl
+    return value.view(n, n_roles)

@@ -17,8 +17,7 @@ from fastedit.deltas import DeltaSpec, installed
 from fastedit.methods.meta.hypernets import Acting, Factors, Gradients, edit_gradients, sketch
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaBatch, MetaViews, RowStore
 from fastedit.objectives import ROLES, Losses, Objective, Role, TokenBatch
-from fastedit.objectives.base import CE_ROLES, all_correct
-from fastedit.ops import risk
+from fastedit.objectives.base import CE_ROLES, all_correct, losses_by_role
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact, TrainerConfig
 
@@ -52,14 +51,7 @@ class MetaObjective:
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
-        n, n_roles = tokens.n_edits, len(ROLES)
-        slot = tokens.edit * n_roles + tokens.role
-        fitted = tokens.is_role(*CE_ROLES)
-        value, _ = risk(tokens.logits, tokens.labels, torch.where(fitted, slot, -1), n * n_roles, kind="ce")
-        if tokens.reference is not None and tokens.reference.shape[0]:
-            kl, _ = risk(tokens.logits[~fitted], tokens.reference, slot[~fitted], n * n_roles, kind="forward_kl")
-            value = value + kl
-        table = value.view(n, n_roles)
+        table = losses_by_role(tokens)
         weights = self.weights
         factors = [weights.edit, weights.text_rephrase, weights.image_rephrase, weights.locality, weights.locality]
         total = (table * torch.tensor(factors).to(table)).sum(1)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.objectives import ROLES, Losses, Role, TokenBatch
-from fastedit.objectives.base import CE_ROLES, all_correct
-from fastedit.ops import risk
+from fastedit.objectives.base import all_correct, losses_by_role
 from fastedit.settings import check_fit, check_ranges
 
 _POSITIVE = ("alpha", "scope_recall", "scope_batch", "valid_records", "scope_size", "scope_hidden", "scope_segments")
@@ -104,14 +103,7 @@ class SeracObjective:
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
-        n, n_roles = tokens.n_edits, len(ROLES)
-        slot = tokens.edit * n_roles + tokens.role
-        fitted = tokens.is_role(*CE_ROLES)
-        value, _ = risk(tokens.logits, tokens.labels, torch.where(fitted, slot, -1), n * n_roles, kind="ce")
-        if tokens.reference is not None and tokens.reference.shape[0]:
-            out = risk(tokens.logits[~fitted], tokens.reference, slot[~fitted], n * n_roles, kind="forward_kl")
-            value = value + out[0]
-        table = value.view(n, n_roles)
+        table = losses_by_role(tokens)
         total = (table * torch.tensor(self.factors).to(table)).sum(1)
         nll = table[:, int(Role.EDIT)].detach()
         return Losses(total, nll, all_correct(tokens), {"nll": nll})
