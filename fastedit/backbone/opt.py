@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .stacks import split_heads
+from .stacks import StockStack, split_heads
 
 if TYPE_CHECKING:
     from .packed_forward import Attention
 
 
-class LearnedPositionStack:
+class LearnedPositionStack(StockStack):
     """Decoders of the OPT shape: learned positions, layer norms before or after each block, plain feed-forward."""
 
     site_paths: dict[str, str] = {  # noqa: RUF012 (never written)
@@ -24,34 +24,19 @@ class LearnedPositionStack:
         "o": "self_attn.out_proj",
     }
 
-    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
-    stored: int | None = None
-
     def __init__(self, root: Any) -> None:
-        self.root = root
-        self.config = root.config
-        self.layers = root.layers
-        self.kinds = ["full_attention"] * len(self.layers)
+        super().__init__(root)
         if self.root.project_in is not None:
             sizes = f"word_embed_proj_dim={self.config.word_embed_proj_dim}, hidden_size={self.config.hidden_size}"
             raise ValueError(
                 f"word embeddings must be as wide as the decoder, or image features do not fit (got {sizes})"
             )
 
-    def paths_of(self, index: int) -> dict[str, str]:
-        """Return paths of the linear maps of a layer by name."""
-        return self.site_paths
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return word embeddings."""
-        embeddings: Tensor = self.root.embed_tokens(input_ids)
-        return embeddings.to(input_ids.device)
-
     def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Return the sum of word and position embeddings."""
         # With explicit positions the table ignores its mask argument.
-        places: Tensor = self.root.embed_positions(None, 0, position_ids=position_ids[:, 0])
-        return embeddings + places.to(embeddings.device)
+        positions: Tensor = self.root.embed_positions(None, 0, position_ids=position_ids[:, 0])
+        return embeddings + positions.to(embeddings.device)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return None: positions entered with the embeddings."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .stacks import layer_kinds, split_heads
+from .stacks import StockStack, split_heads
 
 if TYPE_CHECKING:
     from .packed_forward import Attention
@@ -19,7 +19,7 @@ def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return values * cosine[..., None, :] + torch.cat((-second, first), dim=-1) * sine[..., None, :]
 
 
-class RotaryStack:
+class RotaryStack(StockStack):
     """Decoders of the LLaMA shape: rotary positions, root-mean-square norms before each block, gated feed-forward."""
 
     site_paths: dict[str, str] = {  # noqa: RUF012 (never written)
@@ -31,24 +31,6 @@ class RotaryStack:
         "v": "self_attn.v_proj",
         "o": "self_attn.o_proj",
     }
-
-    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
-    stored: int | None = None
-
-    def __init__(self, root: Any) -> None:
-        self.root = root
-        self.config = root.config
-        self.layers = root.layers
-        self.kinds = layer_kinds(self.config, len(self.layers))
-
-    def paths_of(self, index: int) -> dict[str, str]:
-        """Return paths of the linear maps of a layer by name."""
-        return self.site_paths
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return word embeddings."""
-        embeddings: Tensor = self.root.embed_tokens(input_ids)
-        return embeddings.to(input_ids.device)
 
     def enter(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Return the embeddings: positions enter in the attention."""

@@ -48,6 +48,33 @@ class TextStack(Protocol):
         """Return the final hidden states that the head reads."""
 
 
+class StockStack:
+    """What stacks that are written for a shape of decoder share: layers in a list beside the word embeddings.
+
+    Args:
+        root: the stock decoder.
+    """
+
+    site_paths: dict[str, str]
+    #: Numbers that attention keeps of a token in all layers; None is twice what a "k" puts out in each.
+    stored: int | None = None
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.config = root.config
+        self.layers = root.layers
+        self.kinds = layer_kinds(self.config, len(self.layers))
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """Return paths of the linear maps of a layer by name."""
+        return self.site_paths
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return word embeddings."""
+        embeddings: Tensor = self.root.embed_tokens(input_ids)
+        return embeddings.to(input_ids.device)
+
+
 def layer_kinds(config: Any, n_layers: int) -> list[str]:
     """Name the mask that each layer uses."""
     kinds = getattr(config, "layer_types", None)
