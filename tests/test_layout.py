@@ -25,12 +25,15 @@ RANK = {
     "fitting": 7,
     "methods": 8,
     "engine": 9,
-    "cli": 10, "__main__": 11, "__init__": 11,
+    "export": 10,
+    "ledger": 11,
+    "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 # (importer, imported) -> why it is allowed
 PEERS = {
     ("data", "pocket"): "read_edits names the embedded sets, imported when asked for",
     ("backbone", "pocket"): "load names the embedded models, imported when asked for",
+    ("engine", "export"): "run.export hands over, imported when asked for",
     ("pocket", "backbone"): "an edit set asks the embedded model for its own answers",
 }
 # Where the tests of modules are that have no test file of their own; a folder stands for all in it.
@@ -96,7 +99,7 @@ TOPICS = {
     "backbone/test_text_only",
     "cli/test_signals", "cli/test_terminal", "deltas/test_deltas", "engine/test_attach_calls",
     "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous", "engine/test_growth",
-    "engine/test_several_images", "kernels/test_ahead_of_time", "kernels/test_bounds", "ops/test_arguments",
+    "engine/test_several_images", "export/test_export", "kernels/test_ahead_of_time", "kernels/test_bounds", "ops/test_arguments",
     "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory", "ops/test_oracles",
     "ops/test_threads", "ops/test_transforms", "pocket/test_shipped", "test_build", "test_conformance",
     "benchmarks/test_gpu_script", "test_cuda_compiles", "test_import", "test_layout", "test_native", "test_repr",
