@@ -99,8 +99,9 @@ TOPICS = {
     "backbone/test_text_only",
     "cli/test_signals", "cli/test_terminal", "deltas/test_deltas", "engine/test_attach_calls",
     "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous", "engine/test_growth",
-    "engine/test_several_images", "export/test_export", "kernels/test_ahead_of_time", "kernels/test_bounds", "ops/test_arguments",
-    "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory", "ops/test_oracles",
+    "engine/test_several_images", "export/test_export", "kernels/test_ahead_of_time", "kernels/test_bounds",
+    "ops/test_arguments", "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory",
+    "ops/test_oracles",
     "ops/test_threads", "ops/test_transforms", "pocket/test_shipped", "test_build", "test_conformance",
     "benchmarks/test_gpu_script", "test_cuda_compiles", "test_import", "test_layout", "test_native", "test_repr",
 }  # fmt: skip
