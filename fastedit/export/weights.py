@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
+from fastedit.engine.apply import require_sequence
 
 #: Kinds that are a matrix added to a weight.
 WEIGHT_KINDS = ("full", "low_rank")
@@ -36,3 +40,44 @@ def _more_than_weights(delta: EditDelta) -> str:
     if delta.spec.positions != "all":
         return f"acts on some tokens of a prompt (positions={delta.spec.positions!r})"
     return "asks another question" if "template" in delta.texts else ""
+
+
+def require_linear(model: EditableModel, deltas: Sequence[EditDelta], export: str) -> None:
+    """Refuse deltas beside what is no linear map with a weight of its own in one place.
+
+    Raises:
+        ValueError: names the module and what it is.
+    """
+    paths: dict[int, list[str]] = {}
+    for path, module in model.hf.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for site in dict.fromkeys(site for delta in deltas for site in delta.spec.sites):
+        module = model.module(site)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"export: {export!r} writes changes of linear maps, and {site.module_path!r} is a "
+                f"{type(module).__name__}, whose output the delta changes as a whole; fastedit.attach lets it act in "
+                f"the stock model (got site={site.layer}.{site.name})"
+            )
+        if len(paths[id(module)]) > 1:
+            raise ValueError(
+                f"export: {export!r} writes changes of maps that stand in one place, and this one stands in several, "
+                f"of which the delta changes one (got paths={paths[id(module)]})"
+            )
+
+
+def require_sum(deltas: Sequence[EditDelta], otherwise: str) -> None:
+    """Refuse to add up deltas that were not fitted on top of each other.
+
+    Args:
+        deltas: in order. otherwise: what to do instead, for the message.
+    Raises:
+        ValueError: one was fitted in other company.
+    """
+    try:
+        require_sequence(deltas)
+    except ValueError as error:
+        raise ValueError(
+            f"export: deltas add up where they were fitted as a sequence, from its first edit on; {otherwise} (got: "
+            f"{str(error).removeprefix('applied: ')})"
+        ) from error
