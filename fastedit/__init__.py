@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastedit.engine.memory.plan import MemoryPlan, plan_memory
     from fastedit.engine.profiling.utilisation import measure_peak
     from fastedit.engine.train import train
+    from fastedit.export.from_peft import from_peft
     from fastedit.methods import method_names
     from fastedit.training import Artifact, load_artifact, save_artifact
 
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "attached",
     "edit",
+    "from_peft",
     "implementations",
     "load",
     "load_artifact",
@@ -72,6 +74,7 @@ _LAZY = {
     "attach": "fastedit.engine.attach",
     "attached": "fastedit.engine.attach",
     "edit": "fastedit.engine",
+    "from_peft": "fastedit.export.from_peft",
     "load": "fastedit.backbone",
     "load_artifact": "fastedit.training",
     "measure_peak": "fastedit.engine.profiling.utilisation",

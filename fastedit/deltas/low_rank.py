@@ -98,16 +98,25 @@ def full_of(delta: EditDelta) -> EditDelta:
 
 
 def joined_low_rank(deltas: Sequence[EditDelta]) -> list[EditDelta]:
-    """Deltas of different ranks and scales as deltas of the largest rank, filled up with zeros."""
+    """Deltas of different ranks, scales and sites as deltas of the largest rank at all sites, filled up with zeros."""
     rank = max(int(d.spec.options["rank"]) for d in deltas)
+    sites = tuple(dict.fromkeys(site for d in deltas for site in d.spec.sites))
     made = []
     for delta in deltas:
         missing = rank - int(delta.spec.options["rank"])
         scale = float(delta.spec.options.get("scale", 1.0))
-        tensors = {
-            name: F.pad(t, (0, missing)) if name.endswith(":down") else F.pad(t * scale, (0, 0, 0, missing))
-            for name, t in delta.tensors.items()
-        }
-        options = {**delta.spec.options, "rank": rank, "scale": 1.0}
-        made.append(replace(delta, spec=replace(delta.spec, options=options), tensors=tensors))
+        dtype = next(t.dtype for t in delta.tensors.values())
+        tensors: dict[str, Tensor] = {}
+        for site in sites:
+            down, up = (f"{site.layer}.{site.name}:{part}" for part in ("down", "up"))
+            if site in delta.spec.sites:
+                tensors[down] = F.pad(delta.tensors[down], (0, missing))
+                tensors[up] = F.pad(delta.tensors[up] * scale, (0, 0, 0, missing))
+            else:
+                tensors[down] = torch.zeros(site.d_in, rank, dtype=dtype)
+                tensors[up] = torch.zeros(rank, site.d_out, dtype=dtype)
+        # A seed is of the first values alone
+        options = {name: value for name, value in delta.spec.options.items() if name != "seed"}
+        options |= {"rank": rank, "scale": 1.0}
+        made.append(replace(delta, spec=DeltaSpec("low_rank", sites, options), tensors=tensors))
     return made

@@ -265,3 +265,24 @@ def test_low_rank_deltas_of_different_ranks_are_stacked() -> None:
     x = torch.randn(5, SITES[0].d_in, dtype=torch.float64)
     expected = torch.cat([stack([d]).delta(0, part, Rows()) for d, part in zip(deltas, x.split([2, 3]), strict=True)])
     torch.testing.assert_close(stacked.delta(0, x, TokenSpans([0, 2, 5])), expected)
+
+
+def test_low_rank_deltas_at_other_sites_are_stacked() -> None:
+    """As adapters have it that others trained; each changes nothing at the sites of the others."""
+    here, there = (
+        DeltaSpec("low_rank", sites, {"rank": rank, "scale": 0.5, "seed": rank})
+        for sites, rank in ((SITES[:1], 1), (SITES[1:], 3))
+    )
+    deltas = [filled(here).unstack(0), filled(there).unstack(1)]
+    stacked = stack(deltas)
+    assert stacked.spec == DeltaSpec("low_rank", SITES, {"rank": 3, "scale": 1.0})
+    for number, site in enumerate(SITES):
+        x = torch.randn(5, site.d_in, dtype=torch.float64)
+        changed = stacked.delta(number, x, TokenSpans([0, 2, 5])).split([2, 3])
+        for edit, delta in enumerate(deltas):
+            if site in delta.spec.sites:
+                expected = stack([delta]).delta(0, x.split([2, 3])[edit], Rows())
+                torch.testing.assert_close(changed[edit], expected)
+                assert changed[edit].abs().max() > 0
+            else:
+                assert torch.equal(changed[edit], torch.zeros_like(changed[edit]))

@@ -27,6 +27,7 @@ from fastedit.export import Exported, export_deltas
 from fastedit.export.peft import adapter_config, adapter_name
 from fastedit.export.placing import EXPORT_FILE
 from tests.engine.stock_calls import edits, fitted, load, questions, stock_answers, stock_logits
+from tests.export.asked import asked_of, fitted_on
 
 peft = pytest.importorskip("peft")
 #: One of a family's own walk, a text model, image-text models walked by tracing, one with fused maps, an encoder.
@@ -52,12 +53,6 @@ def with_adapter(model: EditableModel, folder: Path | str, **options: Any) -> An
         return peft.PeftModel.from_pretrained(copy.deepcopy(model.hf), folder, **options).eval()
 
 
-def asked_of(name: str) -> list[fastedit.Query]:
-    asked = questions(load(name))
-    texts = load(name).hf.config
-    return asked if hasattr(texts, "vision_config") else [dataclasses.replace(query, image=None) for query in asked]
-
-
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -65,7 +60,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_applied(name: str, tmp_path: Path) -> None:
-    model, delta = load(name), text_fitted(name, "lora")[0]
+    model, delta = load(name), fitted_on(name, "lora")[0]
     made = exported(name, [delta], tmp_path / "out")
     adapted = with_adapter(model, tmp_path / "out")
     with fastedit.attached(model, delta) as hf:
@@ -79,21 +74,6 @@ def test_logits_are_those_of_applied(name: str, tmp_path: Path) -> None:
     # No other module became an adapter's
     layers = {path for path, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
     assert layers == {site.module_path for site in delta.spec.sites}
-
-
-def text_fitted(name: str, method: str, mode: str = "single") -> list[EditDelta]:
-    """Deltas of two edits, without their images on a text model."""
-    if hasattr(load(name).hf.config, "vision_config"):
-        return fitted(name, method, mode=mode)
-    plain = [
-        dataclasses.replace(
-            edit, image=None, image_rephrase=None, image_locality_image=None, image_locality_prompt=None,
-            image_locality_answer=None, portability=(), probes=(),
-        )
-        for edit in edits()
-    ]  # fmt: skip
-    options: dict[str, Any] = {"steps": 25, "lr": 2e-2, "stop_loss": None, "evaluate": False, "show_progress": False}
-    return list(fastedit.edit(load(name), plain, method, mode=mode, **options).deltas)
 
 
 def test_in_float32_logits_agree_to_1e_5(tmp_path: Path) -> None:
@@ -248,7 +228,7 @@ def test_the_configuration_is_one_of_peft_field_by_field(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["random:llava-tiny", "generic:phi3"])
 def test_what_vllm_reads_of_it_says_the_same(name: str, tmp_path: Path) -> None:
     """Its documented rules: ``PEFTHelper``, ``parse_fine_tuned_lora_name`` and ``check_unexpected_modules``."""
-    model, delta = load(name), text_fitted(name, "lora")[0]
+    model, delta = load(name), fitted_on(name, "lora")[0]
     made = exported(name, [delta], tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert isinstance(config["r"], int)
@@ -364,7 +344,7 @@ def test_another_program_generates_edited(name: str, tmp_path: Path) -> None:
         delta = fastedit.edit(model, chosen, "lora", **options).deltas[0]
         asked = [fastedit.Query(edit.prompt, edit.image) for edit in chosen]
     else:
-        delta, asked = text_fitted(name, "lora")[0], asked_of(name)[:2]
+        delta, asked = fitted_on(name, "lora")[0], asked_of(name)[:2]
     model.hf.save_pretrained(tmp_path / "stock")
     (model.processor if name == "pocket-llava" else model.tokenizer).save_pretrained(tmp_path / "stock")
     export_deltas("peft", model, delta, tmp_path / "adapter")
