@@ -86,7 +86,13 @@ def export_deltas(
                 f"export: option {option!r} of kind {kind!r} is not known{nearest(option, known)} "
                 f"(got {option}={options[option]!r:.80})"
             )
-    listed = checked_deltas(model, deltas)
+    if isinstance(deltas, Sequence) and len(deltas):
+        # One at a time: they may lie in files, and more of them than memory holds
+        for delta in deltas:
+            checked_deltas(model, delta)
+        listed = deltas
+    else:
+        listed = checked_deltas(model, deltas)
     if requests and len(requests) != len(listed):
         detail = f"got {len(requests)} requests for {len(listed)} deltas"
         raise ValueError(f"export: requests are those of the deltas, one each ({detail})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastedit.backbone import EditableModel
@@ -22,20 +22,22 @@ def compare_answers(
     model: EditableModel,
     requests: Sequence[EditRequest],
     exact: Sequence[EditDelta],
-    written: Sequence[EditDelta],
+    written: Callable[[Sequence[EditDelta]], Sequence[EditDelta]],
     *,
     together: bool,
 ) -> dict[str, Any]:
     """What a change of deltas changed in scores and answers.
 
     Args:
-        requests: n edits. exact: their deltas. written: what became of them.
-        together: all of them act at once, and ``written`` may be one; else each for itself.
+        requests: n edits. exact: their deltas; they may lie in files.
+        written: gives what became of some of them, in order; where they act together it is given all, and may give one.
+        together: all of them act at once; else each for itself, a batch at a time.
     Returns:
         "edits": n; "scores": name -> {"exact", "written"}, means of the strict protocol; "changed": the answers that
         differ, with request, score, prompt and both answers.
     """
-    before, after = (_scores(model, requests, deltas, together) for deltas in (exact, written))
+    before = _scores(model, requests, exact, list, together)
+    after = _scores(model, requests, exact, written, together)
     means = [{name: score.mean for name, score in summarise(scored)["strict"].items()} for scored in (before, after)]
     changed = [
         {
@@ -54,14 +56,18 @@ def compare_answers(
 
 
 def _scores(
-    model: EditableModel, requests: Sequence[EditRequest], deltas: Sequence[EditDelta], together: bool
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    deltas: Sequence[EditDelta],
+    acting: Callable[[Sequence[EditDelta]], Sequence[EditDelta]],
+    together: bool,
 ) -> list[EditScores]:
-    if together:
-        deltas = [accumulate(deltas)] if len(deltas) > 1 else deltas
     scored: list[EditScores] = []
+    whole = acting(deltas) if together else []
+    if len(whole) > 1:
+        whole = [accumulate(whole)]
     for start in range(0, len(requests), BATCH):
-        acting = deltas if together else deltas[start : start + BATCH]
-        stacked = stack(acting, device=model.device)
+        stacked = stack(whole or acting(deltas[start : start + BATCH]), device=model.device)
         evaluator = Evaluator(model, stacked.spec, PhaseTimer(model.device))
         scored += evaluator.scores(requests[start : start + BATCH], stacked, shared=together)
     return scored

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas import EditDelta
+from fastedit.engine.output import require_room
 from fastedit.export import Exported
 from fastedit.export.asking import compare_answers
 from fastedit.export.factors import Factors, factors_delta, site_factors
@@ -74,30 +75,21 @@ def export_peft(
         raise ValueError(f"export: rank is a whole number, at least 1, or None (got rank={rank!r})")
     require_weights(deltas, "peft")
     require_linear(model, deltas, "peft")
-    for group in [[delta] for delta in deltas] if each else [list(deltas)]:
-        require_sum(
-            group, "write one adapter of the whole sequence" if each else "each=True writes one adapter an edit"
-        )
-    groups = [[delta] for delta in deltas] if each else [list(deltas)]
-    made = [site_factors(group, rank) for group in groups]
-    cut = any(each_site.relative_error for factors in made for each_site in factors.values())
-    written = [factors_delta(group[0], factors) for group, factors in zip(groups, made, strict=True)]
-    asked = compare_answers(model, requests, deltas, written, together=not each) if cut and requests else None
-    size = sum(t.numel() * t.element_size() for delta in written for t in delta.tensors.values())
     described = _described(model, base, revision)
-    with placing(folder, "peft", overwrite=overwrite, expected_bytes=size + 10_000 * len(made)) as placement:
-        adapters: list[dict[str, Any]] = []
-        for number, (group, factors) in enumerate(zip(groups, made, strict=True)):
+    adapters: list[dict[str, Any]] = []
+    with placing(folder, "peft", overwrite=overwrite) as placement:
+        # One group at a time: deltas may lie in files, and more of them than memory holds
+        for number, group in enumerate(_groups(deltas, each)):
+            factors = site_factors(group, rank)
             name = adapter_name(number, group[0].request_id) if each else ""
+            require_room(placement.path, _bytes(factors) * (len(deltas) - number if each else 1), "export")
             _write_adapter(placement.path / name, model, factors, described)
             adapters.append(
                 {
                     "name": name,
                     "requests": [delta.request_id for delta in group],
-                    "rank": max(each_site.rank for each_site in factors.values()),
-                    "relative_error": {
-                        site.module_path: each_site.relative_error for site, each_site in factors.items()
-                    },
+                    "rank": max(of_site.rank for of_site in factors.values()),
+                    "relative_error": {site.module_path: of_site.relative_error for site, of_site in factors.items()},
                 }
             )
         if each:
@@ -106,9 +98,33 @@ def export_peft(
         placement.report |= {
             "adapters": adapters,
             "max_lora_rank": next((most for most in VLLM_RANKS if most >= largest), None),
-            "asked": asked,
+            "asked": None,
         }
+        if requests and any(error for adapter in adapters for error in adapter["relative_error"].values()):
+            placement.report["asked"] = compare_answers(
+                model,
+                requests,
+                deltas,
+                lambda some: [factors_delta(group[0], site_factors(group, rank)) for group in _groups(some, each)],
+                together=not each,
+            )
     return placement.exported
+
+
+def _groups(deltas: Sequence[EditDelta], each: bool) -> Iterator[list[EditDelta]]:
+    """The deltas of one adapter after another, which add up."""
+    if not each:
+        require_sum(deltas, "each=True writes one adapter an edit")
+        yield list(deltas)
+        return
+    for delta in deltas:
+        require_sum([delta], "write one adapter of the whole sequence")
+        yield [delta]
+
+
+def _bytes(factors: Mapping[Site, Factors]) -> int:
+    tensors = [tensor for of_site in factors.values() for tensor in (of_site.down, of_site.up)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def adapter_name(number: int, request_id: str) -> str:

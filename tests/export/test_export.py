@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,18 @@ def test_deltas_and_requests_are_checked_first(
         export_deltas("nothing", model, [], tmp_path)
     with pytest.raises(ValueError, match=r"got 2 requests for 1 deltas"):
         export_deltas("nothing", model, delta, tmp_path, requests=make_edits(2))
+    with pytest.raises(TypeError, match="must be an EditDelta or a list of them"):
+        export_deltas("nothing", model, [delta, "edit"], tmp_path)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"its deltas are in \.deltas"):
+        export_deltas("nothing", model, SimpleNamespace(deltas=[delta]), tmp_path)  # type: ignore[arg-type]
     other = fastedit.load("random:llava-tiny", dtype="float32")
     with pytest.raises(ValueError, match="fitted on"):
         export_deltas("nothing", other, delta, tmp_path)
     assert not only_one
+
+
+def test_deltas_in_files_are_not_held_together(model: EditableModel, only_one: list[Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 2, "layers": 1, "evaluate": False, "show_progress": False}
+    run = fastedit.edit(model, make_edits(3), "lora", deltas_folder=tmp_path / "deltas", **options)
+    export_deltas("nothing", model, run.deltas, tmp_path / "out")
+    assert only_one[0][0] is run.deltas

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,34 @@ def test_a_rank_says_what_it_left_out_and_what_that_changed(tmp_path: Path) -> N
     )
     assert asked["changed"]
     assert json.loads((tmp_path / "out" / EXPORT_FILE).read_text())["report"]["asked"] == asked
+
+
+class _InFiles(Sequence[EditDelta]):
+    """Copies of a delta that are made when they are read; knows how many there were at a time."""
+
+    def __init__(self, delta: EditDelta, size: int) -> None:
+        self.delta, self.size, self.most = delta, size, 0
+        self._alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(self.size)[index]]
+        if index >= self.size:
+            raise IndexError(index)
+        tensors = {name: tensor.clone() for name, tensor in self.delta.tensors.items()}
+        self._alive.add(next(iter(tensors.values())))
+        self.most = max(self.most, len(self._alive))
+        return dataclasses.replace(self.delta, tensors=tensors, request_id=f"edit-{index}")
+
+
+def test_deltas_in_files_are_read_one_at_a_time(tmp_path: Path) -> None:
+    deltas = _InFiles(fitted("random:llava-tiny", "lora")[0], 9)
+    made = exported("random:llava-tiny", deltas, tmp_path / "out", each=True)
+    assert [adapter["name"] for adapter in made.report["adapters"]] == [f"00000{n}-edit-{n}" for n in range(9)]
+    assert deltas.most <= 3
 
 
 def test_a_rank_that_leaves_nothing_out_asks_nothing(tmp_path: Path) -> None:
