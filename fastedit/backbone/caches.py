@@ -159,3 +159,37 @@ def _device_of(value: Any) -> torch.device:
         return value.tokens.device
     device: torch.device = value.device
     return device
+
+
+class Recent:
+    """What was made for a few objects, those that were asked for last; it and they are held until others come.
+
+    Args:
+        most: objects.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, Hashable], tuple[Any, Any]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, owner: Any, case: Hashable) -> Any:
+        """What was made for this very object in a case, or None."""
+        with self._lock:
+            key = id(owner), case
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][1]
+
+    def put(self, owner: Any, case: Hashable, made: Any) -> None:
+        """Keep what was made for an object; what was asked for longest ago makes room."""
+        with self._lock:
+            # The object with it: no other one has its identity then
+            self._kept[id(owner), case] = owner, made
+            self._kept.move_to_end((id(owner), case))
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)

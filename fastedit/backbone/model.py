@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .active import Holder, active_key, fingerprint_with, installed_on, uninstalled
 from .adapters import Adapter, make_adapter
-from .caches import Caches, SpillCache, feature_cache, tensor_cache
+from .caches import Caches, Recent, SpillCache, feature_cache, tensor_cache
 from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mode
 from .encoding import encode_queries
 from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Images per call of the vision side. On a CPU few: what a layer makes of more does not stay in the caches.
 VISION_BATCH, VISION_BATCH_CPU = 32, 4
+#: Sequences of deltas in storage that stay stacked between calls that take them.
+STACKS = 4
 
 
 class EditableModel:
@@ -95,6 +97,8 @@ class EditableModel:
         self.tower_outputs: SpillCache[Tensor] = tensor_cache(image_cache_mib << 20)
         #: Trained parts by id, of deltas that do not act without.
         self.artifacts: dict[str, Any] = {}
+        #: What was stacked of deltas that stay in storage, or are live.
+        self.stacks = Recent(STACKS)
         self._cache_mib = image_cache_mib, state_cache_mib
         self._fingerprint: str | None = None
         self._lock = threading.RLock()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.active import installing, is_installed
-from fastedit.backbone.context import overridden, scoped_hooks
-from fastedit.backbone.generic.context import is_walking
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.deltas.base import DeltaSpec, StackedDelta
-from fastedit.deltas.questions import latest_best
+from fastedit.deltas.hooks import hooked, stock_refused
+from fastedit.deltas.questions import answering, best_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.requests import Query
 from fastedit.routers import Router, make_router
@@ -74,6 +72,7 @@ class RowsHolder:
         self.device = model.device
         self._initial_rows = rows
         self._of_thread = threading.local()
+        self._read: tuple[Sequence[Mapping[str, str]], tuple[bool, Tensor]] | None = None
         #: Whether it is asked about prompts: which edit acts, or what is asked instead.
         self.routed = router is not None or self.rewrites_prompts
 
@@ -119,7 +118,15 @@ class RowsHolder:
     @property
     def rewrites_prompts(self) -> bool:
         """Whether any of the deltas asks another question."""
-        return any("template" in texts for texts in self.stacked.texts)
+        return self._of_texts()[0]
+
+    def _of_texts(self) -> tuple[bool, Tensor]:
+        """Whether another question is asked, and ``answering`` of the deltas: looked up once for many texts."""
+        texts = self.stacked.texts
+        if self._read is None or self._read[0] is not texts:
+            rewrites = any("template" in each for each in texts)
+            self._read = texts, (rewrites, answering(texts).to(self.device))
+        return self._read[1]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,7 +155,7 @@ class RowsHolder:
         else:
             # The largest of what is left over its edit's own threshold
             allowed = torch.where(scores >= threshold, scores, -torch.inf)
-            chosen = latest_best(allowed, self.stacked.texts)
+            chosen = best_of(allowed, self._of_texts()[1])
         self.choice = chosen.tolist()
 
     def rewrite_prompts(self, queries: Sequence[Query]) -> list[Query]:
@@ -182,7 +189,8 @@ class RowsHolder:
             if self.choice is None:
                 made = TokenSpans.of(self.rows, layout.counts, n_edits, acting)
             else:
-                made = TokenSpans.chosen(self.choice, layout.counts, n_edits, acting)
+                alone = getattr(self.stacked, "is_mapped", False)
+                made = TokenSpans.chosen(self.choice, layout.counts, n_edits, acting, alone=alone)
             made.layout = layout
             running.memory[key] = made
         found: TokenSpans = running.memory[key]
@@ -234,95 +242,20 @@ def installed(
     Yields:
         RowsHolder.
     """
-    stacked.bind(model)
-    holder = RowsHolder(model, stacked, rows, make_router(model, stacked) if route else None, key)
-    holder.routed = route and holder.routed
-    readers: dict[nn.Module, tuple[int, str]] = {}
-    sites: dict[nn.Module, Any] = {}
-    for index, site in enumerate(stacked.spec.sites):
-        reader = stacked.reader(index)
-        source = None if reader is None else (site.layer, reader)
-        if source is not None:
-            (read,) = model.sites([site.layer], [source[1]])
-            readers[model.module(read)] = source
-        sites[model.module(site)] = _hook(holder, index, source)
+    holder = prepared(model, stacked, rows, route=route, key=key)
     with ExitStack() as entered:
-        if not stock and (holder.routed or stacked.spec.positions != "all"):
-            entered.enter_context(overridden(model.hf, _refuse_stock(holder)))
-        inputs = {module: _keep_input(holder, source) for module, source in readers.items()}
-        entered.enter_context(scoped_hooks(inputs, before=True, everywhere=everywhere))
-        entered.enter_context(scoped_hooks(sites, everywhere=everywhere))
+        if not stock:
+            entered.enter_context(stock_refused(holder))
+        entered.enter_context(hooked(holder, everywhere=everywhere))
         entered.enter_context(installing(holder, everywhere=everywhere))
         yield holder
 
 
-def _refuse_stock(holder: RowsHolder) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The stock forward knows neither prompts nor questions: such deltas act in it where a walk goes through it."""
-    spec = holder.stacked.spec
-    way = "asks another question" if holder.rewrites_prompts else f"acts with router={spec.options.get('router')!r}, "
-    way += "" if holder.rewrites_prompts else f"positions={spec.positions!r}"
-
-    def make(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if holder.acts and not is_walking():
-                raise ValueError(
-                    f"installed: a delta of kind {spec.kind!r} {way}, which the stock model's forward and generate "
-                    "cannot do; call generate or answer of the fastedit model (got a stock forward)"
-                )
-            return stock(*args, **kwargs)
-
-        return forward
-
-    return make
-
-
-def _keep_input(holder: RowsHolder, source: tuple[int, str]) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        holder.seen[source] = args[0]
-
-    return hook
-
-
-def _hook(holder: RowsHolder, index: int, key: tuple[int, str] | None) -> Any:
-    stacked = holder.stacked
-    partly = stacked.spec.positions != "all"
-
-    def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not holder.acts:
-            return output
-        source = args[0] if key is None else holder.seen[key]
-        x, flat = source.reshape(-1, source.shape[-1]), output.reshape(-1, output.shape[-1])
-        x, flat = x.to(holder.device), flat.to(holder.device)
-        spans = holder.spans(x.shape[0])
-        if spans is None and (partly or holder.router is not None):
-            options = (
-                f"positions={stacked.spec.positions!r}" if partly else f"router={stacked.spec.options['router']!r}"
-            )
-            raise ValueError(
-                f"installed: a delta with {options} acts in generate, answer and edits, where the model knows which "
-                "tokens are whose (got padded rows)"
-            )
-        if spans is not None and spans.order is not None:
-            return _on_some(stacked, index, x, flat, spans).view(output.shape).to(output.device)
-        change = stacked.delta(index, x, holder.rows if spans is None else spans, flat)
-        if partly and spans is not None and spans.live is not None:
-            change = change * spans.live[:, None]
-        if change.dtype != output.dtype:
-            change = change.to(output.dtype)
-        # Into the fresh change: the output may be kept for later steps
-        return change.add_(flat).view(output.shape).to(output.device)
-
-    return hook
-
-
-def _on_some(stacked: StackedDelta, index: int, x: Tensor, output: Tensor, spans: TokenSpans) -> Tensor:
-    """Output (T, d_out) with the change of the tokens that were chosen; the others as they are."""
-    assert spans.order is not None
-    order = spans.order.to(x.device)
-    if not len(order):
-        return output
-    taken = output[order]
-    change = stacked.delta(index, x[order], spans, taken).to(output.dtype)
-    if stacked.spec.positions != "all" and spans.live is not None:
-        change = change * spans.live[:, None]
-    return output.index_copy(0, order, change + taken)
+def prepared(
+    model: EditableModel, stacked: StackedDelta, rows: Rows, *, route: bool = True, key: str | None = None
+) -> RowsHolder:
+    """A holder of deltas that are bound to the model and not installed yet. Arguments as for ``installed``."""
+    stacked.bind(model)
+    holder = RowsHolder(model, stacked, rows, make_router(model, stacked) if route else None, key)
+    holder.routed = route and holder.routed
+    return holder

@@ -18,6 +18,7 @@ from fastedit.deltas.full import FullDelta, accumulate_full
 from fastedit.deltas.key_value import KeyValueDelta, accumulate_key_value, joined_key_value
 from fastedit.deltas.localized import LocalizedDelta
 from fastedit.deltas.low_rank import LowRankDelta, accumulate_low_rank, joined_low_rank
+from fastedit.deltas.mapped import MappedStack
 from fastedit.deltas.options import (
     AttentionMemoryOptions,
     CodebookOptions,
@@ -32,6 +33,7 @@ from fastedit.deltas.options import (
 )
 from fastedit.deltas.questions import QUESTIONS, joined_questions
 from fastedit.deltas.side import SideDelta, accumulate_side
+from fastedit.routers import READ_PARTS
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,40 @@ def new_stack(
     return KINDS[spec.kind].stacked(spec, size, dtype=dtype, device=device, trainable=trainable)
 
 
-def stack(deltas: Sequence[EditDelta], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def is_mapped(deltas: Sequence[EditDelta]) -> bool:
+    """Whether deltas stay in storage while they act: the sequence reads them there (``MappedDeltas``), each acts alone,
+    and their router chooses without their parts."""
+    if not getattr(deltas, "is_mapped", False) or not deltas:
+        return False
+    spec = deltas[0].spec
+    router = spec.options.get("router")
+    alone = spec.kind in KINDS and KINDS[spec.kind].accumulate is None
+    return alone and router is not None and router not in READ_PARTS
+
+
+def stack(
+    deltas: Sequence[EditDelta],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[int, EditDelta], None] | None = None,
+    earlier: Any = None,
+) -> Any:
     """Deltas of equal spec as one stack for application (not trainable).
 
+    Those of a sequence in storage (``MappedDeltas``) stay there, where a router can choose them without their parts.
+
+    Args:
+        check: is called with the number of each delta that stays in storage, and the delta, before it acts.
+        earlier: a stack of some of these deltas, whose rows are taken over where they stay in storage.
     Raises:
         ValueError: none given, or their specs differ.
     """
     if not deltas:
         raise ValueError("stack: at least one delta (got none)")
+    if is_mapped(deltas):
+        grown = earlier if isinstance(earlier, MappedStack) else None
+        return MappedStack(deltas, new_stack, device=device, dtype=dtype, check=check, earlier=grown)
     kinds = {delta.spec.kind for delta in deltas}
     joined = KINDS[deltas[0].spec.kind].joined if len(kinds) == 1 else None
     if joined is not None and any(delta.spec != deltas[0].spec for delta in deltas):

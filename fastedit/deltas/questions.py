@@ -48,8 +48,17 @@ def latest_best(scores: Tensor, texts: Sequence[Mapping[str, str]]) -> Tensor:
 
     Of equal ones it is the latest, and of those that answer one question the newest.
     """
+    return best_of(scores, answering(texts))
+
+
+def answering(texts: Sequence[Mapping[str, str]]) -> Tensor:
+    """(B,) int64: by delta, which one answers where it is chosen (``newest``)."""
+    return torch.tensor(newest([questions_of(each) for each in texts]), dtype=torch.long)
+
+
+def best_of(scores: Tensor, later: Tensor) -> Tensor:
+    """What ``latest_best`` gives, of deltas whose ``answering`` (B,) is known."""
     best = scores.amax(dim=1)
     number = torch.arange(scores.shape[1], device=scores.device)
     chosen = torch.where(scores == best[:, None], number, -1).amax(dim=1)
-    later = torch.tensor(newest([questions_of(each) for each in texts]), device=scores.device)
-    return torch.where(best > -torch.inf, later[chosen], -1)
+    return torch.where(best > -torch.inf, later.to(scores.device)[chosen], -1)

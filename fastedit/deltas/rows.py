@@ -70,6 +70,7 @@ class TokenSpans:
         live: (tokens,) bool, where a delta that leaves some tokens alone acts; None is everywhere.
         order: (tokens,) int64, which of the packed tokens these are, sorted by edit; None is all of them as they stand.
         layout: rows and prompts of all packed tokens.
+        edits: the numbers of the edits that offsets are of, rising; None is all of a stack's.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class TokenSpans:
         live: Tensor | None = None,
         order: Tensor | None = None,
         layout: TokenLayout | None = None,
+        edits: tuple[int, ...] | None = None,
     ) -> None:
+        self.edits = edits
         self.offsets, self.live, self.order, self.layout = list(offsets), live, order, layout
         #: For the deltas: what they worked out of the layout.
         self.memory: dict[Any, Any] = {}
@@ -101,9 +104,13 @@ class TokenSpans:
         return TokenSpans([ends[row] for row in itertools.accumulate(per_edit, initial=0)], live)
 
     @staticmethod
-    def chosen(choice: Sequence[int], counts: Sequence[int], n_edits: int, live: Tensor | None) -> TokenSpans:
+    def chosen(
+        choice: Sequence[int], counts: Sequence[int], n_edits: int, live: Tensor | None, *, alone: bool = False
+    ) -> TokenSpans:
         """Spans of rows of which each goes to the edit that was chosen for it, -1 for none.
 
+        Args:
+            alone: offsets are of the edits that were chosen (``edits``), not of all.
         Raises:
             ValueError: other rows than were chosen for.
         """
@@ -111,16 +118,22 @@ class TokenSpans:
             got = f"rows={len(counts)}, chosen for={len(choice)}"
             raise ValueError(f"rows: what acts is decided when prompts are read, for as many rows ({got})")
         starts = [0, *itertools.accumulate(counts)]
-        order: list[int] = []
-        offsets = [0]
         by_edit: dict[int, list[int]] = {}
         for row, edit in enumerate(choice):
-            by_edit.setdefault(edit, []).append(row)
-        for edit in range(n_edits):
-            for row in by_edit.get(edit, ()):
+            if edit >= 0:
+                by_edit.setdefault(edit, []).append(row)
+        edits = tuple(sorted(by_edit))
+        order: list[int] = []
+        offsets = [0]
+        for edit in edits:
+            # Edits between the chosen ones have no tokens
+            offsets += [] if alone else [len(order)] * (edit + 1 - len(offsets))
+            for row in by_edit[edit]:
                 order += range(starts[row], starts[row + 1])
             offsets.append(len(order))
-        return TokenSpans(offsets, None if live is None else live[order], torch.tensor(order, dtype=torch.long))
+        offsets += [] if alone else [len(order)] * (n_edits + 1 - len(offsets))
+        marks = None if live is None else live[order]
+        return TokenSpans(offsets, marks, torch.tensor(order, dtype=torch.long), edits=edits if alone else None)
 
     def token_offsets(self, tokens: int, n_edits: int) -> list[int]:
         """The offsets, once they are seen to fit.

@@ -204,7 +204,7 @@ class Header:
         return tuple(members)
 
 
-class _File:
+class DeltaFile:
     """An open file of deltas."""
 
     def __init__(self, file: Any, header: Header, path: str | Path) -> None:
@@ -247,7 +247,7 @@ def _spec(content: Mapping[str, Any]) -> DeltaSpec:
 
 
 @contextmanager
-def opened(path: str | Path, known: Header | None = None) -> Iterator[_File]:
+def opened(path: str | Path, known: Header | None = None) -> Iterator[DeltaFile]:
     """A file of deltas, its header checked.
 
     Args:
@@ -255,4 +255,4 @@ def opened(path: str | Path, known: Header | None = None) -> Iterator[_File]:
     """
     with open_tensors(path, "deltas") as (file, header, checksum):
         same = known is not None and checksum and known.checksum == checksum and known.path == path
-        yield _File(file, known if known is not None and same else Header(header, checksum, path), path)
+        yield DeltaFile(file, known if known is not None and same else Header(header, checksum, path), path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import overload
 
 from fastedit.deltas.base import EditDelta
-from fastedit.deltas.storage import Header, opened, write_deltas
+from fastedit.deltas.storage import DeltaFile, Header, opened, write_deltas
 from fastedit.files import json_text
 
 
@@ -19,6 +21,9 @@ class StoredDeltas(Sequence[EditDelta]):
     Edits end in any order: files say which number in the run a delta has, and the deltas that are there are in that
     order, also where the run was broken off. Reading one checks it and its file's header, and nothing else.
 
+    Those that a router chooses from act from here: they are read when rows are routed to them
+    (``fastedit.deltas.mapped``).
+
     Args:
         folder: that exists; its files are read in the order of their names. ``StoredDeltas.create`` makes one.
     Raises:
@@ -26,13 +31,15 @@ class StoredDeltas(Sequence[EditDelta]):
         ValueError: a file is not of this format, or one is missing in the middle.
     """
 
+    is_mapped = True
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             error_type = ValueError if self.folder.exists() else FileNotFoundError
             raise error_type(f"deltas: the folder exists (got folder={str(folder)!r}); StoredDeltas.create makes one")
-        # by number of the edit: that of the file, the row there, and whose it is
-        self._found: dict[int, tuple[int, int, str]] = {}
+        # by number of the edit: that of the file, the row there, whose it is, and its id ("" where it is not known)
+        self._found: dict[int, tuple[int, int, str, str]] = {}
         self._sorted: list[int] = []
         self._checksums: list[str] = []
         # of the file that was read last
@@ -45,7 +52,7 @@ class StoredDeltas(Sequence[EditDelta]):
             if number == 0:
                 header.warn()
             numbers = self._free(path.name, len(header), header.numbers)
-            self._add([entry.request_id for entry in header.entries], numbers, header.checksum)
+            self._add([(entry.request_id, entry.sha256) for entry in header.entries], numbers, header.checksum)
 
     def __repr__(self) -> str:
         return f"<StoredDeltas: {len(self)} deltas in {self.folder}>"
@@ -94,7 +101,7 @@ class StoredDeltas(Sequence[EditDelta]):
         except FileExistsError:
             detail = f"{path.name} of another one in folder={str(self.folder)!r}"
             raise ValueError(f"deltas: one process writes a folder (got {detail})") from None
-        self._add([delta.request_id for delta in deltas], chosen, checksum)
+        self._add([(delta.request_id, delta.id) for delta in deltas], chosen, checksum)
 
     def _free(self, where: str, count: int, numbers: Sequence[int] | None) -> Sequence[int]:
         """The numbers of a file's deltas, once it is known that none is taken twice."""
@@ -107,15 +114,21 @@ class StoredDeltas(Sequence[EditDelta]):
             seen.add(number)
         return chosen
 
-    def _add(self, ids: Sequence[str], numbers: Sequence[int], checksum: str) -> None:
+    def _add(self, ids: Sequence[tuple[str, str]], numbers: Sequence[int], checksum: str) -> None:
         file = len(self._checksums)
-        self._found.update((number, (file, row, ids[row])) for row, number in enumerate(numbers))
+        self._found.update((number, (file, row, *ids[row])) for row, number in enumerate(numbers))
         self._checksums.append(checksum)
 
     @property
     def request_ids(self) -> list[str]:
         """Whose the deltas are, without reading them."""
         return [self._found[number][2] for number in self.numbers]
+
+    @property
+    def ids(self) -> list[str]:
+        """``EditDelta.id`` of the deltas, without reading them; of files without checksums they are read."""
+        known = [self._found[number][3] for number in self.numbers]
+        return [sha256 or self[index].id for index, sha256 in enumerate(known)]
 
     @property
     def numbers(self) -> list[int]:
@@ -135,13 +148,26 @@ class StoredDeltas(Sequence[EditDelta]):
         """Read one delta, or those of a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        file_number, row, _ = self._found[self.numbers[index]]
-        path = self.folder / _file_name(file_number)
+        file_number, row, *_ = self._found[self.numbers[index]]
+        with self._opened(file_number) as file:
+            return file.read(row)
+
+    def __iter__(self) -> Iterator[EditDelta]:
+        """Read all in order; a file is opened once for as many as lie beside each other in it."""
+        for file_number, numbers in groupby(list(self.numbers), key=lambda number: self._found[number][0]):
+            with self._opened(file_number) as file:
+                for number in numbers:
+                    yield file.read(self._found[number][1])
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[DeltaFile]:
+        """A file, of which it is known that it is the one that was there."""
+        path = self.folder / _file_name(number)
         with opened(path, self._header) as file:
             self._header = file.header
-            if file.header.checksum != self._checksums[file_number]:
+            if file.header.checksum != self._checksums[number]:
                 raise ValueError(f"deltas: files stay as they were (got another content in path={str(path)!r})")
-            return file.read(row)
+            yield file
 
 
 def _file_name(number: int) -> str:

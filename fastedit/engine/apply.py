@@ -1,61 +1,19 @@
-"""Let fitted edits act on a model for the length of a block."""
+"""Whether deltas may act on a model, and together."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from fastedit.backbone import EditableModel
 from fastedit.backbone.active import active_key, installed_on
-from fastedit.backbone.context import overridden
-from fastedit.deltas import EditDelta, Rows, accumulate, company, installed, stack
+from fastedit.deltas import EditDelta, accumulate, company
 
 #: The text of a delta that says how the model was when it was fitted, where other models may have it.
 AS_FITTED = "fitted_as"
 #: Begins a fingerprint of names and shapes alone.
 ARCHITECTURE = "architecture:"
-
-
-@contextmanager
-def applied(
-    model: EditableModel,
-    delta: EditDelta | Sequence[EditDelta],
-    *,
-    check_model: bool = True,
-    check_sequence: bool = True,
-) -> Iterator[EditableModel]:
-    """Inside the block the model answers as edited; on leaving it is bit-identical to what it was.
-
-    The edits act in the context that the block is entered in: other threads and tasks have the base model, or edits of
-    their own. ``fastedit.edit`` inside the block edits what acts there, and its deltas belong to that model.
-
-    Args:
-        model: the base model.
-        delta: one edit, or several of one method that act together, in the order in which they were made.
-        check_model: refuse deltas that were fitted on another base model, or on top of other deltas.
-        check_sequence: refuse deltas that act always and were not fitted on top of those before them: together they are
-            not what was scored. False adds them up all the same.
-    Yields:
-        The same model.
-    Raises:
-        TypeError: something else than deltas.
-        ValueError: no delta, deltas of different kinds, of another base model, or not fitted in this company.
-    """
-    deltas = checked_deltas(model, delta, check_model=check_model)
-    # Those that a router chooses from stay apart
-    routed = _is_routed(deltas[0])
-    if check_sequence and not routed:
-        require_sequence(deltas)
-    together = memories(deltas, check_sequence) if routed else deltas[:1] if len(deltas) == 1 else [accumulate(deltas)]
-    key = "|".join(each.id for each in together)
-    with ExitStack() as entered:
-        entered.enter_context(installed(model, stack(together, device=model.device), Rows(), key=key))
-        for module in model.hf.modules():
-            if hasattr(module, "save_pretrained"):
-                entered.enter_context(overridden(module, lambda _stock: refuse_to_save, "save_pretrained"))
-        yield model
 
 
 def fitted_as(model: EditableModel) -> str:
@@ -72,9 +30,12 @@ def checked_deltas(
         TypeError: something else than deltas. ValueError: none, or one of another model.
     """
     deltas = [delta] if isinstance(delta, EditDelta) else _listed(delta)
-    if check_model:
-        for each in deltas:
-            _check_model(model, each)
+    sound: set[str] = set()
+    for each in deltas if check_model else ():
+        # Of many deltas of one model the model is looked at once
+        if each.model_fingerprint not in sound or each.model_fingerprint.startswith(ARCHITECTURE):
+            check_one(model, each)
+            sound.add(each.model_fingerprint)
     return deltas
 
 
@@ -112,7 +73,12 @@ def _is_routed(delta: EditDelta) -> bool:
     return "router" in delta.spec.options
 
 
-def _check_model(model: EditableModel, delta: EditDelta) -> None:
+def check_one(model: EditableModel, delta: EditDelta) -> None:
+    """Refuse a delta of another model.
+
+    Raises:
+        ValueError: names the delta's model and this one.
+    """
     fitted = delta.model_fingerprint
     if fitted.startswith(ARCHITECTURE):
         if fitted != model.architecture:
@@ -151,7 +117,7 @@ def require_sequence(deltas: Sequence[EditDelta]) -> None:
         # The company of those before, as one: what it grows by is hashed once
         expected = company(before)
         if delta.fitted_on is not None and delta.fitted_on != expected:
-            raise ValueError(_not_in_sequence(number, delta, len(deltas)))
+            raise ValueError(not_in_sequence(number, delta, len(deltas)))
         before = [_as_one([*before, delta])]
 
 
@@ -167,7 +133,7 @@ def memories(deltas: Sequence[EditDelta], check_sequence: bool) -> list[EditDelt
         place = part_prefix.get(delta.fitted_on) if delta.fitted_on else None
         if place is None:
             if delta.fitted_on and check_sequence:
-                raise ValueError(_not_in_sequence(number, delta, len(deltas)))
+                raise ValueError(not_in_sequence(number, delta, len(deltas)))
             place = len(grouped)
             grouped.append([])
         grouped[place].append(delta)
@@ -179,7 +145,8 @@ def _as_one(deltas: Sequence[EditDelta]) -> EditDelta:
     return EditDelta(deltas[0].spec, {}, merged=company(deltas))
 
 
-def _not_in_sequence(number: int, delta: EditDelta, count: int) -> str:
+def not_in_sequence(number: int, delta: EditDelta, count: int) -> str:
+    """What is wrong with a delta that was not fitted on top of those before it."""
     name = f"deltas[{number}] (request {delta.request_id!r})"
     if not delta.fitted_on:
         return (
@@ -190,12 +157,4 @@ def _not_in_sequence(number: int, delta: EditDelta, count: int) -> str:
     return (
         f"applied: {name} was fitted on top of {earlier} earlier deltas, which are not those before it here; give the "
         f"sequence from its first edit on, in order, or check_sequence=False (got {count} deltas)"
-    )
-
-
-def refuse_to_save(*_args: Any, **_options: Any) -> None:
-    """Stand in for ``save_pretrained`` where edits act that are not in the weights."""
-    raise ValueError(
-        "save_pretrained: inside of applied the weights are still those of the base model, which would be written "
-        "without the edits; save those by Run.save or fastedit.deltas.save_deltas, or leave the block to save the base"
     )

@@ -10,9 +10,10 @@ from typing import Any
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import overridden
 from fastedit.backbone.wrapping import wrap
-from fastedit.deltas import EditDelta, Rows, RowsHolder, accumulate, installed, stack
-from fastedit.engine.apply import checked_deltas, memories, refuse_to_save, require_sequence
+from fastedit.deltas import EditDelta, Rows, RowsHolder, installed
+from fastedit.engine.acting import refuse_to_save
 from fastedit.engine.attached_calls import AttachedCalls, InFlight, Select
+from fastedit.engine.stacking import Checks, put_together
 from fastedit.training import Artifact, load_artifact, require_artifact
 
 
@@ -119,27 +120,18 @@ def _attach(
     *,
     everywhere: bool,
 ) -> tuple[Any, InFlight]:
-    deltas = checked_deltas(editable, delta, check_model=check_model)
     if editable.reads_prompts_by_encoder:
         kind = editable.hf.config.model_type
         raise ValueError(
             "attach: prompts must be tokens of the decoder, by which a stock call tells prompt from answer; an encoder "
             f"reads them here, and fastedit.applied serves instead (got model_type={kind!r})"
         )
-    routed = "router" in deltas[0].spec.options
-    together = memories(deltas, check_sequence) if routed else deltas
-    if not routed and len(deltas) > 1 and (not check_sequence or any(each.fitted_on for each in deltas)):
-        if check_sequence:
-            require_sequence(deltas)
-        together = [accumulate(deltas)]
-    stacked = stack(together, device=editable.device)
-    key = "|".join(each.id for each in together)
+    together = put_together(editable, delta, Checks(check_model, check_sequence, apart=True))
     holder: RowsHolder = block.enter_context(
-        installed(editable, stacked, Rows(), key=key, stock=True, everywhere=everywhere)
+        installed(editable, together.stacked, Rows(), key=together.key, stock=True, everywhere=everywhere)
     )
-    needs_choice = len(together) > 1 and not routed
     calls = AttachedCalls(
-        editable, holder, len(together), select=select, needs_choice=needs_choice, everywhere=everywhere
+        editable, holder, together.count, select=select, needs_choice=together.needs_choice, everywhere=everywhere
     )
     hf = editable.hf
     block.enter_context(overridden(hf, calls.forward, everywhere=everywhere))

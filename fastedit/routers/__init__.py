@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
 
-__all__ = ["ROUTERS", "Routed", "Router", "make_router"]
+__all__ = ["READ_PARTS", "ROUTERS", "Routed", "Router", "make_router"]
 
 
 class Routed(Protocol):
@@ -56,6 +56,8 @@ ROUTERS: dict[str, tuple[str, str]] = {
     "distance": ("distance", "DistanceRouter"),
     "ball": ("ball", "BallRouter"),
 }
+#: Those that look at the parts of every delta, not only at what is fixed in them.
+READ_PARTS = frozenset({"distance"})
 
 
 def make_router(model: EditableModel, stacked: Routed) -> Router | None:
