@@ -16,7 +16,7 @@ from fastedit.backbone import EditableModel, Site
 from fastedit.backbone.json_files import read_object
 from fastedit.backbone.vision import vision_sites
 from fastedit.deltas import DeltaSpec, EditDelta
-from fastedit.export.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from fastedit.export.peft import CONFIG_FILE, INDEX_FILE, PREFIX, WEIGHTS_FILE
 from fastedit.files import require_finite
 
 #: Fields that say how a change is stored, trained or begun, or that are read below: whatever they hold is served.
@@ -96,7 +96,8 @@ def _delta(model: EditableModel, factors: Mapping[Site, tuple[Tensor, Tensor]], 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"from_peft: the folder has {CONFIG_FILE} (got folder={str(folder)!r})")
+        several = f"; it holds adapters in folders, which {INDEX_FILE} lists" if (folder / INDEX_FILE).is_file() else ""
+        raise FileNotFoundError(f"from_peft: the folder has {CONFIG_FILE} (got folder={str(folder)!r}){several}")
     config = read_object(path, plain_numbers=True)
     kind = config.get("peft_type")
     if kind != "LORA":

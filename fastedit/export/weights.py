@@ -38,7 +38,7 @@ def _more_than_weights(delta: EditDelta) -> str:
     if options.get("router") is not None:
         return f"acts on the prompts that its router {options['router']!r} chooses"
     if delta.spec.positions != "all":
-        return f"acts on some tokens of a prompt (positions={delta.spec.positions!r})"
+        return f"acts on some tokens of a prompt (positions={delta.spec.positions!r}; one of 'all' acts on each)"
     return "asks another question" if "template" in delta.texts else ""
 
 

@@ -250,6 +250,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_missing_file_is_named(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has adapter_config.json"):
         fastedit.from_peft(tmp_path, load(NAME))
+    export_deltas("peft", load(NAME), fitted(NAME, "lora"), tmp_path / "each", each=True)
+    with pytest.raises(FileNotFoundError, match=r"it holds adapters in folders, which index.json lists"):
+        fastedit.from_peft(tmp_path / "each", load(NAME))
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"has adapter_model.safetensors"):
         fastedit.from_peft(tmp_path, load(NAME))

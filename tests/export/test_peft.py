@@ -27,7 +27,8 @@ from fastedit.deltas import EditDelta
 from fastedit.export import Exported, export_deltas
 from fastedit.export.peft import adapter_config, adapter_name
 from fastedit.export.placing import EXPORT_FILE
-from tests.engine.stock_calls import edits, fitted, load, questions, stock_answers, stock_logits
+from tests.backbone.architectures import make_editable
+from tests.engine.stock_calls import edits, engine_logits, fitted, load, questions, stock_answers, stock_logits
 from tests.export.asked import asked_of, fitted_on
 
 peft = pytest.importorskip("peft")
@@ -85,6 +86,36 @@ def test_in_float32_logits_agree_to_1e_5(tmp_path: Path) -> None:
         wanted = stock_logits(model, hf, questions(model))
     got = stock_logits(model, with_adapter(model, tmp_path / "out"), questions(model))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "tolerance"),
+    [("nf4", "float32", 1e-5), ("int8", "float32", 0.05), ("none", "bfloat16", 0.13), ("nf4", "bfloat16", 0.13)],
+)
+def test_quantized_and_half_precision_models(quantize: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """In bfloat16 to 4 units in the last place of logits up to 9; int8 rounds activations too, to steps of 1 / 127."""
+    model = fastedit.load("random:llava-tiny", dtype=dtype, quantize=quantize)
+    options: dict[str, Any] = {"steps": 20, "lr": 2e-2, "evaluate": False, "show_progress": False}
+    delta = fastedit.edit(model, edits(), "lora", **options).deltas[0]
+    export_deltas("peft", model, delta, tmp_path / "out")
+    asked = questions(model)
+    base = stock_logits(model, model.hf, asked)
+    with fastedit.attached(model, delta) as hf:
+        wanted = stock_logits(model, hf, asked)
+    got = stock_logits(model, peft.PeftModel.from_pretrained(model.hf, tmp_path / "out").eval(), asked)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    assert (wanted - base).abs().max() > 1
+
+
+def test_a_model_whose_prompts_an_encoder_reads(tmp_path: Path) -> None:
+    name = "generic:blip-2+t5"
+    model, delta = load(name), fitted(name, "lora")[0]
+    exported(name, [delta], tmp_path / "out")
+    adapted = make_editable("blip-2+t5", with_adapter(model, tmp_path / "out").get_base_model())
+    with fastedit.applied(model, delta):
+        wanted = engine_logits(model, questions(model))
+    torch.testing.assert_close(engine_logits(adapted, questions(model)), wanted, rtol=1e-11, atol=1e-11)
+    assert (wanted - engine_logits(model, questions(model))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("method", ["lora", "odedit+lora"])
