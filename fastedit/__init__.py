@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastedit.engine.profiling.utilisation import measure_peak
     from fastedit.engine.train import train
     from fastedit.export.from_peft import from_peft
+    from fastedit.ledger import DamagedLedger, Ledger, LedgerError, open_ledger
     from fastedit.methods import method_names
     from fastedit.training import Artifact, load_artifact, save_artifact
 
@@ -32,9 +33,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "Attachment",
+    "DamagedLedger",
     "EditDelta",
     "EditRequest",
     "EditableModel",
+    "Ledger",
+    "LedgerError",
     "MemoryPlan",
     "Probe",
     "Query",
@@ -53,6 +57,7 @@ __all__ = [
     "load_artifact",
     "measure_peak",
     "method_names",
+    "open_ledger",
     "ops",
     "plan_memory",
     "read_edits",
@@ -64,8 +69,11 @@ __all__ = [
 _LAZY = {
     "Artifact": "fastedit.training",
     "Attachment": "fastedit.engine.attach",
+    "DamagedLedger": "fastedit.ledger",
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
+    "Ledger": "fastedit.ledger",
+    "LedgerError": "fastedit.ledger",
     "MemoryPlan": "fastedit.engine.memory.plan",
     "Run": "fastedit.engine",
     "RunInterrupted": "fastedit.engine",
@@ -79,6 +87,7 @@ _LAZY = {
     "load_artifact": "fastedit.training",
     "measure_peak": "fastedit.engine.profiling.utilisation",
     "method_names": "fastedit.methods",
+    "open_ledger": "fastedit.ledger",
     "plan_memory": "fastedit.engine.memory.plan",
     "read_edits": "fastedit.data",
     "save_artifact": "fastedit.training",

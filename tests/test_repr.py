@@ -21,12 +21,13 @@ def test_a_model_says_what_it_is() -> None:
 
 def test_a_run_and_its_deltas_say_how_it_went(tmp_path: Path) -> None:
     model = fastedit.load("random:llava-tiny")
-    run = fastedit.edit(model, make_edits(2), "lora", steps=1, rank=2, deltas_folder=tmp_path / "deltas")
+    ledger = fastedit.open_ledger(tmp_path / "edits", model)
+    run = fastedit.edit(model, make_edits(2), "lora", steps=1, rank=2, ledger=ledger)
     text = repr(run)
     assert text.startswith("<Run: lora on random:llava-tiny, 2 edits (2 max_steps); strict reliability ")
     assert "text locality" in text
     assert "\n" not in text
-    assert repr(run.deltas) == f"<StoredDeltas: 2 deltas in {tmp_path / 'deltas'}>"
+    assert repr(run.deltas) == f"<LedgerDeltas: 2 deltas in {tmp_path / 'edits'}>"
     first = run.deltas[0]
     assert repr(first) == (
         f"<EditDelta: low_rank at 2.up, 2.down, 3.up, 3.down, {first.n_parameters:,} parameters, edit "

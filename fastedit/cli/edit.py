@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,34 @@ import fastedit
 from fastedit.backbone import EditableModel
 from fastedit.cli.failures import STOPPED, Ended, reason, sentence, status_of
 from fastedit.cli.tables import print_scores
-from fastedit.deltas import StoredDeltas
 from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.requests import EditRequest
 
 
 def edit_records(
-    console: Console, model: EditableModel, edits: Sequence[EditRequest], method: str, *, out: Path, **options: Any
+    console: Console,
+    model: EditableModel,
+    edits: Sequence[EditRequest],
+    method: str,
+    *,
+    out: Path,
+    ledger: Path | None = None,
+    **options: Any,
 ) -> Run:
     """Edit, save, show.
 
     Args:
-        out: folder for the run. options: other arguments of ``fastedit.edit``.
+        out: folder for the run. ledger: folder that keeps the edits, made if needed; None for none.
+        options: other arguments of ``fastedit.edit``.
     Raises:
         Ended: the run ended early; what was finished is saved and shown.
     """
-    try:
-        run = fastedit.edit(model, edits, method, **options)
-    except (RunInterrupted, RunStopped) as ended:
-        raise keep_finished(console, ended, len(edits), method, out) from ended
-    save_and_show(console, run, method, out)
+    with nullcontext() if ledger is None else fastedit.open_ledger(ledger, model) as opened:
+        try:
+            run = fastedit.edit(model, edits, method, ledger=opened, **options)
+        except (RunInterrupted, RunStopped) as ended:
+            raise keep_finished(console, ended, len(edits), method, out) from ended
+        save_and_show(console, run, method, out)
     return run
 
 
@@ -48,7 +57,7 @@ def save_and_show(console: Console, run: Run, method: str, out: Path) -> None:
 
 def deltas_of(run: Run, out: Path) -> Path:
     """Where the saved deltas of a run lie."""
-    return out / ("deltas" if isinstance(run.deltas, StoredDeltas) else "deltas.safetensors")
+    return out / ("deltas" if getattr(run.deltas, "is_mapped", False) else "deltas.safetensors")
 
 
 def keep_finished(console: Console, ended: RunInterrupted | RunStopped, count: int, method: str, out: Path) -> Ended:

@@ -87,9 +87,9 @@ def edit(
     conflicts: Conflicts = "error",
     score_at: Annotated[str, typer.Option(help="in sequence, also score after so many edits: 1,10,100")] = "",
     evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="score the edits")] = True,
-    deltas_folder: Annotated[
+    ledger: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="write deltas to files there batch by batch, for thousands of edits; new or empty"),
+        typer.Option(help="commit every edit there as it ends, and go on from what is committed"),
     ] = None,
     pool: Pool = None,
     views: Views = "heldout",
@@ -113,33 +113,31 @@ def edit(
     from fastedit.cli.inputs import check_artifact, check_loading, check_runs, load_model, read_records
     from fastedit.engine.arguments import check_options
     from fastedit.engine.output import claim_output
+    from fastedit.ledger import check_folder
     from fastedit.methods import resolve
 
     size, overrides = parse_batch_size(batch_size), parse_settings(settings)
     options: dict[str, Any] = {"views": views, "near": near, "seed": seed, "conflicts": conflicts, "evaluate": evaluate}
-    options["deltas_folder"] = deltas_folder
     with_run_arguments(options, overrides)
     options |= {"mode": mode, "batch_size": size, "score_at": parse_numbers("--score-at", score_at)}
-    check_options(method=method, **{name: value for name, value in options.items() if name != "deltas_folder"})
+    check_options(method=method, **options)
     chosen = {method: overrides}
     resolve(method, overrides)
     loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
     check_artifact(method, overrides, artifact)
     require_known(data, pool)
+    if ledger is not None:
+        check_folder(ledger)
     edits, learned = read_records(data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing)
     check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"], score_at=options["score_at"])
-    if options["deltas_folder"] is not None:
-        # Tried now, claimed by the run itself
-        with claim_output(options["deltas_folder"], overwrite=overwrite, field="--deltas-folder"):
-            pass
     with claim_output(out, overwrite=overwrite, field="--out"):
         loaded = load_model(
             messages, model, edits, chosen, batch_size=size, loading=loading, out=out,
-            evaluate=options["evaluate"], keep_deltas=options["deltas_folder"] is None,
+            evaluate=options["evaluate"], keep_deltas=ledger is None,
         )  # fmt: skip
         edit_records(
-            console, loaded, edits, method, out=out, pool=learned, artifact=artifact, overwrite=overwrite,
-            **options, **overrides,
+            console, loaded, edits, method, out=out, ledger=ledger, pool=learned, artifact=artifact, **options,
+            **overrides,
         )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run th
 
 #: Arguments of ``fastedit.edit`` that may also be given with --set, and what the options are if they are not.
 RUN_ARGUMENTS: dict[str, Any] = {
-    "views": "heldout", "near": True, "seed": 0, "conflicts": "error", "evaluate": True, "deltas_folder": None,
+    "views": "heldout", "near": True, "seed": 0, "conflicts": "error", "evaluate": True,
 }  # fmt: skip
 # As Python spells them
 _CONSTANTS = {"None": None, "True": True, "False": False}
@@ -169,8 +169,6 @@ def with_run_arguments(options: dict[str, Any], settings: dict[str, Any]) -> Non
         if options[name] != RUN_ARGUMENTS[name]:
             option = name.replace("_", "-")
             raise ValueError(f"--set: {name} is given once (got --{option} {options[name]} and {name}={value!r})")
-        if name == "deltas_folder" and not isinstance(value, str):
-            raise ValueError(f"--set: {name} is a folder (got {name}={value!r})")
         options[name] = value
 
 

@@ -20,3 +20,9 @@ def company(deltas: Iterable[EditDelta]) -> tuple[str, ...]:
         digest = chain if delta.merged and not count else hashlib.sha256(f"{digest}+{chain}".encode()).hexdigest()
         count += int(size)
     return (f"{count}:{digest}",) if count else ()
+
+
+def grown(company: tuple[str, ...], delta_id: str) -> tuple[str, ...]:
+    """The company of deltas and of one more behind them, a single edit's, which is known by its id."""
+    count, _, digest = company[0].partition(":") if company else ("0", "", "")
+    return (f"{int(count) + 1}:{hashlib.sha256(f'{digest}+{delta_id}'.encode()).hexdigest()}",)

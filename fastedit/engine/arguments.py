@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastedit.backbone import EditableModel
+from fastedit.engine.run_state import EditLedger
 from fastedit.fitting.views import VIEW_SOURCES
 from fastedit.requests import EditRequest
 from fastedit.settings import typed_value
@@ -57,7 +58,7 @@ def check_arguments(
     edits: Sequence[EditRequest],
     *,
     pool: Sequence[EditRequest] | None,
-    deltas_folder: str | Path | None,
+    ledger: EditLedger | None,
     artifact: Artifact | str | Path | None,
     **options: Any,
 ) -> None:
@@ -71,8 +72,8 @@ def check_arguments(
     check_records("edit", "edits", edits)
     if pool is not None:
         check_records("edit", "pool", pool)
-    if deltas_folder is not None and not isinstance(deltas_folder, str | Path):
-        raise ValueError(f"edit: deltas_folder is a path or None (got deltas_folder={deltas_folder!r:.80})")
+    if ledger is not None and not hasattr(ledger, "session"):
+        raise ValueError(f"edit: ledger is a Ledger, from fastedit.open_ledger, or None (got ledger={ledger!r:.80})")
     if artifact is not None and not isinstance(artifact, Artifact | str | Path):
         raise ValueError(f"edit: artifact is an Artifact, a file of one or None (got artifact={artifact!r:.80})")
     check_options(**options)

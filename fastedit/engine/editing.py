@@ -23,17 +23,15 @@ from fastedit.engine.checks import check_conflicts, check_sequence, trained_part
 from fastedit.engine.interrupted import carrying
 from fastedit.engine.memory.oom import once_more, peak_memory_mib
 from fastedit.engine.memory.plan import largest_batch
-from fastedit.engine.output import expected_output_bytes, open_store
 from fastedit.engine.preflight import check_run
 from fastedit.engine.profiling.flops import Peak, is_counted, nfu
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.engine.profiling.utilisation import necessary_flops
 from fastedit.engine.run import Run, Timing
-from fastedit.engine.run_state import EditJob, EndedEdits, RunState
+from fastedit.engine.run_state import EditJob, EditLedger, EndedEdits, RunState
 from fastedit.engine.schedule import run_sequential, run_single
 from fastedit.engine.soundness import check_finite, not_finite, warn_of
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
-from fastedit.fitting.solver import FitOutcome
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import resolve
 from fastedit.methods.base import Resources, is_computed
@@ -58,13 +56,12 @@ def edit(
     evaluate: bool = True,
     seed: int = 0,
     show_progress: bool | None = None,
-    deltas_folder: str | Path | None = None,
+    ledger: EditLedger | None = None,
     peak: Peak | None = None,
     score_at: Sequence[int] = (),
     artifact: Artifact | str | Path | None = None,
     conflicts: str = "error",
     bind: str = "content",
-    overwrite: bool = False,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -85,13 +82,12 @@ def edit(
         evaluate: score every edit under both protocols.
         seed: of the views and of score intervals.
         show_progress: None shows a progress line with the time left on a terminal.
-        deltas_folder: write every batch's deltas to files there instead of keeping them in memory, which a run over
-            thousands of edits would fill; a new or empty folder, which no other run writes to.
+        ledger: from ``fastedit.open_ledger``: every edit is committed there as it ends, with its outcome and scores,
+            and what is committed of these edits already is not made again. Memory does not grow with their number.
         score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
         artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
         conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
             edits, and each is scored by what it asked for.
-        overwrite: remove the deltas that an earlier run left in ``deltas_folder``, instead of refusing it.
         bind: "content" lets the deltas act on exactly these weights; "architecture" on any of the same names and
             shapes, in another dtype or quantization for example, with a warning that says how they were fitted.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
@@ -100,12 +96,12 @@ def edit(
         Run.
     Raises:
         ValueError: a setting, method or field that does not exist or cannot work here, or records that the run would
-            stop at (``RecordErrors``, all of them at once); before any work starts.
+            stop at (``RecordErrors``, all of them at once); before any work starts. Of a ledger, see there.
         RunInterrupted: something ended the run after some edits were finished, such as memory that ran out for one
             edit alone. The finished edits are in its ``run``. A signal (Ctrl-C) gives RunStopped, with the same.
     """
     check_arguments(
-        model, edits, pool=pool, deltas_folder=deltas_folder, artifact=artifact, method=method, batch_size=batch_size,
+        model, edits, pool=pool, ledger=ledger, artifact=artifact, method=method, batch_size=batch_size,
         mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
         score_at=score_at, conflicts=conflicts, bind=bind,
     )  # fmt: skip
@@ -122,40 +118,64 @@ def edit(
         source.check(plan.build_objective(solver.steps).roles)
     with progress("checking the records", 0, show_progress):
         check_run(model, edits, plan, source, evaluate=evaluate, mode=mode)
-    if mode == "sequential" and conflicts == "error":
+    if mode == "sequential" and conflicts == "error" and ledger is None:
         check_conflicts(edits)
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):
-        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=deltas_folder is None)
+        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=ledger is None)
     job = EditJob(model, edits, plan, spec, solver, source, () if pool is None else pool, trained, seed, bind)
-    run = RunState(job, EndedEdits(timer, per_file=batch_size), timer)
+    run = RunState(job, EndedEdits(timer), timer)
+    described = partial(
+        _provenance, method=method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
+    )
+    if ledger is None:
+        return _made(run, batch_size, mode, evaluate, show_progress, score_at, described, peak)
+    with ledger.session(job, mode=mode, conflicts=conflicts, provenance=described(job)) as store:
+        if len(store.edits) < len(edits):
+            source = ViewSource(store.edits, pool, source=views, near=near, seed=seed)
+            run.job = replace(job, edits=store.edits, views=source)
+        run.ended.recall(store)
+        return _made(run, batch_size, mode, evaluate, show_progress, score_at, described, peak)
 
+
+def _made(
+    run: RunState,
+    batch_size: int,
+    mode: str,
+    evaluate: bool,
+    show_progress: bool | None,
+    score_at: Sequence[int],
+    described: Callable[[EditJob], dict[str, Any]],
+    peak: Peak | None,
+) -> Run:
+    """Make the edits of a run that have not ended yet, and score them."""
+    job, model = run.job, run.job.model
     if model.device.type == "cpu":
         keep_freed_memory()
     elif model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    describe = partial(
-        _provenance, job, method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
-    )
-    room = expected_output_bytes(model, plan, len(edits), evaluate=False)
-    with (
-        open_store(deltas_folder, overwrite=overwrite, expected_bytes=room) as run.ended.store,
-        carrying(run, partial(_finished, run, describe, evaluate)),
-    ):
-        resources = Resources(job.pool, trained, seed, plan.prefix)
-        with timer.phase("setup"), progress(f"setting up {method}", 0, show_progress):
-            run.shared = once_more(
-                model, lambda: plan.method.setup(model, plan.config, resources), "setting up the method"
-            )
-        # Behind the setup, which refuses trained parts of another shape before the model is asked anything
-        with timer.phase("setup"):
-            once_more(model, lambda: check_finite(model, edits), "asking the first question")
-        with expanded_layers(model, split_point(spec)[0]) if spec.sites else nullcontext():
+    describe = partial(described, job)
+    with carrying(run, partial(_finished, run, describe, evaluate)):
+        if len(run.ended.outcomes) < len(job.edits):
+            _set_up(run, show_progress)
+        with expanded_layers(model, split_point(job.spec)[0]) if job.spec.sites else nullcontext():
             if mode == "single":
                 run_single(run, batch_size, evaluate, show_progress)
             else:
                 run_sequential(run, batch_size, evaluate, show_progress, score_at)
-        return _result(run, range(len(edits)), run.ended.all_deltas(), describe(), evaluate=evaluate, peak=peak)
+        numbers = range(len(job.edits)) if run.ended.store is None else run.ended.store.members
+        return _result(run, numbers, run.ended.deltas_of(numbers), describe(), evaluate=evaluate, peak=peak)
+
+
+def _set_up(run: RunState, show_progress: bool | None) -> None:
+    """Make what all edits of a run share, and ask the model a first question."""
+    job, model, plan, timer = run.job, run.job.model, run.job.plan, run.timer
+    resources = Resources(job.pool, job.artifact, job.seed, plan.prefix)
+    with timer.phase("setup"), progress(f"setting up {plan.name}", 0, show_progress):
+        run.shared = once_more(model, lambda: plan.method.setup(model, plan.config, resources), "setting up the method")
+    # Behind the setup, which refuses trained parts of another shape before the model is asked anything
+    with timer.phase("setup"):
+        once_more(model, lambda: check_finite(model, job.edits), "asking the first question")
 
 
 def _result(
@@ -171,7 +191,7 @@ def _result(
     outcomes = [run.ended.outcomes[number] for number in numbers]
     scored = [run.ended.scores.get(number, EditScores({}, {})) for number in numbers] if evaluate else []
     scores = summarise(scored, seed=run.job.seed) if evaluate else {}
-    timing = _timing(run, outcomes, peak)
+    timing = _timing(run, peak)
     notes |= {"not_finite": not_finite(scored)} if evaluate else {}
     warn_of(outcomes, scored)
     return Run(deltas, outcomes, scores, scored, timing, notes, run.ended.checkpoints, run.job.artifact)
@@ -183,7 +203,9 @@ def _finished(run: RunState, describe: Callable[[], dict[str, Any]], evaluate: b
     return _result(run, numbers, run.ended.deltas_of(numbers), notes, evaluate=evaluate and bool(run.ended.scores))
 
 
-def _timing(run: RunState, outcomes: Sequence[FitOutcome], peak: Peak | None) -> Timing:
+def _timing(run: RunState, peak: Peak | None) -> Timing:
+    # What a ledger had already took no time
+    outcomes = [outcome for number, outcome in sorted(run.ended.outcomes.items()) if number in run.ended.made]
     spent = run.timer.total(without=("evaluation",))
     used = None
     if peak is not None and spent and is_counted(run.job.spec, run.job.model):

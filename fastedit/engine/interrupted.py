@@ -57,13 +57,13 @@ def carrying(state: RunState, finished: Callable[[Sequence[int]], Run]) -> Itera
             # The frames hold the tensors that there was no room for; they are of no more use
             traceback.clear_frames(error.__traceback__)
             release_memory(state.job.model)
-        numbers = state.ended.finished()
+        numbers = sorted(state.ended.outcomes)
         if not numbers:
             raise
         run = finished(numbers)
         kept = f"{len(numbers)} of {len(state.job.edits)} edits are finished and in this error's 'run'"
         if state.ended.store is not None:
-            kept += f"; their deltas lie in {state.ended.store.folder}"
+            kept += f"; they are committed in the ledger {str(state.ended.store.folder)!r}, from which the next goes on"
         message = f"edit: the run ended early; {kept} (got {_told(error)})"
         if isinstance(error, KeyboardInterrupt):
             raise RunStopped(message, run, numbers) from error

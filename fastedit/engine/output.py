@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.deltas import StoredDeltas
 from fastedit.deltas.kinds import new_stack
 from fastedit.files import claim_file, claim_folder
 from fastedit.methods import EditPlan
@@ -58,39 +57,6 @@ def claim_result(file: str | Path, *, expected_bytes: int | None = None, field: 
     with claim_file(file, field) as path:
         require_room(path.parent, expected_bytes, field)
         yield path
-
-
-@contextmanager
-def open_store(folder: str | Path | None, *, overwrite: bool, expected_bytes: int) -> Iterator[StoredDeltas | None]:
-    """A run's folder for deltas, claimed while the run goes on; None where it has none.
-
-    Args:
-        overwrite: the deltas of an earlier run are removed; else they are refused.
-    Raises:
-        ValueError: as ``claim_output``.
-    """
-    if folder is None:
-        yield None
-        return
-    with claim_folder(folder, "edit") as path:
-        stored = sorted(path.glob("deltas-??????.safetensors"))
-        if stored and not overwrite:
-            detail = f"{folder} with {_counted(path)}"
-            raise ValueError(
-                f"edit: deltas_folder is new or empty (got {detail}); overwrite=True removes what is there"
-            )
-        for each in reversed(stored):
-            # the first last: without it no others are read
-            each.unlink()
-        require_room(path, expected_bytes, "edit")
-        yield StoredDeltas.create(path)
-
-
-def _counted(folder: Path) -> str:
-    try:
-        return f"{len(StoredDeltas(folder))} deltas"
-    except ValueError:
-        return "deltas that cannot be read"
 
 
 def expected_output_bytes(model: EditableModel, plan: EditPlan, n_edits: int, *, evaluate: bool = True) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastedit.deltas import EditDelta, StoredDeltas
+from fastedit.deltas import EditDelta
 from fastedit.engine.saving import SCORES, read_run, write_run
 from fastedit.evaluation import EditScores, Score
 from fastedit.fitting.solver import FitOutcome
@@ -50,8 +50,7 @@ class Run:
     """What ``fastedit.edit`` returns.
 
     Args:
-        deltas: one EditDelta per edit, in the order of the edits; read from files when asked for, where the run
-            wrote them to a folder.
+        deltas: one EditDelta per edit, in the order of the edits; of a ledger's run read when asked for.
         outcomes: how each fit ended.
         scores: protocol -> score name -> Score; empty when the run was not evaluated.
         edit_scores: per edit, the values behind the scores and the answers given.
@@ -83,8 +82,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """Scores, timing, outcomes and provenance as plain values (NaN as None)."""
         scored: Sequence[EditScores | None] = self.edit_scores or [None] * len(self.deltas)
-        stored = isinstance(self.deltas, StoredDeltas)
-        ids = self.deltas.request_ids if stored else [delta.request_id for delta in self.deltas]  # type: ignore[attr-defined]
+        ids = _request_ids(self.deltas)
         data = {
             "scores": _tables(self.scores),
             "checkpoints": {str(count): _tables(scores) for count, scores in self.checkpoints.items()},
@@ -100,9 +98,9 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Write the run into a folder, made if needed. Returns the folder.
 
-        The deltas go to ``deltas.safetensors``; those that a run wrote to files stay where they are if that is the
-        folder's ``deltas/``, and are copied there if not. Trained parts go to ``artifact.safetensors``, all else to
-        ``scores.json``. A run that was saved there before stays until this one is there as a whole, and is gone then.
+        The deltas go to ``deltas.safetensors``; those of a ledger are copied to files in the folder's ``deltas/``.
+        Trained parts go to ``artifact.safetensors``, all else to ``scores.json``. A run that was saved there before
+        stays until this one is there as a whole, and is gone then.
 
         Raises:
             ValueError: another process writes there, or the folder's ``deltas/`` holds those of a run that was not
@@ -128,7 +126,7 @@ class Run:
         """
         saved = read_run(Path(folder))
         data, deltas = saved.content, saved.deltas
-        ids = deltas.request_ids if isinstance(deltas, StoredDeltas) else [delta.request_id for delta in deltas]
+        ids = _request_ids(deltas)
         try:
             edits = data["edits"]
             if [edit["id"] for edit in edits] != ids:
@@ -155,6 +153,12 @@ class Run:
         if self.artifact is not None:
             require_artifact(self.artifact, self.artifact.kind, model)
             model.artifacts[self.artifact.id] = self.artifact
+
+
+def _request_ids(deltas: Sequence[EditDelta]) -> list[str]:
+    """Whose the deltas are; of those that are read when asked for, without reading them."""
+    known: list[str] | None = getattr(deltas, "request_ids", None)
+    return [delta.request_id for delta in deltas] if known is None else known
 
 
 def _tables(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from fastedit.backbone import EditableModel
-from fastedit.deltas import DeltaSpec, EditDelta, StoredDeltas
+from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import EditScores, Score
 from fastedit.fitting.solver import FitOutcome, SolverConfig
@@ -49,63 +51,108 @@ class EditJob:
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
 
 
+class EditStore(Protocol):
+    """Where the edits of a run are kept as they end, and found again by the next run (``fastedit.ledger``).
+
+    Edits are numbered as in the run. The timeline is what acts there: deltas of this run, and of earlier ones.
+    """
+
+    folder: Path
+    #: The run's edits, each once; ``members`` says which of them each of the given ones is.
+    edits: Sequence[EditRequest]
+    members: Sequence[int]
+
+    def outcomes(self) -> dict[int, FitOutcome]:
+        """Of the edits that are there already."""
+
+    def commit(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+        """Keep an edit for good; when this returns it is on the disk."""
+
+    def timeline(self) -> Sequence[int | None]:
+        """What acts, in order, by number of the edit; None are edits of other runs."""
+
+    def acting(self, count: int | None = None) -> Sequence[EditDelta]:
+        """The deltas of the timeline as they were fitted, or the first ones; read when asked for."""
+
+    def deltas(self, numbers: Sequence[int]) -> Sequence[EditDelta]:
+        """Deltas of these edits; read when asked for."""
+
+    def state(self, count: int | None = None) -> str:
+        """What identifies the deltas that act, or the first ones; of edits that act alone one word."""
+
+    def scores(self, state: str) -> dict[int, EditScores]:
+        """Scores that were made in a state."""
+
+    def commit_scores(self, state: str, scores: Mapping[int, EditScores]) -> None:
+        """Keep scores for good."""
+
+
+class EditLedger(Protocol):
+    """Keeps edits for good (``fastedit.Ledger``)."""
+
+    def session(
+        self, job: EditJob, *, mode: str, conflicts: str, provenance: Mapping[str, Any]
+    ) -> AbstractContextManager[EditStore]:
+        """Inside the block the edits of a run are kept, and nobody else writes.
+
+        Raises:
+            ValueError: the edits contradict those that are there, or belong to another model or method.
+        """
+
+
 @dataclass
 class EndedEdits:
     """What there is of the edits that have ended, by number of the edit.
 
     Args:
-        timer: seconds by phase. store: folder that the deltas go to; None keeps them in memory.
-        per_file: deltas of one file.
+        timer: seconds by phase. store: that keeps them for good; None keeps them in memory.
     """
 
     timer: PhaseTimer
-    store: StoredDeltas | None = None
-    per_file: int = 1
+    store: EditStore | None = None
     outcomes: dict[int, FitOutcome] = field(default_factory=dict)
     scores: dict[int, EditScores] = field(default_factory=dict)
-    #: In memory all, or those that are not in a file yet.
+    #: Those that this run made itself.
+    made: set[int] = field(default_factory=set)
+    #: In memory, without a store.
     deltas: dict[int, EditDelta] = field(default_factory=dict)
     #: Of a sequence, scores after so many edits.
     checkpoints: dict[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
 
+    def recall(self, store: EditStore) -> None:
+        """Take over what a store has of these edits."""
+        self.store = store
+        self.outcomes.update(store.outcomes())
+
     def keep(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         """Take over an edit that has ended."""
-        self.deltas[number], self.outcomes[number] = delta, outcome
-        if self.store is not None and len(self.deltas) >= self.per_file:
-            self.write()
+        if self.store is None:
+            self.deltas[number] = delta
+        else:
+            with self.timer.phase("store"):
+                self.store.commit(number, delta, outcome)
+        self.outcomes[number] = outcome
+        self.made.add(number)
 
-    def write(self) -> None:
-        """Put the deltas that are in memory into a file, where the run has files."""
-        if self.store is None or not self.deltas:
-            return
-        with self.timer.phase("store"):
-            # A run that was stopped between the two lines below
-            written = set(self.store.numbers)
-            numbers = sorted(number for number in self.deltas if number not in written)
-            self.store.append([self.deltas[number] for number in numbers], numbers)
-            self.deltas.clear()
+    def timeline(self) -> Sequence[int | None]:
+        """What acts in sequence, in order, by number of the edit; None are edits of earlier runs."""
+        return sorted(self.deltas) if self.store is None else self.store.timeline()
 
-    def all_deltas(self) -> Sequence[EditDelta]:
-        """Those of every edit, in order."""
-        self.write()
-        return self.store if self.store is not None else [self.deltas[n] for n in sorted(self.deltas)]
+    def known_scores(self, state: str) -> dict[int, EditScores]:
+        """Scores that were made in a state before."""
+        return {} if self.store is None else self.store.scores(state)
 
-    def finished(self) -> list[int]:
-        """Numbers of the edits that have ended and whose deltas are there."""
-        there = set(self.deltas) | set(() if self.store is None else self.store.numbers)
-        return sorted(there & set(self.outcomes))
+    def keep_scores(self, state: str, scores: Mapping[int, EditScores]) -> None:
+        """Keep scores that were made in a state, where there is a store."""
+        if self.store is not None:
+            with self.timer.phase("store"):
+                self.store.commit_scores(state, scores)
 
     def deltas_of(self, numbers: Sequence[int]) -> Sequence[EditDelta]:
-        """Deltas of these edits, also where no more can be written: those in memory beside those in files."""
-        try:
-            deltas = self.all_deltas()
-        except OSError:
-            assert self.store is not None
-            stored = dict(zip(self.store.numbers, self.store, strict=True))
-            return [(self.deltas | stored)[number] for number in numbers]
-        if self.store is None:
-            return [self.deltas[number] for number in numbers]
-        return deltas
+        """Deltas of these edits, in order."""
+        if self.store is not None:
+            return self.store.deltas(numbers)
+        return [self.deltas[number] for number in numbers]
 
 
 @dataclass

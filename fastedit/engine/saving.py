@@ -24,6 +24,8 @@ SCORES = "scores.json"
 DELTAS, STORED, ARTIFACT = "deltas.safetensors", "deltas", "artifact.safetensors"
 #: Endings of what waits for its name, and of what has lost it and will be removed.
 NEXT, OLD = ".next", ".old"
+# Deltas of one file, where there are too many for memory
+_PER_FILE = 64
 # How often a reader looks again where a writer was faster
 _LOOKS = 20
 
@@ -169,10 +171,10 @@ def _write_next(
     """Write everything but the scores; name -> checksum and whose it is."""
     files: dict[str, dict[str, Any]] = {}
     copied = STORED in before and before[STORED]["copied"]
-    if not isinstance(deltas, StoredDeltas):
+    if not getattr(deltas, "is_mapped", False):
         path = save_deltas(deltas, folder / f"{DELTAS}{NEXT}")
         files[DELTAS] = {"sha256": header_checksum(path)}
-    elif deltas.folder.resolve() == (folder / STORED).resolve():
+    elif isinstance(deltas, StoredDeltas) and deltas.folder.resolve() == (folder / STORED).resolve():
         files[STORED] = {"sha256": _same(deltas, deltas.folder), "copied": copied}
     else:
         if any((folder / STORED).glob("*")) and not copied:
@@ -187,7 +189,13 @@ def _write_next(
     return files
 
 
-def _copy(deltas: StoredDeltas, target: Path) -> str:
+def _copy(deltas: Sequence[EditDelta], target: Path) -> str:
+    if not isinstance(deltas, StoredDeltas):
+        stored = StoredDeltas.create(target)
+        # A part at a time: there may be more than memory has room for
+        for start in range(0, len(deltas), _PER_FILE):
+            stored.append([deltas[number] for number in range(start, min(start + _PER_FILE, len(deltas)))])
+        return stored.checksum
     target.mkdir()
     for path in deltas.files():
         shutil.copyfile(path, target / path.name)

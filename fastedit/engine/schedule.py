@@ -21,27 +21,36 @@ from fastedit.progress import ProgressLine, progress
 FIT_SHARE = 0.7
 
 
+#: The state in which single edits are scored: each alone on the base model.
+ALONE = "alone"
+
+
 def run_single(run: RunState, batch_size: int, evaluate: bool, show: bool | None) -> None:
     """Every edit alone on the base model; where memory runs out, half as many together."""
-    waiting = deque(range(len(run.job.edits)))
+    ended, every = run.ended, range(len(run.job.edits))
+    waiting = deque(number for number in every if number not in ended.outcomes)
     room = Halving(run.job.model, batch_size, "in a batch of {}", "batches of {}")
-    with progress("editing", len(run.job.edits), show) as line:
+    with progress("editing", len(every), show) as line:
         scored = Scoring(run, batch_size, line) if evaluate else None
         run.on_step = line.underway if scored is None else scored.fitting
 
         def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-            run.ended.keep(number, delta, outcome)
+            ended.keep(number, delta, outcome)
             room.done += 1
             if scored is None:
                 line.advance()
             else:
                 scored.add(number, delta)
 
+        if scored is None:
+            line.advance(len(every) - len(waiting))
+        else:
+            scored.recall()
         while waiting:
             with room.trial(min(room.size, len(waiting))):
                 make_deltas(run, waiting, room.trying, (), take)
             # Those that were at work begin anew
-            waiting = deque(number for number in range(len(run.job.edits)) if number not in run.ended.outcomes)
+            waiting = deque(number for number in every if number not in ended.outcomes)
         if scored is not None:
             scored.flush()
 
@@ -55,6 +64,16 @@ class Scoring:
         self._evaluator = Evaluator(run.job.model, run.job.spec, run.timer)
         self._ended: list[tuple[int, EditDelta]] = []
         self._share = FIT_SHARE
+
+    def recall(self) -> None:
+        """Take over the scores of edits that had ended before; those that have none are scored first."""
+        ended = self.run.ended
+        known = ended.known_scores(ALONE)
+        ended.scores.update({number: known[number] for number in ended.outcomes if number in known})
+        self.line.advance(len(ended.scores))
+        missing = [number for number in sorted(ended.outcomes) if number not in known]
+        for number, delta in zip(missing, ended.deltas_of(missing), strict=True):
+            self.add(number, delta)
 
     def add(self, number: int, delta: EditDelta) -> None:
         """One more has ended."""
@@ -74,10 +93,11 @@ class Scoring:
             with self._room.trial(len(part)):
                 stacked = stack([delta for _, delta in part], device=self.run.job.model.device)
                 found = self._evaluator.scores([self.run.job.edits[number] for number, _ in part], stacked)
-                for (number, _), scores in zip(part, found, strict=True):
-                    self.run.ended.scores[number] = scores
-                    self._room.done += 1
-                    self.line.advance()
+                scores = {number: each for (number, _), each in zip(part, found, strict=True)}
+                self.run.ended.keep_scores(ALONE, scores)
+                self.run.ended.scores.update(scores)
+                self._room.done += len(part)
+                self.line.advance(len(part))
                 del self._ended[: len(part)]
                 spent = self.run.timer.total()
                 self._share = self.run.timer.total(without=("evaluation",)) / spent if spent else FIT_SHARE
@@ -87,26 +107,94 @@ def run_sequential(run: RunState, batch_size: int, evaluate: bool, show: bool | 
     """Edits in order; scores of all edits so far after so many (``run.ended.checkpoints``), and after the last.
 
     Edits that a router keeps apart are fitted together, as they do not see each other; those that add up are fitted one
-    after another, each on top of the earlier ones.
+    after another, each on top of the earlier ones. Where a store has earlier edits, all begins with those.
     """
     apart = run.job.plan.method.sequence == "route"
     if apart:
         run_single(run, batch_size, False, show)
-    committed: list[EditDelta] = []
+    sequence = InSequence(run, batch_size, show)
     label = "scoring in sequence" if apart else "editing in sequence"
+
+    def score() -> list[EditScores]:
+        found = sequence.scores()
+        return [found[number] for number in sorted(found)]
+
     with progress(label, len(run.job.edits), show) as line:
         run.on_step = line.underway
-        deltas = run.ended.all_deltas() if apart else ()
-        for index in range(len(run.job.edits)):
-            new = deltas[index] if apart else _next(run, index, committed)
-            committed = once_more(run.job.model, partial(_combined, run, committed, new), "adding up {} edit")
+        timeline = list(run.ended.timeline())
+        before = run.ended.deltas_of(range(len(timeline))) if run.ended.store is None else run.ended.store.acting()
+        waiting = [number for number in range(len(run.job.edits)) if number not in run.ended.outcomes]
+        for place, number in enumerate([*timeline, *waiting]):
+            if place >= len(timeline):
+                assert number is not None
+                sequence.add(number, _next(run, number, sequence.committed))
+            else:
+                # Not read where it stays in the store
+                sequence.add(number, None if sequence.is_stored else before[place])
+            if number is None:
+                continue
             line.advance()
-            if evaluate and index + 1 in score_at:
-                scored = score_committed(run, committed, index + 1, batch_size, show)
-                run.ended.checkpoints[index + 1] = summarise(scored, seed=run.job.seed)
+            if evaluate and len(sequence.numbers) in score_at:
+                run.ended.checkpoints[len(sequence.numbers)] = summarise(score(), seed=run.job.seed)
     if evaluate:
-        scored = score_committed(run, committed, len(run.job.edits), batch_size, show)
-        run.ended.scores.update(enumerate(scored))
+        run.ended.scores.update(sequence.scores())
+
+
+class InSequence:
+    """What acts of a sequence as it grows, and the scores of its edits.
+
+    Args:
+        run: that the edits belong to. batch_size: edits that are scored together. show: progress lines.
+    """
+
+    def __init__(self, run: RunState, batch_size: int, show: bool | None) -> None:
+        self.run, self.batch_size, self.show = run, batch_size, show
+        self.committed: list[EditDelta] = []
+        #: Of the run's edits, in the order in which they were made.
+        self.numbers: list[int] = []
+        method = run.job.plan.method
+        self._is_plain = method.sequence == "route" and method.combine is Method.combine
+        #: Whether what acts is what the store has, one delta an edit: none of it is held in memory then.
+        self.is_stored = self._is_plain and run.ended.store is not None
+        self._places = 0
+
+    def add(self, number: int | None, new: EditDelta | None) -> None:
+        """One more edit acts, of this run or of another one; its delta is None where the store has it."""
+        self._places += 1
+        if number is not None:
+            self.numbers.append(number)
+        if new is not None:
+            self.committed = once_more(self.run.job.model, partial(self._combined, new), "adding up {} edit")
+
+    def _combined(self, new: EditDelta) -> list[EditDelta]:
+        if self._is_plain:
+            # In place: a copy for every edit would make a long sequence quadratic
+            self.committed.append(new)
+            return self.committed
+        return self.run.job.plan.method.combine(self.run.job.plan.config, self.committed, new)
+
+    def scores(self) -> dict[int, EditScores]:
+        """Scores of all edits so far, with what acts now."""
+        run, store, model = self.run, self.run.ended.store, self.run.job.model
+        state = "" if store is None else store.state(self._places)
+        known = run.ended.known_scores(state)
+        found = {number: known[number] for number in self.numbers if number in known}
+        missing = [number for number in self.numbers if number not in known]
+        if not missing:
+            return found
+        acting = self.committed if store is None or not self.is_stored else store.acting(self._places)
+        with run.timer.phase("evaluation"):
+            stacked = once_more(model, lambda: stack(acting, device=model.device), f"stacking {len(acting)} deltas")
+        evaluator = Evaluator(model, run.job.spec, run.timer)
+        with progress(f"scoring after edit {len(self.numbers)}", len(missing), self.show) as line:
+            for start in range(0, len(missing), self.batch_size):
+                part = missing[start : start + self.batch_size]
+                scored = evaluator.scores([run.job.edits[number] for number in part], stacked, shared=True)
+                scores = dict(zip(part, scored, strict=True))
+                run.ended.keep_scores(state, scores)
+                found |= scores
+                line.advance(len(part))
+        return found
 
 
 def _next(run: RunState, index: int, committed: Sequence[EditDelta]) -> EditDelta:
@@ -121,31 +209,3 @@ def _next(run: RunState, index: int, committed: Sequence[EditDelta]) -> EditDelt
 
     once_more(run.job.model, lambda: make_deltas(run, deque([index]), 1, acting, take), "in a sequence")
     return fitted[0]
-
-
-def _combined(run: RunState, committed: list[EditDelta], new: EditDelta) -> list[EditDelta]:
-    method = run.job.plan.method
-    if method.sequence == "route" and method.combine is Method.combine:
-        # In place: a copy for every edit would make a long sequence quadratic
-        committed.append(new)
-        return committed
-    return method.combine(run.job.plan.config, committed, new)
-
-
-def score_committed(
-    run: RunState, committed: Sequence[EditDelta], count: int, batch_size: int, show: bool | None
-) -> list[EditScores]:
-    """Scores of the first ``count`` edits with the committed deltas acting."""
-    model = run.job.model
-    evaluator = Evaluator(model, run.job.spec, run.timer)
-    with run.timer.phase("evaluation"):
-        stacked = once_more(
-            model, lambda: stack(list(committed), device=model.device), f"stacking {len(committed)} deltas"
-        )
-    found: list[EditScores] = []
-    with progress(f"scoring after edit {count}", count, show) as line:
-        for start in range(0, count, batch_size):
-            part = run.job.edits[start : min(start + batch_size, count)]
-            found += evaluator.scores(part, stacked, shared=True)
-            line.advance(len(part))
-    return found

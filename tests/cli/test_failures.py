@@ -69,7 +69,7 @@ BAD = {
     "edit --out edits.jsonl": "edits.jsonl",
     "edit --out edits.jsonl/below": "edits.jsonl",
     "edit --out /proc/nowhere": "/proc/nowhere",
-    "edit --deltas-folder edits.jsonl": "edits.jsonl",
+    "edit --ledger edits.jsonl": "edits.jsonl",
     "train --method lora": "a method with trained parts",
     "train --method mend --trainer lr=fast": "train: lr must be a finite number (got lr='fast')",
     "train --method mend --trainer stepz=1": "trainer is one of",

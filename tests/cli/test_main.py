@@ -145,15 +145,14 @@ def test_every_option_reaches_the_library(records: Path, tmp_path: Path, monkeyp
     loading, edit = asked(
         monkeypatch, "edit", *given, "--method", "odedit+lora", "--mode", "sequential", "--score-at", "1,2",
         "--conflicts", "last", "--views", "record", "--no-near", "--seed", "7", "--no-evaluate", "--pool", str(pool),
-        "--deltas-folder", str(tmp_path / "deltas"), "--template", "Q: {} A:", "--out", str(tmp_path / "out"),
+        "--template", "Q: {} A:", "--out", str(tmp_path / "out"),
         "--overwrite", "--batch-size", "2", "--set", "rank=2",
     )  # fmt: skip
     assert loading == {"dtype": "auto", "quantize": "none", "template": "Q: {} A:"}
     assert [record.prompt for record in edit.pop("pool")] == [record.prompt for record in make_edits(5)[3:]]
     assert edit == {
         "method": "odedit+lora", "mode": "sequential", "score_at": (1, 2), "conflicts": "last", "views": "record",
-        "near": False, "seed": 7, "evaluate": False, "deltas_folder": tmp_path / "deltas", "overwrite": True,
-        "batch_size": 2, "rank": 2, "artifact": None,
+        "near": False, "seed": 7, "evaluate": False, "batch_size": 2, "ledger": None, "rank": 2, "artifact": None,
     }  # fmt: skip
     _, edit = asked(monkeypatch, "edit", *given, "--set", "seed=3", "--set", "evaluate=false", "--out", str(tmp_path))
     assert (edit["seed"], edit["evaluate"], edit["pool"]) == (3, False, None)

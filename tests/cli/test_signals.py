@@ -45,8 +45,8 @@ def stopped(arguments: str, folder: Path, wanted: str, number: signal.Signals) -
 def test_finished_edits_are_saved_and_shown(records: Path, number: signal.Signals) -> None:
     done = stopped(
         "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --batch-size 1 --out out "
-        "--deltas-folder out/deltas --set steps=400 --set stop_loss=None",
-        records, "out/deltas/deltas-000001.safetensors", number,
+        "--ledger edits --set steps=400 --set stop_loss=None",
+        records, "edits/segments/00000002.safetensors", number,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr

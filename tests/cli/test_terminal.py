@@ -116,7 +116,7 @@ def test_every_command_speaks_to_every_terminal(records: Path, environment: dict
         if "ascii" in environment.get("PYTHONIOENCODING", ""):
             assert (result.out + result.err).isascii(), command
     assert done[1].out == f"fastedit {fastedit.__version__}\n"
-    assert "--deltas-folder" in done[2].out
+    assert "--ledger" in done[2].out
     assert "strict protocol, 2 edits: must change" in done[-1].out
 
 

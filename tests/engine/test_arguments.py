@@ -38,7 +38,7 @@ from tests.engine.conftest import make_edits
         ({"seed": "one"}, r"seed must be a whole number \(got seed='one'\)"),
         ({"seed": -1}, r"seed is not negative \(got seed=-1\)"),
         ({"score_at": 3}, r"score_at must be a list of whole numbers \(got score_at=3\)"),
-        ({"deltas_folder": 3}, r"deltas_folder is a path or None \(got deltas_folder=3\)"),
+        ({"ledger": "edits"}, r"ledger is a Ledger, from fastedit.open_ledger, or None \(got ledger='edits'\)"),
         ({"artifact": {}}, r"artifact is an Artifact, a file of one or None \(got artifact=\{\}\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -17,10 +17,9 @@ import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
-from fastedit.deltas import EditDelta, Rows, StoredDeltas, accumulate, installed, load_deltas, save_deltas, stack
+from fastedit.deltas import EditDelta, Rows, accumulate, installed, load_deltas, save_deltas, stack
 from fastedit.engine import Run, editing, fit_problem, fitting
 from fastedit.engine.evaluate import Evaluator
-from fastedit.engine.interrupted import RunInterrupted
 from fastedit.engine.run_state import EndedEdits
 from fastedit.fitting import prepared
 from fastedit.fitting.solver import FitOutcome
@@ -155,55 +154,18 @@ def test_other_orders_give_the_same(
     assert largest_difference(list(backward.deltas)[::-1], list(singles["ft", "all"].deltas)) < 1e-8
 
 
-def test_files_hold_deltas_in_order_whatever_ends_first(
+def test_a_ledger_gives_deltas_in_order_whatever_ends_first(
     exact_model: EditableModel, many: list[EditRequest], singles: dict[tuple[str, str], Run], tmp_path: Path
 ) -> None:
-    stored = run(exact_model, many, "lora", batch_size=PLACES, deltas_folder=tmp_path)
-    assert isinstance(stored.deltas, StoredDeltas)
-    by_file = [[delta.request_id for delta in load_deltas(path)] for path in stored.deltas.files()]
-    written = [name for names in by_file for name in names]
-    assert written != [edit.id for edit in many], "the case needs edits that end out of order"
-    assert sorted(written) == sorted(edit.id for edit in many)
-    again = StoredDeltas(tmp_path)
-    for deltas in (stored.deltas, again):
-        assert deltas.request_ids == [edit.id for edit in many]
-        assert deltas.numbers == list(range(MANY))
+    ledger = fastedit.open_ledger(tmp_path / "edits", exact_model)
+    stored = run(exact_model, many, "lora", batch_size=PLACES, ledger=ledger)
+    written = [event.detail["edits"][0] for event in ledger.history() if event.action == "edit"]
+    assert written != sorted(written), "the case needs edits that end out of order"
+    assert sorted(written) == list(range(1, MANY + 1))
+    assert ledger.state().edit_ids == sorted(written)
+    for deltas in (stored.deltas, ledger.state().deltas):
+        assert deltas.request_ids == [edit.id for edit in many]  # type: ignore[attr-defined]
         assert largest_difference(list(deltas), list(singles["lora", "all"].deltas)) < 1e-8
-
-
-def test_files_of_a_run_that_broke_off_say_whose_they_are(
-    exact_model: EditableModel, many: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stopped(Exception):
-        pass
-
-    real, ended = EndedEdits.keep, []
-
-    def keep(self: Any, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-        real(self, number, delta, outcome)
-        ended.append(number)
-        if len(ended) == 4:
-            raise Stopped
-
-    monkeypatch.setattr(EndedEdits, "keep", keep)
-    with pytest.raises(RunInterrupted) as caught:
-        run(exact_model, many, "lora", batch_size=PLACES, deltas_folder=tmp_path)
-    assert isinstance(caught.value.__cause__, Stopped)
-    # Files hold as many as there are places; the fourth was written when the run ended
-    left = StoredDeltas(tmp_path)
-    assert left.numbers == sorted(ended[:4])
-    assert len(left.files()) == 2
-    assert left.request_ids == [many[place].id for place in left.numbers]
-    message = rf"every number is taken once \(got number={left.numbers[0]} again in deltas-000002"
-    with pytest.raises(ValueError, match=message):
-        left.append([left[0]], left.numbers[:1])
-    with pytest.raises(ValueError, match=r"every number is taken once \(got number=90 again"):
-        left.append([left[0], left[1]], [90, 90])
-    with pytest.raises(ValueError, match=r"a number for every delta \(got 1 for 2"):
-        left.append([left[0], left[1]], [90])
-    # What was refused left nothing behind
-    assert len(left.files()) == 2
-    assert StoredDeltas(left.folder).numbers == left.numbers
 
 
 def test_memory_that_runs_out_at_a_refill_costs_no_ended_edit(
@@ -481,7 +443,15 @@ def test_the_plan_chooses_a_batch(
         patched.setattr(editing, "largest_batch", largest)
         refills = Refills(patched)
         found = run(exact_model, many, "lora", batch_size="auto")
-        run(exact_model, many[:3], "lora", batch_size="auto", steps=1, evaluate=True, deltas_folder=tmp_path)
+        run(
+            exact_model,
+            many[:3],
+            "lora",
+            batch_size="auto",
+            steps=1,
+            evaluate=True,
+            ledger=fastedit.open_ledger(tmp_path / "edits", exact_model),
+        )
     # Who is scored, and whether deltas stay in memory
     assert asked == [(MANY, False, True), (3, True, False)]
     assert refills.sizes[0] == max(refills.sizes) == 2

@@ -12,7 +12,7 @@ import pytest
 # In a process of its own: what other tests hold, or give back meanwhile, does not count
 LONG_RUN = """
 import dataclasses, json, sys
-import fastedit.deltas
+import fastedit.ledger.session
 from tests.engine.conftest import make_edits
 
 def resident_mib():
@@ -20,19 +20,20 @@ def resident_mib():
 
 edits = make_edits(5)
 pool = [dataclasses.replace(edit, id=f"pool-{n}") for n, edit in enumerate(make_edits(8)[5:])]
-many = [dataclasses.replace(edits[n % 5], id=f"edit-{n}") for n in range(1000)]
+many = [dataclasses.replace(edits[n % 5], id=f"edit-{n}", prompt=f"{edits[n % 5].prompt} {n}") for n in range(1000)]
 model = fastedit.load("random:llava-tiny")
 seen = []
-original = fastedit.deltas.StoredDeltas.append
+original = fastedit.ledger.session.Session.commit
 
-def watching(self, deltas, places=None):
-    original(self, deltas, places)
-    if len(self) % 100 == 0:
+def watching(self, number, delta, outcome):
+    original(self, number, delta, outcome)
+    if (number + 1) % 100 == 0:
         seen.append(resident_mib())
 
-fastedit.deltas.StoredDeltas.append = watching
+fastedit.ledger.session.Session.commit = watching
+ledger = fastedit.open_ledger(sys.argv[1], model)
 run = fastedit.edit(
-    model, many, "kl+lora", batch_size=1, steps=1, rank=2, pool=pool, evaluate=False, deltas_folder=sys.argv[1]
+    model, many, "kl+lora", batch_size=1, steps=1, rank=2, pool=pool, evaluate=False, ledger=ledger
 )
 print(json.dumps([seen, len(run.deltas), run.deltas[-1].request_id]))
 """

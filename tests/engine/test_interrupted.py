@@ -16,9 +16,9 @@ import fastedit
 from fastedit import EditRequest, RunInterrupted, RunStopped
 from fastedit.backbone import EditableModel
 from fastedit.backbone.generation import Reader
-from fastedit.deltas import StoredDeltas
 from fastedit.engine import Run, fit_problem, schedule
 from fastedit.engine.run_state import EndedEdits
+from fastedit.ledger.segments import Segments
 from tests.engine.test_editing import largest_difference
 from tests.test_conformance import run
 
@@ -144,16 +144,17 @@ def test_memory_that_stays_short_leaves_what_is_done(
 def test_the_error_says_what_ended_it_and_where_the_edits_are(
     exact: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    message = r"2 of 4 edits are finished and in this error's 'run'; their deltas lie in"
+    message = r"2 of 4 edits are finished and in this error's 'run'; they are committed in the ledger '.*edits', from"
+    ledger = fastedit.open_ledger(tmp_path / "edits", exact)
     with monkeypatch.context() as patched:
         Failing(patched, "keep", 3, count=10**6)
         with pytest.warns(RuntimeWarning), pytest.raises(RunInterrupted, match=message) as caught:
-            run(exact, edits[:4], "lora", batch_size=1, deltas_folder=tmp_path / "deltas")
+            run(exact, edits[:4], "lora", batch_size=1, ledger=ledger)
     error = caught.value
     assert "can't allocate memory" in str(error)
     assert isinstance(error.__cause__, RuntimeError)
     assert error.numbers == (0, 1)
-    assert len(StoredDeltas(tmp_path / "deltas")) == 2
+    assert len(ledger) == 2
     assert pickle.loads(pickle.dumps(RunInterrupted("why", None, (1,)))).numbers == (1,)
 
     # They act and are saved as those of any run
@@ -212,22 +213,26 @@ def test_an_error_of_any_kind_loses_no_edit(
     assert len(caught.value.run.deltas) == 2
 
 
-def test_deltas_that_no_file_takes_stay_in_memory(
+def test_an_edit_that_no_file_takes_is_not_finished(
     exact: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, calls = StoredDeltas.append, []
+    ledger = fastedit.open_ledger(tmp_path / "edits", exact)
+    real, calls = Segments.write, []
 
-    def append(self: StoredDeltas, *args: Any, **named: Any) -> None:
+    def write(self: Segments, *args: Any) -> int:
         calls.append(1)
-        if len(calls) > 1:
+        if len(calls) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, *args, **named)
+        return real(self, *args)
 
-    monkeypatch.setattr(StoredDeltas, "append", append)
-    with pytest.raises(RunInterrupted, match="No space left on device") as caught:
-        run(exact, edits[:3], "lora", batch_size=1, deltas_folder=tmp_path / "deltas")
+    with monkeypatch.context() as patched:
+        patched.setattr(Segments, "write", write)
+        with pytest.raises(RunInterrupted, match="No space left on device") as caught:
+            run(exact, edits[:3], "lora", batch_size=1, ledger=ledger)
     assert caught.value.run is not None
     assert [delta.request_id for delta in caught.value.run.deltas] == [edit.id for edit in edits[:2]]
+    again = run(exact, edits[:3], "lora", batch_size=1, ledger=ledger)
+    assert largest_difference(list(again.deltas), list(run(exact, edits[:3], "lora", batch_size=1).deltas)) == 0
 
 
 def test_a_sequence_keeps_the_scores_of_its_checkpoints(

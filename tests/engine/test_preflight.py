@@ -57,7 +57,8 @@ def test_all_problems_are_told_at_once_and_by_id(
     model: EditableModel, broken: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "encode", lambda *_a, **_k: pytest.fail("work began"))
-    error = refused(lambda: fastedit.edit(model, broken, "lora", deltas_folder=tmp_path / "deltas"))
+    ledger = fastedit.open_ledger(tmp_path / "edits", model)
+    error = refused(lambda: fastedit.edit(model, broken, "lora", ledger=ledger))
     special = "must not hold special"
     assert places(error.problems) == [
         (1, "image", "cannot be decoded, OSError:"),
@@ -70,7 +71,7 @@ def test_all_problems_are_told_at_once_and_by_id(
     for number in (1, 2, 3, 4, 5):
         assert f"edits[{number}] (id 'edit-{number}'), " in str(error)
     assert "row " not in str(error).replace("a row may have", "")
-    assert not (tmp_path / "deltas").exists()
+    assert not ledger.history()
 
 
 def test_records_of_a_file_are_named_as_the_file_has_them(model: EditableModel, tmp_path: Path) -> None:

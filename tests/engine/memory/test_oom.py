@@ -74,53 +74,44 @@ def test_a_real_allocation_that_fails_is_recognised() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_deltas_in_files_are_those_in_memory(
+def test_deltas_of_a_ledger_are_those_in_memory(
     exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
 ) -> None:
-    stored = run(exact_model, edits, batch_size=2, deltas_folder=tmp_path / "run" / "deltas", evaluate=True)
+    ledger = fastedit.open_ledger(tmp_path / "edits", exact_model)
+    stored = run(exact_model, edits, batch_size=2, ledger=ledger, evaluate=True)
     kept = run(exact_model, edits, batch_size=2)
-    assert isinstance(stored.deltas, StoredDeltas)
-    assert [path.name for path in stored.deltas.files()] == [f"deltas-{n:06d}.safetensors" for n in range(3)]
     assert largest_difference(list(stored.deltas), list(kept.deltas)) == 0
     assert stored.deltas[-1].request_id == edits[-1].id
     assert [delta.request_id for delta in stored.deltas[1:3]] == [edit.id for edit in edits[1:3]]
     with pytest.raises(IndexError):
         stored.deltas[len(edits)]
 
-    # saved where they are: nothing is copied; saved elsewhere: a copy
-    for folder in (tmp_path / "run", tmp_path / "other"):
-        again = Run.load(stored.save(folder))
-        assert largest_difference(list(again.deltas), list(kept.deltas)) == 0
-        assert not (folder / "deltas.safetensors").exists()
-        assert again.scores.keys() == stored.scores.keys()
+    # Saved, they are copied to files; and copied again from there
+    again = Run.load(stored.save(tmp_path / "run"))
+    assert isinstance(again.deltas, StoredDeltas)
+    for saved in (again, Run.load(again.save(tmp_path / "run")), Run.load(again.save(tmp_path / "other"))):
+        assert largest_difference(list(saved.deltas), list(kept.deltas)) == 0
+        assert saved.scores.keys() == stored.scores.keys()
+    assert not (tmp_path / "run" / "deltas.safetensors").exists()
 
 
 def test_what_an_earlier_run_left_in_a_folder_is_not_loaded(
     exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
 ) -> None:
     kept = run(exact_model, edits[:2])
-    stored = run(exact_model, edits[:2], steps=1, deltas_folder=tmp_path / "deltas")
+    ledger = fastedit.open_ledger(tmp_path / "edits", exact_model)
+    stored = run(exact_model, edits[:2], steps=1, ledger=ledger)
     for saved in (kept, stored, kept):
-        again = Run.load(saved.save(tmp_path))
+        again = Run.load(saved.save(tmp_path / "run"))
         assert largest_difference(list(again.deltas), list(saved.deltas)) == 0
     assert largest_difference(list(kept.deltas), list(stored.deltas)) > 0
 
 
-def test_sequential_deltas_go_to_files_too(
+def test_files_of_deltas_are_numbered_without_a_gap(
     exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
 ) -> None:
-    stored = run(exact_model, edits[:3], mode="sequential", deltas_folder=tmp_path)
-    kept = run(exact_model, edits[:3], mode="sequential")
-    assert len(stored.deltas) == 3
-    assert largest_difference(list(stored.deltas), list(kept.deltas)) == 0
-
-
-def test_a_folder_with_deltas_is_not_mixed_with_others(
-    exact_model: EditableModel, edits: list[EditRequest], tmp_path: Path
-) -> None:
-    run(exact_model, edits[:2], deltas_folder=tmp_path)
-    with pytest.raises(ValueError, match=r"deltas_folder is new or empty \(got .* with 2 deltas\)"):
-        run(exact_model, edits, deltas_folder=tmp_path)
+    stored = StoredDeltas.create(tmp_path)
+    stored.append(list(run(exact_model, edits[:2]).deltas))
     (tmp_path / "deltas-000003.safetensors").write_bytes((tmp_path / "deltas-000000.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"numbered from 0 without a gap \(got deltas-000003"):
         StoredDeltas(tmp_path)

@@ -1,0 +1,169 @@
+"""The edits of a ledger at one moment: their deltas and requests, ready to act; or always those of now."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+from fastedit.backbone import EditableModel
+from fastedit.deltas import EditDelta
+from fastedit.engine.apply import applied
+from fastedit.ledger.database import LedgerError
+from fastedit.ledger.segments import LedgerDeltas, Stored
+from fastedit.ledger.session import state_of
+from fastedit.ledger.settings import acts_alone, plan_of
+from fastedit.methods.base import Method
+from fastedit.requests import EditRequest
+
+if TYPE_CHECKING:
+    from fastedit.ledger.ledger import Ledger
+
+
+class LedgerState:
+    """What acts at a moment.
+
+    Args:
+        ledger: that it is of. event: after which; None is now.
+    """
+
+    def __init__(self, ledger: Ledger, event: int | None) -> None:
+        self.ledger = ledger
+        self.event = ledger.contents.newest_event() if event is None else event
+        self.listed: list[Stored] = [stored for _, stored in ledger.contents.acting(self.event)]
+        run = ledger.contents.run_of(self.listed[-1].edit) if self.listed else None
+        self._plan = None if run is None else plan_of(run["settings"])
+        self._mode = "single" if run is None else run["mode"]
+
+    def __repr__(self) -> str:
+        return f"<LedgerState: {len(self)} edits after event {self.event} of {self.ledger.folder}>"
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    @property
+    def edit_ids(self) -> list[int]:
+        """Numbers of the edits, in the order in which they act."""
+        return [stored.edit for stored in self.listed]
+
+    @property
+    def id(self) -> str:
+        """What identifies these deltas in this order."""
+        return state_of(self.listed)
+
+    @property
+    def act_alone(self) -> bool:
+        """Whether the edits cannot act together: they were fitted each alone on the base model, and are added to it."""
+        return self._plan is not None and acts_alone(self._plan.method, self._mode)
+
+    @property
+    def deltas(self) -> LedgerDeltas:
+        """The deltas as they were fitted, one an edit; read when asked for."""
+        return LedgerDeltas(self.ledger.contents.segments, self.listed)
+
+    def requests(self) -> list[EditRequest]:
+        """What was asked, in the same order."""
+        return self.ledger.contents.requests(self.edit_ids)
+
+    def acting(self) -> Sequence[EditDelta]:
+        """The deltas that act together: those that were fitted, or what the method makes of them in sequence."""
+        if self._plan is None or self._plan.method.combine is Method.combine or self.act_alone:
+            return self.deltas
+        committed: list[EditDelta] = []
+        for delta in self.deltas:
+            committed = self._plan.method.combine(self._plan.config, committed, delta)
+        return committed
+
+    @contextmanager
+    def applied(self) -> Iterator[EditableModel]:
+        """Inside the block the model answers as edited, as it was at this moment."""
+        model = self.ledger.needs_model("applied")
+        if not self.listed:
+            yield model
+            return
+        self.require_together()
+        block: AbstractContextManager[EditableModel] = applied(model, self.acting())
+        with block as edited:
+            yield edited
+
+    def require_together(self) -> None:
+        """Refuse edits that cannot act together.
+
+        Raises:
+            LedgerError: they were fitted each alone.
+        """
+        if self.act_alone and len(self) > 1:
+            assert self._plan is not None
+            raise LedgerError(
+                f"ledger: edits by {self._plan.name!r} with mode='single' were fitted each alone and do not act "
+                f"together; use mode='sequential', or apply one of .deltas (got {len(self)})"
+            )
+
+
+class LiveEdits:
+    """What acts now in a ledger, wherever it is changed: by this process or by another one.
+
+    Args:
+        ledger: that it follows.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._lock = threading.Lock()
+        self._event = -1
+        self._current: Sequence[EditDelta] = ()
+
+    def __repr__(self) -> str:
+        return f"<LiveEdits: of {self.ledger!r}>"
+
+    def current(self) -> Sequence[EditDelta]:
+        """The deltas that act now: the same object as long as nothing changes."""
+        event = self.ledger.contents.newest_event()
+        with self._lock:
+            if event > self._event:
+                state = LedgerState(self.ledger, event)
+                state.require_together()
+                acting = state.acting()
+                if _ids(acting) != _ids(self._current) or self._event < 0:
+                    self._current = acting
+                self._event = event
+            return self._current
+
+    def __len__(self) -> int:
+        return len(self.current())
+
+    def __iter__(self) -> Iterator[EditDelta]:
+        return iter(self.current())
+
+    def __getitem__(self, index: int) -> EditDelta:
+        return self.current()[index]
+
+
+def _ids(deltas: Sequence[EditDelta]) -> list[str]:
+    return deltas.delta_ids if isinstance(deltas, LedgerDeltas) else [delta.id for delta in deltas]
+
+
+def state_at(ledger: Ledger, moment: str | int | None) -> LedgerState:
+    """The state at a tag, after an event, or now.
+
+    Raises:
+        LedgerError: no such tag or event, or deltas that are not there any more.
+    """
+    if moment is None:
+        return LedgerState(ledger, None)
+    tags = ledger.tags()
+    if isinstance(moment, str) and not moment.isdigit():
+        if moment not in tags:
+            raise LedgerError(f"ledger: tags are {sorted(tags)} (got {moment!r:.80})")
+        return LedgerState(ledger, tags[moment])
+    event, last = int(moment), ledger.contents.newest_event()
+    if not 0 <= event <= last:
+        raise LedgerError(f"ledger: events are numbered 1 to {last}, 0 is before the first (got {event})")
+    compacted = int(ledger.contents.meta("compacted"))
+    if event < compacted and event not in tags.values() and event:
+        raise LedgerError(
+            f"ledger: of moments before event {compacted}, at which it was compacted, those with a tag are there (got "
+            f"{event}; tags are {tags})"
+        )
+    return LedgerState(ledger, event)
