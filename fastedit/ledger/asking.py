@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastedit.deltas import EditDelta
-from fastedit.engine.apply import applied
+from fastedit.engine.acting import applied
 from fastedit.evaluation.normalise import exact_match
 from fastedit.requests import EditRequest, Query
 

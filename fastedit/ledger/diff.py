@@ -59,7 +59,7 @@ def _answers(
     ledger: Ledger, state: LedgerState | None, ids: Sequence[int | None], queries: Sequence[Query]
 ) -> list[str]:
     """Answers in a state. Where edits act alone, each question is asked with its own edit, if that acts."""
-    if state is None or not state.act_alone or len(state) < 2:
+    if state is None or not state.act_alone or (None in ids and len(state) < 2):
         return answers_of(ledger, state, queries)
     if None in ids:
         state.require_together()

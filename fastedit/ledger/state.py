@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
-from fastedit.engine.apply import applied
+from fastedit.engine.acting import applied
 from fastedit.ledger.database import LedgerError
 from fastedit.ledger.segments import LedgerDeltas, Stored
 from fastedit.ledger.session import state_of

@@ -25,7 +25,10 @@ def test_what_is_of_use_stays(ledger: Ledger, edits: list[EditRequest], monkeypa
     done = ledger.compact()
     # Four at the tag and two now; two that were fitted again in between are gone
     assert (done.segments, done.removed) == ((8, 2), 2)
-    assert sorted(path.name for path in (ledger.folder / "segments").iterdir()) == ["00000009.safetensors", "00000010.safetensors"]
+    assert sorted(path.name for path in (ledger.folder / "segments").iterdir()) == [
+        "00000009.safetensors",
+        "00000010.safetensors",
+    ]
     assert largest_difference(list(ledger.state().deltas), now) == 0
     assert largest_difference(list(reader), now) == 0
     assert largest_difference(list(ledger.at("four").deltas), tagged) == 0

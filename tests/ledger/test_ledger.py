@@ -61,7 +61,7 @@ def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "commit", commit)
-        with pytest.raises(RunInterrupted, match="2 of 5 edits are finished.*they are committed in the ledger"):
+        with pytest.raises(RunInterrupted, match=r"2 of 5 edits are finished.*they are committed in the ledger"):
             ledger.edit(edits[:5], method, mode=mode, **given(method))
     ledger.close()
     with fastedit.open_ledger(ledger.folder, model) as opened:
@@ -201,9 +201,9 @@ def test_edits_that_are_bound_to_the_architecture_go_with_another_dtype(
     with (
         fastedit.open_ledger(tmp_path / "edits", single) as ledger,
         pytest.warns(RuntimeWarning, match="fitted in float64"),
+        ledger.state().applied() as edited,
     ):
-        with ledger.state().applied() as edited:
-            assert isinstance(edited.answer(edits[0].image, edits[0].prompt), str)
+        assert isinstance(edited.answer(edits[0].image, edits[0].prompt), str)
 
 
 def test_what_is_no_ledger_is_refused(tmp_path: Path, model: EditableModel) -> None:

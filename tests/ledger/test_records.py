@@ -55,7 +55,9 @@ def test_every_part_comes_back(tmp_path: Path) -> None:
         # What was read from the ledger is written as what it was read from
         assert to_record(back, store) == record
     # A file is copied as it is
-    assert (tmp_path / "b.jpg").read_bytes() in [path.read_bytes() for path in (tmp_path / "edits" / "images").iterdir()]
+    assert (tmp_path / "b.jpg").read_bytes() in [
+        path.read_bytes() for path in (tmp_path / "edits" / "images").iterdir()
+    ]
 
 
 def test_questions_are_told_apart_by_wording_and_pixels(tmp_path: Path) -> None:

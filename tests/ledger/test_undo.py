@@ -30,9 +30,9 @@ def test_edits_that_stand_beside_each_other_go_and_come_back(
     assert (done.ids, done.refitted, done.kept) == ((2, 3), (), ())
     assert ledger.state().edit_ids == [1, 4]
     assert [shown.status for shown in ledger.edits()] == ["acts", "undone", "undone", "acts"]
-    with pytest.raises(LedgerError, match="what is taken back acts .got edit 2, which is 'undone'"):
+    with pytest.raises(LedgerError, match=r"what is taken back acts \(got edit 2, which is 'undone'"):
         ledger.undo(2)
-    with pytest.raises(LedgerError, match="what acts again was taken back .got edit 1, which is 'acts'"):
+    with pytest.raises(LedgerError, match=r"what acts again was taken back \(got edit 1, which is 'acts'"):
         ledger.redo(1)
     ledger.redo([3, 2])
     assert ledger.state().edit_ids == [1, 2, 3, 4]
