@@ -32,6 +32,12 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "adapter_config.json", "adapter_model.sa
 PREFIX = "base_model.model."
 #: Ranks that vLLM makes room for (``--max-lora-rank``).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: On models of mixed experts PEFT takes targets of these names for parameters that all experts share, wherever they
+#: stand: by the model type that transformers converts a checkpoint's experts as.
+EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
 # Of an adapter's name that come of the request's id
 _NAME_LENGTH = 48
 
@@ -75,6 +81,7 @@ def export_peft(
         raise ValueError(f"export: rank is a whole number, at least 1, or None (got rank={rank!r})")
     require_weights(deltas, "peft")
     require_linear(model, deltas, "peft")
+    _require_no_expert_names(model, deltas)
     described = _described(model, base, revision)
     adapters: list[dict[str, Any]] = []
     with placing(folder, "peft", overwrite=overwrite) as placement:
@@ -109,6 +116,25 @@ def export_peft(
                 together=not each,
             )
     return placement.exported
+
+
+def _require_no_expert_names(model: EditableModel, deltas: Sequence[EditDelta]) -> None:
+    """Refuse maps that PEFT would look for among the experts."""
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+    except ImportError:
+        return
+    kind = model.hf.config.model_type
+    taken = EXPERT_NAMES.get(
+        "mixtral" if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind, ""), frozenset()
+    )
+    for path in dict.fromkeys(site.module_path for delta in deltas for site in delta.spec.sites):
+        if path.rpartition(".")[2] in taken:
+            raise ValueError(
+                f"export: on a model of type {kind!r} PEFT takes targets named {', '.join(sorted(taken))} for its "
+                f"experts' parameters, and an adapter of this map would change those; 'merged' and 'delta' export it "
+                f"(got {path!r})"
+            )
 
 
 def _groups(deltas: Sequence[EditDelta], each: bool) -> Iterator[list[EditDelta]]:

@@ -53,6 +53,11 @@ def require_linear(model: EditableModel, deltas: Sequence[EditDelta], export: st
         paths.setdefault(id(module), []).append(path)
     for site in dict.fromkeys(site for delta in deltas for site in delta.spec.sites):
         module = model.module(site)
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"export: {export!r} writes changes of the base model's weights, and at {site.module_path!r} an "
+                "adapter is a part of that already; merge it first, or edit the model without it (got a model of PEFT)"
+            )
         if not isinstance(module, nn.Linear):
             raise ValueError(
                 f"export: {export!r} writes changes of linear maps, and {site.module_path!r} is a "

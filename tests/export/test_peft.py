@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastedit
 from fastedit.backbone import EditableModel
 from fastedit.data.images import open_image
-from fastedit.deltas import EditDelta
+from fastedit.deltas import DeltaSpec, EditDelta
 from fastedit.export import Exported, export_deltas
 from fastedit.export.peft import adapter_config, adapter_name
 from fastedit.export.placing import EXPORT_FILE
@@ -76,6 +76,56 @@ def test_logits_are_those_of_applied(name: str, tmp_path: Path) -> None:
     # No other module became an adapter's
     layers = {path for path, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
     assert layers == {site.module_path for site in delta.spec.sites}
+
+
+def random_delta(model: EditableModel, layer: int) -> EditDelta:
+    """At every map of a layer."""
+    paths = model.adapter.text.paths_of(layer)
+    sites = [site for site in model.sites([layer], list(paths)) if isinstance(model.module(site), nn.Linear)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for site in sites:
+        for part, shape in (("down", (site.d_in, 2)), ("up", (2, site.d_out))):
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            tensors[f"{site.layer}.{site.name}:{part}"] = 0.1 * drawn
+    spec = DeltaSpec("low_rank", tuple(sites), {"rank": 2, "scale": 1.0})
+    return EditDelta(spec, tensors, model.fingerprint, "random", fitted_on=())
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["qwen3_5_moe", "gemma3n", "mllama", "llava+mixtral", "kimi_k25", "instructblip+opt", "instructblip+t5", "phi",
+     "gpt_oss", "lfm2"],
+)  # fmt: skip
+def test_maps_of_every_kind_of_layer(key: str, tmp_path: Path) -> None:
+    """Linear attention, cross attention, experts beside, convolutions, biases, encoders."""
+    name = f"generic:{key}"
+    model, asked = load(name), asked_of(name)[:3]
+    base = engine_logits(model, asked)
+    for layer in (0, model.n_layers - 1):
+        delta = random_delta(model, layer)
+        exported(name, [delta], tmp_path / str(layer))
+        adapted = with_adapter(model, tmp_path / str(layer)).get_base_model()
+        with fastedit.applied(model, delta):
+            wanted = engine_logits(model, asked)
+        got = engine_logits(make_editable(key, adapted), asked)
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        assert (wanted - base).abs().max() > 1e-3
+        layers = {path for path, module in adapted.named_modules() if hasattr(module, "lora_A")}
+        assert layers == {site.module_path for site in delta.spec.sites}
+        with fastedit.applied(model, fastedit.from_peft(tmp_path / str(layer), model)):
+            torch.testing.assert_close(engine_logits(model, asked), wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_names_that_peft_takes_for_experts_are_refused(tmp_path: Path) -> None:
+    """It would make adapters of the experts' parameters, and say nothing."""
+    name = "generic:deepseek_v3"
+    model = load(name)
+    for layer in (0, model.n_layers - 1):
+        with pytest.raises(
+            ValueError, match=r"'deepseek_v3' PEFT takes targets named down_proj, gate, .* \(got 'model"
+        ):
+            exported(name, [random_delta(model, layer)], tmp_path / "out")
 
 
 def test_in_float32_logits_agree_to_1e_5(tmp_path: Path) -> None:

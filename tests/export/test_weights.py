@@ -69,6 +69,16 @@ def test_only_linear_maps_that_stand_in_one_place_have_a_weight_to_change() -> N
         require_linear(model, [beside("layers.1.shared")], "merged")
 
 
+def test_maps_beneath_an_adapter_are_refused() -> None:
+    layers = _Layers()
+    wrapper = nn.Module()
+    wrapper.base_layer = layers.layers[0]["down"]
+    layers.layers[0]["down"] = wrapper
+    model: Any = SimpleNamespace(hf=layers, module=layers.module)
+    with pytest.raises(ValueError, match=r"at 'layers.0.down' an adapter is a part of that already; merge it first"):
+        require_linear(model, [beside("layers.0.down")], "peft")
+
+
 def test_only_a_sequence_adds_up() -> None:
     first = replace(delta("full"), fitted_on=())
     second = replace(delta("full"), fitted_on=company([first]), request_id="e2")
