@@ -10,7 +10,7 @@ import pytest
 
 import fastedit
 from fastedit.backbone import EditableModel
-from fastedit.deltas import EditDelta
+from fastedit.deltas import EditDelta, StoredDeltas
 from fastedit.export import Exported, export_deltas
 from tests.engine.conftest import make_edits
 
@@ -84,8 +84,10 @@ def test_deltas_and_requests_are_checked_first(
     assert not only_one
 
 
-def test_deltas_in_files_are_not_held_together(model: EditableModel, only_one: list[Any], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 2, "layers": 1, "evaluate": False, "show_progress": False}
-    run = fastedit.edit(model, make_edits(3), "lora", deltas_folder=tmp_path / "deltas", **options)
-    export_deltas("nothing", model, run.deltas, tmp_path / "out")
-    assert only_one[0][0] is run.deltas
+def test_deltas_in_files_are_not_held_together(
+    model: EditableModel, delta: EditDelta, only_one: list[Any], tmp_path: Path
+) -> None:
+    stored = StoredDeltas.create(tmp_path / "deltas")
+    stored.append([delta, delta])
+    export_deltas("nothing", model, stored, tmp_path / "out")
+    assert only_one[0][0] is stored
