@@ -85,30 +85,69 @@ class CodebookDelta(FlatStack):
         return held[marks.row]
 
 
-def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
+class Entries(list[EditDelta]):
+    """Entries of a codebook in sequence; with their keys as one matrix, so that one more costs one pass over it."""
+
+    def __init__(self, entries: Sequence[EditDelta] = ()) -> None:
+        super().__init__()
+        self._keys = torch.empty(0)
+        #: Which entries answer a question.
+        self._asked: dict[str, list[int]] = {}
+        for entry in entries:
+            self.append(entry)
+
+    def append(self, entry: EditDelta) -> None:
+        """One more entry, as it is."""
+        key = entry.tensors[f"{_prefix(entry)}key"]
+        if len(self) >= len(self._keys):
+            grown = key.new_zeros(max(64, 2 * len(self._keys)), len(key))
+            if self:
+                grown[: len(self)] = self._keys[: len(self)]
+            self._keys = grown
+        self._keys[len(self)] = key
+        for question in questions_of(entry.texts):
+            self._asked.setdefault(question, []).append(len(self))
+        super().append(entry)
+
+    def nearest(self, new: EditDelta) -> tuple[int, Tensor] | None:
+        """The entry of another question whose key is nearest, and its distance; None where there is none."""
+        own = {number for question in questions_of(new.texts) for number in self._asked.get(question, ())}
+        if len(own) == len(self):
+            return None
+        distances = torch.linalg.vector_norm(self._keys[: len(self)] - new.tensors[f"{_prefix(new)}key"], dim=1)
+        distances[list(own)] = torch.inf
+        number = int(distances.argmin())
+        return number, distances[number]
+
+
+def _prefix(entry: EditDelta) -> str:
+    (site,) = entry.spec.sites
+    return f"{site.layer}.{site.name}:"
+
+
+def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> Entries:
     """A codebook with one more entry: where its ball meets the nearest one's and their targets differ, both shrink.
 
     GRACE, arXiv 2211.11031, algorithm 1. There a new edit of the same target gets no entry, but widens the nearest
     ball; here it keeps its own, which covers the same and nothing that neither held. Of several balls that hold an
     input the nearest key's acts. An earlier entry of the same question is left as it is: in its ball the new one acts.
+
+    Args:
+        entries: in the order in which they were made; ``Entries`` grow in place, others are copied.
     """
-    asked = set(questions_of(new.texts))
-    others = [number for number, entry in enumerate(entries) if asked.isdisjoint(questions_of(entry.texts))]
-    if not others:
-        return [*entries, new]
-    (site,) = new.spec.sites
-    key, radius, label = (f"{site.layer}.{site.name}:{name}" for name in ("key", "radius", "label"))
-    keys = torch.stack([entries[number].tensors[key] for number in others])
-    distances = torch.linalg.vector_norm(keys - new.tensors[key], dim=1)
-    between, nearest = distances.min(), others[int(distances.argmin())]
-    other = entries[nearest]
-    apart = bool(between > other.tensors[radius] + new.tensors[radius])
-    # Equal keys have no middle between them: of equally near ones the latest acts
-    if apart or not between or torch.equal(other.tensors[label], new.tensors[label]):
-        return [*entries, new]
-    combined = list(entries)
-    combined[nearest] = _within(other, radius, between / 2)
-    return [*combined, _within(new, radius, between / 2)]
+    combined = entries if isinstance(entries, Entries) else Entries(entries)
+    found = combined.nearest(new)
+    if found is not None:
+        number, between = found
+        other = combined[number]
+        radius, label = (f"{_prefix(new)}{name}" for name in ("radius", "label"))
+        apart = bool(between > other.tensors[radius] + new.tensors[radius])
+        # Equal keys have no middle between them: of equally near ones the latest acts
+        if not apart and between and not torch.equal(other.tensors[label], new.tensors[label]):
+            combined[number] = _within(other, radius, between / 2)
+            new = _within(new, radius, between / 2)
+    combined.append(new)
+    return combined
 
 
 def _within(entry: EditDelta, radius: str, most: Tensor) -> EditDelta:

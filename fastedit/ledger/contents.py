@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ class Contents:
         self.database = Database(folder)
         self.segments = Segments(self.database)
         self.images = ImageStore(folder)
-        self._is_ours: Any = None
+        self._is_ours: Callable[[], None] | None = None
+        #: Whether there may be files that no commit names.
+        self._left = False
         self.check_commits()
 
     # Writing
@@ -54,23 +56,33 @@ class Contents:
         if self._is_ours is not None:
             yield
             return
-        with writing(self.folder) as self._is_ours:
+        with writing(self.folder) as lock:
+            self._is_ours, self._left = lock.check, lock.was_left
             try:
                 self.check_commits()
                 (self.folder / SEAL).unlink(missing_ok=True)
-                self.segments.remove_unknown()
+                self._remove_left()
                 yield
             finally:
                 self._is_ours = None
+                self._remove_left()
+
+    def _remove_left(self) -> None:
+        """Remove what a killed writer or a transaction that failed has left."""
+        if self._left:
+            self.segments.remove_unknown()
+            self._left = False
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """What is written inside the block is there whole or not at all; only inside of ``writing``."""
         if self._is_ours is None:
             raise LedgerError("ledger: who writes has its lock (got none)")
+        self._left, before = True, self._left
         with self.database.transaction() as transaction:
             self._is_ours()
             yield transaction
+        self._left = before
 
     def check_commits(self) -> None:
         """Refuse a database that lacks the newest commit.

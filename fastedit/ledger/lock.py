@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,21 @@ LOCK = "writer.lock"
 BEAT_S, STALE_S = 1.0, 15.0
 
 
+@dataclass(frozen=True)
+class WriterLock:
+    """A lock that is held.
+
+    Args:
+        check: refuses to go on where it was taken over all the same; called before every commit.
+        was_left: whether the writer before was killed, and may have left files half written.
+    """
+
+    check: Callable[[], None]
+    was_left: bool
+
+
 @contextmanager
-def writing(folder: Path) -> Iterator[Callable[[], None]]:
+def writing(folder: Path) -> Iterator[WriterLock]:
     """Inside the block this process writes the ledger and no other does.
 
     The lock is one of the operating system, which ends with the process however that dies. A child that it left behind
@@ -31,12 +45,12 @@ def writing(folder: Path) -> Iterator[Callable[[], None]]:
     taken over.
 
     Yields:
-        What refuses to go on where the lock was taken over all the same; called before every commit.
+        WriterLock.
     Raises:
         LedgerError: another process writes, naming it; or the file system cannot lock.
         OSError: the folder cannot be written to.
     """
-    descriptor = _locked(folder)
+    descriptor, left = _locked(folder)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(descriptor, ended), name="fastedit-ledger-lock", daemon=True)
     beating.start()
@@ -47,7 +61,7 @@ def writing(folder: Path) -> Iterator[Callable[[], None]]:
             raise LedgerError(f"ledger: the writer's lock stays with its owner (it was taken over in {str(folder)!r})")
 
     try:
-        yield check
+        yield WriterLock(check, left)
     finally:
         ended.set()
         beating.join()
@@ -69,10 +83,10 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
         os.close(descriptor)
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path) -> tuple[int, bool]:
     import fcntl
 
-    path = folder / LOCK
+    path, taken_over = folder / LOCK, False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
@@ -93,6 +107,7 @@ def _locked(folder: Path) -> int:
             fresh = path.with_name(f"{LOCK}.{secrets.token_hex(4)}")
             fresh.touch()
             fresh.replace(path)
+            taken_over = True
             continue
         # Another one may have replaced the file between opening and locking
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
@@ -100,9 +115,10 @@ def _locked(folder: Path) -> int:
             text = json.dumps(
                 {"pid": os.getpid(), "host": socket.gethostname(), "start": started, "born": _born(os.getpid())}
             )
+            left = os.fstat(descriptor).st_size > 0
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, text.encode(), 0)
-            return descriptor
+            return descriptor, left or taken_over
         os.close(descriptor)
 
 

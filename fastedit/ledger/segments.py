@@ -6,11 +6,13 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
+
+from torch import Tensor
 
 from fastedit.deltas import EditDelta
 from fastedit.deltas.storage import opened, save_deltas
@@ -153,13 +155,19 @@ class LedgerDeltas(Sequence[EditDelta]):
 
     Args:
         segments: that hold them. listed: where each lies.
+        changed: by position what a method has changed of a delta since it was fitted: its id now, and those tensors.
     """
 
     #: Memory does not grow with them: what stacks them keeps what decides and reads the rest when it acts.
     is_mapped = True
 
-    def __init__(self, segments: Segments, listed: Sequence[Stored]) -> None:
-        self._segments, self._listed = segments, list(listed)
+    def __init__(
+        self,
+        segments: Segments,
+        listed: Sequence[Stored],
+        changed: Mapping[int, tuple[str, Mapping[str, Tensor]]] | None = None,
+    ) -> None:
+        self._segments, self._listed, self._changed = segments, list(listed), dict(changed or {})
 
     def __repr__(self) -> str:
         return f"<LedgerDeltas: {len(self)} deltas in {self._segments.database.folder}>"
@@ -175,16 +183,19 @@ class LedgerDeltas(Sequence[EditDelta]):
         return [stored.edit for stored in self._listed]
 
     @property
-    def delta_ids(self) -> list[str]:
+    def ids(self) -> list[str]:
         """``EditDelta.id`` of each, without reading them."""
-        return [stored.delta for stored in self._listed]
+        found = [stored.delta for stored in self._listed]
+        for number, (each, _) in self._changed.items():
+            found[number] = each
+        return found
 
     def __len__(self) -> int:
         return len(self._listed)
 
     def __iter__(self) -> Iterator[EditDelta]:
-        for stored in self._listed:
-            yield self._segments.read(stored)
+        for number in range(len(self)):
+            yield self._read(number)
 
     @overload
     def __getitem__(self, index: int) -> EditDelta: ...
@@ -193,8 +204,16 @@ class LedgerDeltas(Sequence[EditDelta]):
     def __getitem__(self, index: int | slice) -> EditDelta | LedgerDeltas:
         """Read one delta; or the sequence of a slice, without reading any."""
         if isinstance(index, slice):
-            return LedgerDeltas(self._segments, self._listed[index])
-        return self._segments.read(self._listed[index])
+            chosen = range(len(self))[index]
+            changed = {new: self._changed[old] for new, old in enumerate(chosen) if old in self._changed}
+            return LedgerDeltas(self._segments, self._listed[index], changed)
+        return self._read(range(len(self))[index])
+
+    def _read(self, number: int) -> EditDelta:
+        delta = self._segments.read(self._listed[number])
+        if number not in self._changed:
+            return delta
+        return replace(delta, tensors={**delta.tensors, **self._changed[number][1]})
 
 
 def segment_name(number: int) -> str:

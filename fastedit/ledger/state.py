@@ -5,7 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
@@ -14,6 +18,7 @@ from fastedit.ledger.database import LedgerError
 from fastedit.ledger.segments import LedgerDeltas, Stored
 from fastedit.ledger.session import state_of
 from fastedit.ledger.settings import acts_alone, plan_of
+from fastedit.methods import EditPlan
 from fastedit.methods.base import Method
 from fastedit.requests import EditRequest
 
@@ -66,14 +71,37 @@ class LedgerState:
         """What was asked, in the same order."""
         return self.ledger.contents.requests(self.edit_ids)
 
-    def acting(self) -> Sequence[EditDelta]:
-        """The deltas that act together: those that were fitted, or what the method makes of them in sequence."""
+    def acting(self, replay: Replay | None = None) -> Sequence[EditDelta]:
+        """The deltas that act together: those that were fitted, or what the method makes of them in sequence.
+
+        Args:
+            replay: what was made of those of an earlier moment; it goes on from there, and is of this one then.
+        """
         if self._plan is None or self._plan.method.combine is Method.combine or self.act_alone:
             return self.deltas
-        committed: list[EditDelta] = []
-        for delta in self.deltas:
-            committed = self._plan.method.combine(self._plan.config, committed, delta)
-        return committed
+        return self._replayed(self._plan, Replay() if replay is None else replay)
+
+    def _replayed(self, plan: EditPlan, replay: Replay) -> Sequence[EditDelta]:
+        """What the method has made of the deltas in sequence; where that is still one an edit, they are not kept."""
+        if replay.listed != self.listed[: len(replay.listed)]:
+            replay.listed, replay.committed = [], []
+        committed = replay.committed
+        for delta in self.deltas[len(replay.listed) :]:
+            committed = plan.method.combine(plan.config, committed, delta)
+        replay.listed, replay.committed = list(self.listed), committed
+        if plan.method.sequence != "route" or len(committed) != len(self.listed):
+            return committed
+        changed: dict[int, tuple[str, dict[str, Tensor]]] = {}
+        for number, (stored, delta) in enumerate(zip(self.listed, committed, strict=True)):
+            if delta.id != stored.delta:
+                before = self.ledger.contents.segments.read(stored).tensors
+                tensors = {
+                    name: part
+                    for name, part in delta.tensors.items()
+                    if part.dtype != before[name].dtype or not torch.equal(part, before[name])
+                }
+                changed[number] = delta.id, tensors
+        return LedgerDeltas(self.ledger.contents.segments, self.listed, changed)
 
     @contextmanager
     def applied(self) -> Iterator[EditableModel]:
@@ -101,6 +129,18 @@ class LedgerState:
             )
 
 
+@dataclass
+class Replay:
+    """What a method has made of deltas in sequence.
+
+    Args:
+        listed: of which. committed: what acts; some methods let it grow in place.
+    """
+
+    listed: list[Stored] = field(default_factory=list)
+    committed: list[EditDelta] = field(default_factory=list)
+
+
 class LiveEdits:
     """What acts now in a ledger, wherever it is changed: by this process or by another one.
 
@@ -113,6 +153,7 @@ class LiveEdits:
         self._lock = threading.Lock()
         self._event = -1
         self._current: Sequence[EditDelta] = ()
+        self._replay = Replay()
 
     def __repr__(self) -> str:
         return f"<LiveEdits: of {self.ledger!r}>"
@@ -124,7 +165,7 @@ class LiveEdits:
             if event > self._event:
                 state = LedgerState(self.ledger, event)
                 state.require_together()
-                acting = state.acting()
+                acting = state.acting(self._replay)
                 if _ids(acting) != _ids(self._current) or self._event < 0:
                     self._current = acting
                 self._event = event
@@ -141,7 +182,7 @@ class LiveEdits:
 
 
 def _ids(deltas: Sequence[EditDelta]) -> list[str]:
-    return deltas.delta_ids if isinstance(deltas, LedgerDeltas) else [delta.id for delta in deltas]
+    return deltas.ids if isinstance(deltas, LedgerDeltas) else [delta.id for delta in deltas]
 
 
 def state_at(ledger: Ledger, moment: str | int | None) -> LedgerState:

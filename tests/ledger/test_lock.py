@@ -82,8 +82,9 @@ def test_a_lock_that_a_dead_writers_child_holds_is_taken_over(tmp_path: Path, mo
             pass
         monkeypatch.setattr(lock, "STALE_S", 0.2)
         time.sleep(0.3)
-        with writing(tmp_path) as check:
-            check()
+        with writing(tmp_path) as lock_of_ours:
+            lock_of_ours.check()
+            assert lock_of_ours.was_left
             assert owner_of(tmp_path)["pid"] == os.getpid()  # type: ignore[index]
     finally:
         os.kill(int(said), signal.SIGKILL)
