@@ -82,7 +82,8 @@ def require_sum(deltas: Sequence[EditDelta], otherwise: str) -> None:
     try:
         require_sequence(deltas)
     except ValueError as error:
+        # What it says behind that is of ``applied``
         raise ValueError(
             f"export: deltas add up where they were fitted as a sequence, from its first edit on; {otherwise} (got: "
-            f"{str(error).removeprefix('applied: ')})"
+            f"{str(error).removeprefix('applied: ').partition(';')[0]})"
         ) from error
