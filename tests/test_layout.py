@@ -34,6 +34,7 @@ PEERS = {
     ("data", "pocket"): "read_edits names the embedded sets, imported when asked for",
     ("backbone", "pocket"): "load names the embedded models, imported when asked for",
     ("engine", "export"): "run.export hands over, imported when asked for",
+    ("backbone", "engine"): "a call takes edits, which the engine lets act, imported where they are given",
     ("pocket", "backbone"): "an edit set asks the embedded model for its own answers",
 }
 # Where the tests of modules are that have no test file of their own; a folder stands for all in it.
@@ -66,6 +67,7 @@ TESTED_IN = {
     "engine/asked": "engine/test_preflight",
     "engine/acting": "engine/test_apply",
     "engine/attached_calls": "engine/test_attach_calls",
+    "engine/attached_live": "engine/test_attach_live",
     "engine/fit_problem": "engine/test_continuous",
     "engine/fitting": "engine/test_continuous",
     "engine/memory/footprint": "engine/memory/test_plan",
@@ -112,7 +114,8 @@ TOPICS = {
     "backbone/test_encoder", "backbone/test_processing",
     "backbone/test_text_only",
     "cli/test_signals", "cli/test_terminal", "deltas/test_deltas", "engine/test_attach_calls",
-    "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous", "engine/test_growth",
+    "engine/test_attach_live", "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous",
+    "engine/test_growth",
     "engine/test_several_images", "export/test_export", "kernels/test_ahead_of_time", "kernels/test_bounds",
     "ops/test_arguments", "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory",
     "ops/test_oracles",

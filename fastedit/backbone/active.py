@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,8 @@ class Holder(Protocol):
     model: Any
     point: tuple[int, str]
     routed: bool
+    #: Whether it stands for deltas that change, of which every call has those that it began with.
+    changes: bool
 
     @property
     def key(self) -> str:
@@ -33,6 +35,9 @@ class Holder(Protocol):
     def rewrites_prompts(self) -> bool:
         """Whether other questions are asked."""
 
+    def acting(self) -> Holder | None:
+        """The holder of the deltas that act in the running call: itself, unless they change."""
+
     def paused(self) -> AbstractContextManager[None]:
         """Inside the block the deltas do not act."""
 
@@ -43,9 +48,22 @@ class Holder(Protocol):
         """The questions to be asked instead."""
 
 
-_INSTALLED: ContextVar[tuple[Holder, ...]] = ContextVar("fastedit_installed", default=())
+class Changing(Protocol):
+    """Stands for deltas that change (``fastedit.deltas.live.LiveHolder``)."""
+
+    model: Any
+    changes: bool
+
+    def acting(self) -> Holder | None:
+        """The holder of the deltas that act in the running call; None where there are none."""
+
+    def held(self) -> AbstractContextManager[Any]:
+        """Inside the block, a call, the deltas stay as they are."""
+
+
+_INSTALLED: ContextVar[tuple[Holder | Changing, ...]] = ContextVar("fastedit_installed", default=())
 #: Those that are installed for all threads, until they are detached.
-_EVERYWHERE: list[Holder] = []
+_EVERYWHERE: list[Holder | Changing] = []
 _NONE: ContextVar[bool] = ContextVar("fastedit_uninstalled", default=False)
 
 
@@ -59,13 +77,33 @@ def installed_on(model: Any) -> tuple[Holder, ...]:
     return tuple(holder for holder in _all() if holder.model is model)
 
 
-def _all() -> tuple[Holder, ...]:
-    # Each once: a call holds on to those that are installed for all threads
-    return () if _NONE.get() else tuple({id(each): each for each in (*_EVERYWHERE, *_INSTALLED.get())}.values())
+def is_listed(holder: Changing) -> bool:
+    """Whether what stands for changing deltas is installed in the running context."""
+    return any(each is holder for each in _listed())
 
 
 @contextmanager
-def installing(holder: Holder, *, everywhere: bool = False) -> Iterator[None]:
+def holding(model: Any) -> Iterator[None]:
+    """Inside the block, a call of a model, deltas that change stay what they were at its beginning."""
+    changing = [each for each in _listed() if each.changes and each.model is model]
+    with ExitStack() as entered:
+        for each in changing:
+            entered.enter_context(each.held())  # type: ignore[union-attr]
+        yield
+
+
+def _all() -> tuple[Holder, ...]:
+    acting = (each.acting() for each in _listed())
+    # Each once: a call holds on to those that are installed for all threads
+    return tuple({id(each): each for each in acting if each is not None}.values())
+
+
+def _listed() -> tuple[Holder | Changing, ...]:
+    return () if _NONE.get() else (*_EVERYWHERE, *_INSTALLED.get())
+
+
+@contextmanager
+def installing(holder: Holder | Changing, *, everywhere: bool = False) -> Iterator[None]:
     """Inside the block deltas are installed, in this context or in all threads."""
     if everywhere:
         _EVERYWHERE.append(holder)
@@ -83,7 +121,7 @@ def installing(holder: Holder, *, everywhere: bool = False) -> Iterator[None]:
         _INSTALLED.set((*left[:newest], *left[newest + 1 :]))
 
 
-def withdraw(holder: Holder) -> None:
+def withdraw(holder: Holder | Changing) -> None:
     """Take deltas from those that are installed for all threads; contexts that installed them keep them."""
     _EVERYWHERE[:] = [each for each in _EVERYWHERE if each is not holder]
 

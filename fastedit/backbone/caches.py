@@ -170,7 +170,7 @@ class Recent:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, Hashable], tuple[Any, Any]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -184,6 +184,15 @@ class Recent:
                 return None
             self._kept.move_to_end(key)
             return self._kept[key][1]
+
+    def made(self, owner: Any, case: Hashable, make: Callable[[], Any]) -> Any:
+        """What was made for this very object in a case, or else is made now, by one thread."""
+        with self._lock:
+            known = self.get(owner, case)
+            if known is None:
+                known = make()
+                self.put(owner, case, known)
+            return known
 
     def put(self, owner: Any, case: Hashable, made: Any) -> None:
         """Keep what was made for an object; what was asked for longest ago makes room."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .states import STAGES, Encoded
 from .vision import VISION, watched
 
 if TYPE_CHECKING:
+    from fastedit.requests import Query
+
     from .model import EditableModel
 
 #: Stages of a layer in the order of a walk.
@@ -184,5 +186,29 @@ def greedy(model: EditableModel, encoded: Encoded, max_new_tokens: int) -> list[
     broken = len(reader.broken) + len(first) - len(begun)
     if broken:
         message = f"generate: the logits were not finite in {broken} of {len(reader)} answers, which end there"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
     return [answers.get(row, []) for row in range(len(reader))]
+
+
+def answers(
+    model: EditableModel, queries: Sequence[Query], max_new_tokens: int, batch_size: int, edits: Any = None
+) -> list[str]:
+    """What ``EditableModel.generate`` does."""
+    if edits is not None:
+        from fastedit.engine.acting import acting
+        from fastedit.engine.stacking import Checks
+
+        with acting(model, edits, Checks()):
+            return model.generate(queries, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if max_new_tokens < 1 or batch_size < 1:
+        got = f"max_new_tokens={max_new_tokens}, batch_size={batch_size}"
+        raise ValueError(f"generate: max_new_tokens and batch_size must be at least 1 (got {got})")
+    found: list[str] = []
+    for start in range(0, len(queries), batch_size):
+        asked = queries[start : start + batch_size]
+        for holder in model.holders:
+            asked = holder.rewrite_prompts(asked)
+        encoded = model.encode(asked, answers=False)
+        for ids in greedy(model, encoded, max_new_tokens):
+            found.append(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return found

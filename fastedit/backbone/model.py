@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .active import Holder, active_key, fingerprint_with, installed_on, uninstalled
+from .active import Holder, active_key, fingerprint_with, holding, installed_on, uninstalled
 from .adapters import Adapter, make_adapter
 from .caches import Caches, Recent, SpillCache, feature_cache, tensor_cache
 from .context import Frozen, autocast_key, on_frozen_model, outside_inference_mode
 from .encoding import encode_queries
 from .fingerprint import architecture_fingerprint, model_fingerprint, weights_version
-from .generation import greedy
+from .generation import answers
 from .generic.adapter import generic, walkable
 from .images import ImageReader
 from .placement import device_of, layer_devices
@@ -121,14 +121,15 @@ class EditableModel:
     def frozen(self) -> Iterator[None]:
         """Inside the block the model is in eval mode and computes no gradients of its parameters.
 
-        What is kept of a model whose weights were written since the last call, by a trainer or by hand, is dropped.
+        Deltas that change while the model serves stay what they were at the beginning of the outermost block. What is
+        kept of a model whose weights were written since the last call, by a trainer or by hand, is dropped.
         """
         with self._lock:
             version = weights_version(self.hf)
             if version != self._versions:
                 self._versions, self._fingerprint = version, None
                 self.forget()
-        with self._frozen.block(), walkable(self.adapter):
+        with holding(self), self._frozen.block(), walkable(self.adapter):
             yield
 
     @property
@@ -203,7 +204,7 @@ class EditableModel:
     @property
     def base_fingerprint(self) -> str:
         """SHA-256 of configuration and weights, computed at the first use."""
-        with self._lock, self.frozen():
+        with self.frozen(), self._lock:
             if self._fingerprint is None:
                 self._fingerprint = model_fingerprint(self.hf)
             return self._fingerprint
@@ -269,29 +270,27 @@ class EditableModel:
 
     @on_frozen_model
     @outside_inference_mode
-    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
+    def generate(
+        self, queries: Sequence[Query], *, max_new_tokens: int = 64, batch_size: int = 64, edits: Any = None
+    ) -> list[str]:
         """Return greedy answers without surrounding white space. Rows of a batch stay in order until all have ended.
 
         Plain argmax: sampling settings and penalties of the model's generation configuration are not applied.
-        """
-        if max_new_tokens < 1 or batch_size < 1:
-            got = f"max_new_tokens={max_new_tokens}, batch_size={batch_size}"
-            raise ValueError(f"generate: max_new_tokens and batch_size must be at least 1 (got {got})")
-        answers: list[str] = []
-        for start in range(0, len(queries), batch_size):
-            asked = queries[start : start + batch_size]
-            for holder in self.holders:
-                asked = holder.rewrite_prompts(asked)
-            encoded = self.encode(asked, answers=False)
-            for ids in greedy(self, encoded, max_new_tokens):
-                answers.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        return answers
 
-    def answer(self, image: VisualSource | None, prompt: str, *, max_new_tokens: int = 64) -> str:
-        """Return the greedy answer to one question about an image, a list of images, a video, or none."""
+        Args:
+            edits: deltas that act in this call, beside those that are installed around it: what ``fastedit.applied``
+                takes, live ones as they are at the call's beginning.
+        """
+        return answers(self, queries, max_new_tokens, batch_size, edits)
+
+    def answer(self, image: VisualSource | None, prompt: str, *, max_new_tokens: int = 64, edits: Any = None) -> str:
+        """Return the greedy answer to one question about an image, a list of images, a video, or none.
+
+        ``edits`` as for ``generate``.
+        """
         from fastedit.requests import Query
 
-        return self.generate([Query(prompt, image)], max_new_tokens=max_new_tokens)[0]
+        return self.generate([Query(prompt, image)], max_new_tokens=max_new_tokens, edits=edits)[0]
 
     def sites(self, layers: Sequence[int], names: Sequence[str]) -> list[Site]:
         """Return the linear maps of these layers by name ("up", "gate", "down", "q", "k", "v", "o"), layer by layer.

@@ -94,7 +94,7 @@ class StockCalls:
     @staticmethod
     def goes_on(given: Mapping[str, Any]) -> bool:
         """Whether the arguments of a call go on behind prompts that a cache holds."""
-        cache = _cache(given)
+        cache = cache_of(given)
         return cache is not None and bool(cache.get_seq_length())
 
     def forward(
@@ -118,7 +118,7 @@ class StockCalls:
         if tokens is None:
             raise ValueError("attach: a call gives input_ids or inputs_embeds (got neither)")
         rows, length = tokens.shape[:2]
-        cache = _cache(given)
+        cache = cache_of(given)
         if self.goes_on(given):
             known = self._by_cache.get(cache)
             if known is None and unknown:
@@ -140,7 +140,7 @@ class StockCalls:
             if chosen is None and holder.router is not None:
                 entered.enter_context(self._deciding(holder, prompts))
             output = stock(**given)
-            cache = cache if cache is not None else _cache(output)
+            cache = cache if cache is not None else cache_of(output)
             if cache is not None:
                 self._by_cache[cache] = Remembered(holder.choice, length, prompts.behind())
         return output
@@ -269,7 +269,7 @@ class StockCalls:
             yield
 
 
-def _cache(given: Any) -> Any:
+def cache_of(given: Any) -> Any:
     """The cache among the arguments of a call, or of its output, under the names that transformers gives it."""
     if isinstance(given, tuple):
         return next((part for part in given if hasattr(part, "get_seq_length")), None)

@@ -5,6 +5,7 @@ from fastedit.deltas.company import company
 from fastedit.deltas.full import FullDelta
 from fastedit.deltas.install import RowsHolder, installed, split_point
 from fastedit.deltas.kinds import accumulate, stack
+from fastedit.deltas.live import LiveDeltas
 from fastedit.deltas.low_rank import LowRankDelta
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.storage import load_deltas, save_deltas
@@ -14,6 +15,7 @@ __all__ = [
     "DeltaSpec",
     "EditDelta",
     "FullDelta",
+    "LiveDeltas",
     "LowRankDelta",
     "Rows",
     "RowsHolder",

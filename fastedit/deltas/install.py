@@ -57,6 +57,8 @@ class RowsHolder:
         key: tells the deltas from others; None where nothing is known of them, so that they equal no others.
     """
 
+    changes = False
+
     def __init__(
         self,
         model: EditableModel,
@@ -127,6 +129,10 @@ class RowsHolder:
             rewrites = any("template" in each for each in texts)
             self._read = texts, (rewrites, answering(texts).to(self.device))
         return self._read[1]
+
+    def acting(self) -> RowsHolder:
+        """Itself: its deltas stay as they are."""
+        return self
 
     @contextmanager
     def paused(self) -> Iterator[None]:

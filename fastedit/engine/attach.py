@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.active import installing
 from fastedit.backbone.context import overridden
 from fastedit.backbone.wrapping import wrap
-from fastedit.deltas import EditDelta, Rows, RowsHolder, installed
-from fastedit.engine.acting import refuse_to_save
+from fastedit.deltas import Rows, RowsHolder, installed
+from fastedit.deltas.live import is_live
+from fastedit.engine.acting import Edits, live_holder, refuse_to_save
 from fastedit.engine.attached_calls import AttachedCalls, InFlight, Select
-from fastedit.engine.stacking import Checks, put_together
+from fastedit.engine.attached_live import LiveCalls
+from fastedit.engine.stacking import Checks, Together, put_together
 from fastedit.training import Artifact, load_artifact, require_artifact
 
 
@@ -41,7 +44,7 @@ class Attachment:
 @contextmanager
 def attached(
     model: Any,
-    delta: EditDelta | Sequence[EditDelta],
+    delta: Edits,
     processor: Any = None,
     *,
     artifact: Artifact | str | Path | None = None,
@@ -62,7 +65,8 @@ def attached(
 
     Args:
         model: a model of transformers or PEFT, or what ``fastedit.load`` and ``fastedit.wrap`` return.
-        delta: one edit, or several of one method.
+        delta: one edit, or several of one method; or live ones (``fastedit.deltas.live.LiveDeltas``), looked up at the
+            beginning of every call: cached steps of a generation go on with what it began with.
         processor: of a stock model.
         artifact: trained parts that the deltas do not act without, or their file (``Run.artifact``).
         select: which delta acts on which row of a call, instead of a router; deltas need not be of a sequence then. A
@@ -80,7 +84,7 @@ def attached(
 
 def attach(
     model: Any,
-    delta: EditDelta | Sequence[EditDelta],
+    delta: Edits,
     processor: Any = None,
     *,
     artifact: Artifact | str | Path | None = None,
@@ -113,7 +117,7 @@ def _editable(model: Any, processor: Any, artifact: Artifact | str | Path | None
 def _attach(
     block: ExitStack,
     editable: EditableModel,
-    delta: EditDelta | Sequence[EditDelta],
+    delta: Edits,
     select: Select | None,
     check_model: bool,
     check_sequence: bool,
@@ -126,13 +130,18 @@ def _attach(
             "attach: prompts must be tokens of the decoder, by which a stock call tells prompt from answer; an encoder "
             f"reads them here, and fastedit.applied serves instead (got model_type={kind!r})"
         )
-    together = put_together(editable, delta, Checks(check_model, check_sequence, apart=True))
-    holder: RowsHolder = block.enter_context(
-        installed(editable, together.stacked, Rows(), key=together.key, stock=True, everywhere=everywhere)
-    )
-    calls = AttachedCalls(
-        editable, holder, together.count, select=select, needs_choice=together.needs_choice, everywhere=everywhere
-    )
+    checks = Checks(check_model, check_sequence, apart=True)
+    calls: AttachedCalls | LiveCalls
+    if is_live(delta):
+        calls = _live_calls(block, editable, delta, select, checks, everywhere=everywhere)
+    else:
+        together = put_together(editable, delta, checks)
+        holder: RowsHolder = block.enter_context(
+            installed(editable, together.stacked, Rows(), key=together.key, stock=True, everywhere=everywhere)
+        )
+        calls = AttachedCalls(
+            editable, holder, together.count, select=select, needs_choice=together.needs_choice, everywhere=everywhere
+        )
     hf = editable.hf
     block.enter_context(overridden(hf, calls.forward, everywhere=everywhere))
     inner = getattr(hf, "language_model", None)
@@ -146,3 +155,19 @@ def _attach(
                 overridden(module, lambda _stock: refuse_to_save, "save_pretrained", everywhere=everywhere)
             )
     return hf, calls.flight
+
+
+def _live_calls(
+    block: ExitStack, editable: EditableModel, delta: Any, select: Select | None, checks: Checks, *, everywhere: bool
+) -> LiveCalls:
+    """Calls in which live deltas act, as each finds them at its beginning."""
+
+    def calls(holder: RowsHolder, together: Together) -> AttachedCalls:
+        return AttachedCalls(
+            editable, holder, together.count, select=select, needs_choice=together.needs_choice, everywhere=False
+        )
+
+    live = live_holder(editable, delta, checks, calls)
+    block.enter_context(live.block())
+    block.enter_context(installing(live, everywhere=everywhere))
+    return LiveCalls(live, everywhere=everywhere)

@@ -16,6 +16,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.active import installing, withdraw
 from fastedit.backbone.stock import StockCalls, generating, is_inside
 from fastedit.deltas import RowsHolder
+from fastedit.deltas.live import LiveHolder
 from fastedit.engine.rewritten_prompts import RewrittenPrompts, prompt_tokens
 
 Method = Callable[..., Any]
@@ -35,7 +36,7 @@ class InFlight:
         holder: of the deltas. everywhere: whether they are installed for all threads.
     """
 
-    def __init__(self, holder: RowsHolder, *, everywhere: bool) -> None:
+    def __init__(self, holder: RowsHolder | LiveHolder, *, everywhere: bool) -> None:
         self._holder, self._everywhere = holder, everywhere
         self._lock = threading.Lock()
         self._users = 0
@@ -100,7 +101,7 @@ class AttachedCalls:
 
     def forward(self, stock: Method) -> Method:
         """Return the forward in which the deltas act."""
-        names, holder, calls = _names(stock), self.holder, self.calls
+        names, holder, calls = names_of(stock), self.holder, self.calls
 
         def forward(*args: Any, edit_ids: Any = None, **kwargs: Any) -> Any:
             if not holder.acts or is_inside(holder):
@@ -122,7 +123,7 @@ class AttachedCalls:
 
     def generate(self, stock: Method) -> Method:
         """Return the ``generate`` in which the deltas act."""
-        names, holder = _names(stock), self.holder
+        names, holder = names_of(stock), self.holder
 
         def generate(*args: Any, edit_ids: Any = None, **kwargs: Any) -> Any:
             if not holder.acts:
@@ -211,7 +212,7 @@ class AttachedCalls:
                 )
 
 
-def _names(method: Method) -> tuple[str, ...]:
+def names_of(method: Method) -> tuple[str, ...]:
     """Names of a method's positional arguments."""
     parameters = inspect.signature(method).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

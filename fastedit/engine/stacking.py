@@ -50,7 +50,7 @@ class Together:
 
 def put_together(
     model: EditableModel,
-    delta: EditDelta | Sequence[EditDelta],
+    delta: Any,
     checks: Checks,
     *,
     earlier: Together | None = None,
