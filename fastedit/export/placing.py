@@ -100,4 +100,6 @@ def _put(path: Path, place: Path) -> None:
         with suppress(OSError):
             aside.rename(place)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    # Those of exports that were killed in between too
+    for old in place.parent.glob(f".{place.name}.????????.old{PARTIAL}"):
+        shutil.rmtree(old, ignore_errors=True)

@@ -473,11 +473,16 @@ def test_another_program_generates_edited(name: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, client, *places], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["edited"] == answers
+    assert said["edited"] == said["loaded"] == answers
+    assert all(piped.endswith(answer) for piped, answer in zip(said["piped"], answers, strict=True)), said
     assert said["base"] == model.generate(asked, max_new_tokens=8)
     assert said["base"] != said["edited"]
     with safe_open(tmp_path / "logits.safetensors", "pt") as file:
-        got = torch.stack([file.get_tensor(f"edited.{number}") for number in range(len(asked))])
+        got, loaded = (
+            torch.stack([file.get_tensor(f"{by}.{number}") for number in range(len(asked))])
+            for by in ("edited", "loaded")
+        )
+    assert torch.equal(got, loaded)
     with fastedit.attached(model, delta) as hf:
         wanted = torch.cat([stock_logits(model, hf, [query]) for query in asked])
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 if dtype == "float32" else 1e-11)

@@ -67,6 +67,7 @@ def test_what_is_no_export_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.0123abcd.old.partial").mkdir()
     (tmp_path / ".other.0123abcd.partial").mkdir()
     write(tmp_path / "out", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.partial", "out"]
