@@ -260,10 +260,8 @@ class Ledger:
         from fastedit.export import export_deltas
 
         state = self.state()
-        deltas = state.acting()
-        # Those that were merged with others are told apart by their requests all the same
         return export_deltas(
-            kind, self.needs_model("export"), list(deltas), folder, requests=state.requests(), **options
+            kind, self.needs_model("export"), state.acting(), folder, requests=state.requests(), **options
         )  # fmt: skip
 
     # Checks

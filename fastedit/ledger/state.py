@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
+from fastedit.deltas.kinds import new_stack
 from fastedit.engine.acting import applied
 from fastedit.ledger.database import LedgerError
 from fastedit.ledger.segments import LedgerDeltas, Stored
@@ -84,24 +84,16 @@ class LedgerState:
     def _replayed(self, plan: EditPlan, replay: Replay) -> Sequence[EditDelta]:
         """What the method has made of the deltas in sequence; where that is still one an edit, they are not kept."""
         if replay.listed != self.listed[: len(replay.listed)]:
-            replay.listed, replay.committed = [], []
-        committed = replay.committed
+            replay.clear()
+        slim = plan.method.sequence == "route"
         for delta in self.deltas[len(replay.listed) :]:
-            committed = plan.method.combine(plan.config, committed, delta)
-        replay.listed, replay.committed = list(self.listed), committed
-        if plan.method.sequence != "route" or len(committed) != len(self.listed):
-            return committed
-        changed: dict[int, tuple[str, dict[str, Tensor]]] = {}
-        for number, (stored, delta) in enumerate(zip(self.listed, committed, strict=True)):
-            if delta.id != stored.delta:
-                before = self.ledger.contents.segments.read(stored).tensors
-                tensors = {
-                    name: part
-                    for name, part in delta.tensors.items()
-                    if part.dtype != before[name].dtype or not torch.equal(part, before[name])
-                }
-                changed[number] = delta.id, tensors
-        return LedgerDeltas(self.ledger.contents.segments, self.listed, changed)
+            given = replay.slim(delta) if slim else delta
+            replay.given.append(given)
+            replay.committed = plan.method.combine(plan.config, replay.committed, given)
+        replay.listed = list(self.listed)
+        if not slim:
+            return replay.committed
+        return LedgerDeltas(self.ledger.contents.segments, self.listed, replay.changes(self.deltas))
 
     @contextmanager
     def applied(self) -> Iterator[EditableModel]:
@@ -134,11 +126,37 @@ class Replay:
     """What a method has made of deltas in sequence.
 
     Args:
-        listed: of which. committed: what acts; some methods let it grow in place.
+        listed: of which. given: what it was made of, in order. committed: what acts; it may have grown in place.
     """
 
     listed: list[Stored] = field(default_factory=list)
+    given: list[EditDelta] = field(default_factory=list)
     committed: list[EditDelta] = field(default_factory=list)
+    _changed: dict[int, tuple[EditDelta, str, dict[str, Tensor]]] = field(default_factory=dict)
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.listed, self.given, self.committed = [], [], []
+        self._changed.clear()
+
+    def slim(self, delta: EditDelta) -> EditDelta:
+        """A delta with those of its tensors alone that routers look at: those that act stay in storage."""
+        spec = delta.spec
+        if spec.text not in self._names:
+            self._names[spec.text] = list(new_stack(spec, 0, trainable=False).fixed)
+        return replace(delta, tensors={name: delta.tensors[name] for name in self._names[spec.text]})
+
+    def changes(self, stored: LedgerDeltas) -> dict[int, tuple[str, dict[str, Tensor]]]:
+        """By position the deltas that were changed on the way: their ids now, and the tensors that differ."""
+        for number, (before, after) in enumerate(zip(self.given, self.committed, strict=True)):
+            known = self._changed.get(number)
+            if after is before or (known is not None and known[0] is after):
+                continue
+            new = {name: part for name, part in after.tensors.items() if part is not before.tensors[name]}
+            whole = stored[number]
+            self._changed[number] = after, replace(whole, tensors={**whole.tensors, **new}).id, new
+        return {number: (delta_id, tensors) for number, (_, delta_id, tensors) in self._changed.items()}
 
 
 class LiveEdits:

@@ -10,6 +10,8 @@ import pytest
 import fastedit
 from fastedit import EditRequest, Ledger, LedgerError
 from fastedit.backbone import EditableModel
+from fastedit.deltas import EditDelta
+from fastedit.methods.grace import GRACE, GRACEConfig
 from tests.ledger.conftest import FEW
 
 SURE = {"steps": 60, "lr": 1e-2, "show_progress": False}
@@ -76,3 +78,24 @@ def test_trained_parts_lie_in_the_ledger(model: EditableModel, edits: list[EditR
     with pytest.raises(fastedit.DamagedLedger, match=path.name):
         fastedit.open_ledger(tmp_path / "edits", fastedit.load("random:llava-tiny", dtype="float64"))
     assert path.name in fastedit.open_ledger(tmp_path / "edits").verify().problems[0]
+
+
+def test_a_codebook_in_sequence_is_what_the_method_made_of_it(
+    ledger: Ledger, model: EditableModel, edits: list[EditRequest]
+) -> None:
+    """Balls that meet shrink; what follows the ledger goes on from what it had."""
+    options = {**FEW, "epsilon": 50.0, "evaluate": False, "views": "record"}
+    live = ledger.active()
+    committed: list[EditDelta] = []
+    for count in range(1, 6):
+        ledger.edit(edits[count - 1 : count], "grace", **options)
+        committed = GRACE.combine(GRACEConfig(), committed, ledger.state().deltas[-1])
+        for deltas in (live.current(), ledger.state().acting()):
+            assert [delta.id for delta in deltas] == [delta.id for delta in committed]
+            assert deltas.ids == [delta.id for delta in committed]  # type: ignore[attr-defined]
+    fitted = [delta.id for delta in ledger.state().deltas]
+    assert sum(a != b for a, b in zip(fitted, live.current().ids, strict=True)) >= 2  # type: ignore[attr-defined]
+    assert [delta.id for delta in live.current()[1:4]] == [delta.id for delta in committed[1:4]]
+    ledger.undo(2)
+    assert [delta.request_id for delta in live.current()] == ["edit-0", "edit-2", "edit-3", "edit-4"]
+    assert live.current().ids == ledger.state().acting().ids  # type: ignore[attr-defined]

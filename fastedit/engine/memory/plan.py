@@ -147,7 +147,7 @@ def plan_memory(
             questions, and for caches that fill up.
         evaluate: whether the edits are scored.
         tokens_per_row: instead of what the edits say.
-        keep_deltas: whether fitted deltas stay in memory (no ``deltas_folder``).
+        keep_deltas: whether fitted deltas stay in memory (no ledger).
         image_cache_mib: as ``fastedit.load`` takes it.
         overrides: fields of the method's and the objective's config.
     Raises:
