@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ _SERVED = frozenset(
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "")
 #: Beginnings of factors that leave the base model's weights as they are; others move a part of them into the factors.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Of a stranger's pattern: what can make it take for ever, and how many repeats take moments on a module's path
+_SLOW = re.compile(r"(?<!\\)\)[*+{]|\\[1-9]|\(\?P=")
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_MOST_REPEATS = 6
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -68,7 +73,7 @@ def from_peft(folder: str | Path, model: EditableModel, *, request_id: str | Non
         if not (_is_target(config, path) or _is_target(config, written)):
             raise ValueError(
                 f"from_peft: every module with factors is a target of {CONFIG_FILE} (got {written!r}, which "
-                f"target_modules={config['target_modules']!r:.200} leaves out)"
+                f"target_modules={config.get('target_modules')!r:.200} leaves out)"
             )
         scale = _scale(config, path, written, int(down.shape[0]))
         if tuple(down.shape[1:]) != (site.d_in,) or tuple(up.shape) != (site.d_out, down.shape[0]):
@@ -115,6 +120,17 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"from_peft: a delta is LoRA beside linear maps and nothing else, and {field} does more (got "
                 f"{field}={value!r:.80} in {str(path)!r})"
             )
+    for field, kind, words in (
+        ("target_modules", str, "text"),
+        ("exclude_modules", str, "text"),
+        ("layers_pattern", str, "text"),
+        ("layers_to_transform", int, "a whole number"),
+    ):
+        value = config.get(field)
+        if value is not None and not all(
+            type(each) is kind for each in (value if isinstance(value, list) else [value])
+        ):
+            raise ValueError(f"from_peft: {field} is {words}, a list of such or null (got {field}={value!r:.80})")
     for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         config[pattern] = config.get(pattern) or {}
         if not isinstance(config[pattern], dict):
@@ -215,7 +231,7 @@ def _of_pattern(pattern: Mapping[str, Any], path: str, written: str, default: An
     """PEFT's rule: the first key that a path ends in, as a pattern."""
     for name in dict.fromkeys((path, written)):
         for key, value in pattern.items():
-            if _matches(rf"(.*\.)?({key})", name):
+            if _matches(rf"(?:.*\.)?(?:{_checked(key)})", name):
                 return value
     return default
 
@@ -233,7 +249,7 @@ def _is_target(config: Mapping[str, Any], path: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for each in [patterns] if isinstance(patterns, str) else patterns:
-        index = re.match(rf"(?:^|.*?\.){each}\.(\d+)\.", path)
+        index = re.match(rf"(?:^|.*?\.){_checked(each)}\.(\d+)\.", path)
         if index is not None:
             return int(index[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
@@ -246,9 +262,20 @@ def _is_named(names: Any, path: str) -> bool:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
+    return re.fullmatch(_checked(pattern), path) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _checked(pattern: str) -> str:
+    """A pattern of a stranger, which may not take long."""
+    repeats = len(_REPEAT.findall(pattern))
+    if _SLOW.search(pattern) or repeats > _MOST_REPEATS:
         raise ValueError(
-            f"from_peft: patterns of {CONFIG_FILE} are regular ones (got {pattern!r:.80}: {error})"
-        ) from None
+            f"from_peft: patterns of {CONFIG_FILE} repeat no groups, refer to none, and repeat at most {_MOST_REPEATS} "
+            f"times (got {pattern!r:.200})"
+        )
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"from_peft: patterns of {CONFIG_FILE} are regular (got {pattern!r:.80}: {error})") from None
+    return pattern

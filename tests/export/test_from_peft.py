@@ -24,6 +24,11 @@ from tests.export.asked import asked_of
 peft = pytest.importorskip("peft")
 NAME = "random:llava-tiny"
 FFN = ["up_proj", "down_proj"]
+#: As a trainer that is much used writes them.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|up_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))"
+)
 
 
 def trained(folder: Path, name: str = NAME, steps: int = 3, dtype: str = "float64", **options: Any) -> Any:
@@ -59,12 +64,13 @@ def applied_logits(delta: Any, name: str = NAME, dtype: str = "float64") -> Tens
             "rank_pattern": {"up_proj": 7, r"layers\.3\.mlp\.down_proj": 2},
             "alpha_pattern": {r".*\.2\.mlp\.down_proj": 1.5},
         },
+        {"target_modules": UNSLOTH},
         {"target_modules": r".*language_model.*\.(q|gate)_proj", "init_lora_weights": "gaussian"},
         {"layers_to_transform": [1, 3], "layers_pattern": "layers", "target_modules": FFN},
         {"target_modules": ["linear_1", "linear_2", "down_proj"], "exclude_modules": ["layers.0.mlp.down_proj"]},
         {"fan_in_fan_out": True, "target_modules": ["k_proj"], "exclude_modules": r".*vision.*"},
     ],
-    ids=["plain", "attention", "rslora", "patterns", "regex", "layers", "projector", "flags"],
+    ids=["plain", "attention", "rslora", "patterns", "unsloth", "regex", "layers", "projector", "flags"],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_trained_adapter_gives_the_logits_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
@@ -215,8 +221,14 @@ def cut(folder: Path) -> None:
         (change_config(init_lora_weights="pissa"), "init_lora_weights='pissa' moves a part of those into them"),
         (change_config(r=5), r"rank of a module is that of adapter_config.json \(got factors of rank 4 .* r is 5\)"),
         (change_config(r="4"), "r is a number"),
+        (change_config(target_modules=[1]), r"target_modules is text, a list of such or null \(got"),
+        (change_config(layers_to_transform=["1"]), "layers_to_transform is a whole number, a list of such"),
         (change_config(alpha_pattern=[1]), "alpha_pattern is a mapping"),
-        (change_config(alpha_pattern={"(": 1}), r"regular ones \(got .*: "),
+        (change_config(alpha_pattern={"(": 1}), r"are regular \(got .*: "),
+        (change_config(target_modules="(.*.*)*x"), "patterns of adapter_config.json repeat no groups"),
+        (change_config(target_modules=".*" * 7 + "x"), r"repeat at most 6 times \(got '.*"),
+        (change_config(rank_pattern={r"(a)\1": 4}), "repeat no groups, refer to none"),
+        (change_config(layers_to_transform=[1], layers_pattern=["(a+)+"], target_modules=["down_proj"]), "no groups"),
         (change_config(target_modules=["up_proj"]), r"is a target of adapter_config.json \(got '.*down_proj', which"),
         (renamed("up_proj.lora_A", "up_proj.lora_C"), "tensors are lora_A.weight and lora_B.weight"),
         (renamed("layers.3.mlp", "layers.9.mlp"), "and the model has no such module"),
