@@ -405,6 +405,23 @@ def test_targets_and_ranks_hit_exactly_the_modules(ranks: dict[str, int]) -> Non
     assert found == {path: (rank, 1.0) for path, rank in ranks.items()}
 
 
+def test_a_ledger_exports_what_acts_in_it(tmp_path: Path) -> None:
+    model = fastedit.load("random:llava-tiny", dtype="float64")
+    with fastedit.open_ledger(tmp_path / "ledger", model) as ledger:
+        ledger.edit(edits(), method="lora", mode="sequential", steps=25, lr=2e-2, stop_loss=None)
+        both = ledger.export("peft", tmp_path / "out", rank=12)
+        assert both.report["adapters"][0]["requests"] == ["edit-0", "edit-1"]
+        assert both.report["asked"]["edits"] == 2
+        ledger.undo("edit-1")
+        one = ledger.export("peft", tmp_path / "out", overwrite=True)
+        (adapter,) = one.report["adapters"]
+        assert (adapter["requests"], adapter["rank"]) == (["edit-0"], 8)
+        with fastedit.attached(model, ledger.active()) as hf:
+            wanted = stock_logits(model, hf, questions(model))
+    got = stock_logits(model, with_adapter(model, tmp_path / "out"), questions(model))
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_names_are_safe_for_files_and_for_peft() -> None:
     assert adapter_name(7, "vqa/train.17") == "000007-vqa-train-17"
     assert adapter_name(7, "../..\n") == "000007"
