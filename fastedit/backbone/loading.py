@@ -184,7 +184,7 @@ def _load_checkpoint(
         options["device_map"] = {"": place}
     with (
         reading(f"the weights of {name!r} must be readable"),
-        _quiet() if checkpoint.local else nullcontext(),
+        without_bars() if checkpoint.local else nullcontext(),
         offloading(spread) as (folder, owner),
     ):
         hf, info = auto_class(opened.config).from_pretrained(
@@ -206,7 +206,7 @@ def _load_checkpoint(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Hide the progress bar over weights: only a download takes long enough for one."""
     from transformers.utils import logging
 

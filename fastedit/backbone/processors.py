@@ -35,7 +35,8 @@ class PartsProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the parts to a folder that `load_processor` reads."""
-        self.image_processor.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.chat_template is not None:
             (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
