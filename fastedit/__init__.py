@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastedit.engine.memory.plan import MemoryPlan, plan_memory
     from fastedit.engine.profiling.utilisation import measure_peak
     from fastedit.engine.train import train
+    from fastedit.export.changes import apply_delta
     from fastedit.export.from_peft import from_peft
     from fastedit.ledger import DamagedLedger, Ledger, LedgerError, open_ledger
     from fastedit.methods import method_names
@@ -48,6 +49,7 @@ __all__ = [
     "Video",
     "__version__",
     "applied",
+    "apply_delta",
     "attach",
     "attached",
     "edit",
@@ -79,6 +81,7 @@ _LAZY = {
     "RunInterrupted": "fastedit.engine",
     "RunStopped": "fastedit.engine",
     "applied": "fastedit.engine",
+    "apply_delta": "fastedit.export.changes",
     "attach": "fastedit.engine.attach",
     "attached": "fastedit.engine.attach",
     "edit": "fastedit.engine",

@@ -17,6 +17,8 @@ from fastedit.training import Artifact, require_artifact
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
+    from fastedit.export import Exported
+    from fastedit.requests import EditRequest
 
 #: Numbers of a fit's outcome, in order.
 LOSSES = ("loss", "nll", "first_nll", "best_nll")
@@ -110,6 +112,34 @@ class Run:
         folder = Path(folder)
         write_run(folder, self.record(), self.deltas, self.artifact)
         return folder
+
+    def export(
+        self,
+        kind: str,
+        folder: str | Path,
+        model: EditableModel,
+        *,
+        edits: Sequence[EditRequest] = (),
+        **options: Any,
+    ) -> Exported:
+        """Write the run's deltas as what other programs load (``fastedit.export.export_deltas``).
+
+        Args:
+            kind: "peft", "merged", "delta" or "records". folder: new or empty. model: the one that was edited.
+            edits: of the run, in order, to ask again what was written; a run does not hold them.
+            options: of the kind.
+        Raises:
+            ValueError: see there; or edits that are not those of the run.
+        """
+        from fastedit.export import export_deltas
+
+        for number, (edit, edit_id) in enumerate(zip(edits, _request_ids(self.deltas), strict=False)):
+            if edit.id and edit.id != edit_id:
+                raise ValueError(
+                    f"run: edits are those of the run, in its order (got edits[{number}] with id={edit.id!r}, of the "
+                    f"run {edit_id!r})"
+                )
+        return export_deltas(kind, model, self.deltas, folder, requests=edits, **options)
 
     @staticmethod
     def load(folder: str | Path, model: EditableModel | None = None) -> Run:

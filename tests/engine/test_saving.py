@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+import fastedit
+from fastedit import EditRequest
+from fastedit.backbone import EditableModel
 from fastedit.deltas import StoredDeltas, save_deltas
 from fastedit.engine.run import Run, Timing
 from fastedit.evaluation import EditScores, Score
@@ -363,3 +366,15 @@ def test_leftovers_of_killed_processes_are_cleaned_up(tmp_path: Path) -> None:
     assert whole(Run.load(tmp_path)) == whole(old)
     old.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deltas.safetensors", "scores.json"]
+
+
+def test_a_run_is_exported_with_its_own_edits(model: EditableModel, edits: list[EditRequest], tmp_path: Path) -> None:
+    run = fastedit.edit(model, edits[:2], "lora", steps=2, mode="sequential", evaluate=False, show_progress=False)
+    exported = run.export("merged", tmp_path / "out", model, edits=edits[:2], max_new_tokens=2)
+    assert exported.report["held"]["asked"] == 2
+    assert exported.report["edits"] == ["edit-0", "edit-1"]
+    with pytest.raises(ValueError, match=r"edits\[0\] with id='edit-1', of the run 'edit-0'"):
+        run.export("merged", tmp_path / "other", model, edits=edits[1::-1])
+    with pytest.raises(ValueError, match="did you mean 'merged'"):
+        run.export("merge", tmp_path / "other", model)
+    assert not (tmp_path / "other").exists()
