@@ -80,6 +80,7 @@ TESTED_IN = {
     "engine/schedule": "engine/test_editing",
     "engine/stacking": "deltas/test_mapped",
     "evaluation/scoring": "engine/test_evaluate",
+    "export/regression": "export/test_records",
     "fitting/prepared": "engine/test_continuous",
     "methods/base": "methods/test_registry",
     "methods/ldke/config": "methods/ldke/test_editor",
