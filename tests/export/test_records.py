@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def test_every_view_is_an_example_that_chat_templates_take(
     model: EditableModel, deltas: list[EditDelta], edits: list[EditRequest], tmp_path: Path
 ) -> None:
+    # What the record says of a question that must stay is not what the base answers
+    edits = [replace(edit, locality_answer="something else") for edit in edits]
+    assert all(edit.locality_prompt for edit in edits)
     exported = export_deltas("records", model, deltas, tmp_path / "out", requests=edits)
     rows = lines(tmp_path / "out" / "train.jsonl")
     views = [view for edit in edits for view in evaluation_views(edit)]
@@ -140,8 +144,10 @@ def test_a_dataset_has_messages_images_and_texts(
     stand_in = types.ModuleType("datasets")
     stand_in.Dataset = Listed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    rows = dataset(edits, model.processor, model=model, max_new_tokens=8)
-    assert rows
+    unanswered = [replace(edit, locality_answer=None) for edit in edits]
+    rows = dataset(unanswered, model.processor, model=model, max_new_tokens=8)
+    assert "text_locality" in {row["score"] for row in rows}
+    assert "text_locality" not in {row["score"] for row in dataset(unanswered)}
     for row in rows:
         assert row["text"].count("<image>") == len(row["images"])
         assert row["messages"][1]["content"][0]["text"] in row["text"]
