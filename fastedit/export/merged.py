@@ -116,9 +116,9 @@ def held_after(
     queries = [request.query for request in requests]
     with applied(model, deltas, check_sequence=check_sequence):
         before = model.generate(queries, max_new_tokens=max_new_tokens)
-    written = load(
-        folder, dtype=dtype, device=model.device, template=model.template, linear=model.linear, state_cache_mib=0
-    )
+    # oneDNN serves float32 alone
+    linear = model.linear if dtype == "float32" else "auto"
+    written = load(folder, dtype=dtype, device=model.device, template=model.template, linear=linear, state_cache_mib=0)
     after = written.generate(queries, max_new_tokens=max_new_tokens)
     pairs = list(zip(requests, before, after, strict=True))
     lost = [

@@ -134,6 +134,17 @@ def test_an_edit_that_rounding_undoes_is_counted_as_lost(
     assert all(exact_match(lost["before_rounding"], lost["target"]) for lost in held["lost"])
 
 
+def test_products_of_the_base_are_asked_of_its_type_alone(edits: list[EditRequest], tmp_path: Path) -> None:
+    try:
+        model = fastedit.load("pocket-llava", linear="onednn")
+    except ValueError as error:
+        pytest.skip(str(error))
+    deltas = fitted(model, edits).deltas
+    for dtype in ("float32", "bfloat16"):
+        exported = export_deltas("merged", model, deltas, tmp_path / dtype, requests=edits, dtype=dtype)
+        assert exported.report["held"]["written"] > 0
+
+
 def test_a_half_precision_base_stays_so(edits: list[EditRequest], tmp_path: Path) -> None:
     model = fastedit.load("pocket-llava", dtype="bfloat16")
     deltas = fitted(model, edits).deltas
