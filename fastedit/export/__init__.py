@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,34 @@ def export_deltas(
         ValueError: unknown kind or option; no deltas, or of another model; requests are not as many as deltas; or what
             the kind's function refuses.
     """
-    if kind not in EXPORTS:
-        raise ValueError(f"export: kind {kind!r} is not known{nearest(kind, EXPORTS)} (got kind={kind!r})")
+    function = export_function(kind, options)
     from fastedit.engine.apply import checked_deltas
 
+    if isinstance(deltas, Sequence) and len(deltas):
+        # One at a time: they may lie in files, and more of them than memory holds
+        for delta in deltas:
+            checked_deltas(model, delta)
+        listed = deltas
+    else:
+        listed = checked_deltas(model, deltas)
+    if requests and len(requests) != len(listed):
+        detail = f"got {len(requests)} requests for {len(listed)} deltas"
+        raise ValueError(f"export: requests are those of the deltas, one each ({detail})")
+    return function(model, listed, Path(folder), requests=requests, **options)
+
+
+def export_function(kind: str, options: Mapping[str, Any]) -> Callable[..., Exported]:
+    """The function of a kind of export.
+
+    Args:
+        kind: one of ``EXPORTS``. options: that it will be given, by name.
+    Raises:
+        ValueError: unknown kind or option.
+    """
+    if kind not in EXPORTS:
+        raise ValueError(f"export: kind {kind!r} is not known{nearest(kind, EXPORTS)} (got kind={kind!r})")
     module, name = EXPORTS[kind]
-    function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    function: Callable[..., Exported] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     known = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
@@ -86,15 +108,4 @@ def export_deltas(
                 f"export: option {option!r} of kind {kind!r} is not known{nearest(option, known)} "
                 f"(got {option}={options[option]!r:.80})"
             )
-    if isinstance(deltas, Sequence) and len(deltas):
-        # One at a time: they may lie in files, and more of them than memory holds
-        for delta in deltas:
-            checked_deltas(model, delta)
-        listed = deltas
-    else:
-        listed = checked_deltas(model, deltas)
-    if requests and len(requests) != len(listed):
-        detail = f"got {len(requests)} requests for {len(listed)} deltas"
-        raise ValueError(f"export: requests are those of the deltas, one each ({detail})")
-    exported: Exported = function(model, listed, Path(folder), requests=requests, **options)
-    return exported
+    return function
