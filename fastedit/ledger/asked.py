@@ -6,10 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastedit.data.report import target_key
 from fastedit.engine.run_state import EditJob
+from fastedit.ledger.contents import Contents
 from fastedit.ledger.database import LedgerError, Transaction
+from fastedit.ledger.records import question_digest
 from fastedit.ledger.schema import as_text
 from fastedit.requests import EditRequest
+
+
+def answered(contents: Contents, requests: Sequence[EditRequest]) -> list[int | None]:
+    """See ``Ledger.answered``."""
+    questions = [question_digest(request) for request in requests]
+    standing = contents.standing(questions)
+    there = [standing.get(question, ("", 0)) for question in questions]
+    targets = [target_key(request.target) for request in requests]
+    return [edit if edit and target == wanted else None for (target, edit), wanted in zip(there, targets, strict=True)]
+
+
+def check_requests(contents: Contents, requests: Sequence[EditRequest]) -> None:
+    """Refuse requests that give a question another answer than it has in a ledger or among themselves.
+
+    Raises:
+        LedgerError: names both. ImageError: an image cannot be read.
+    """
+    questions = [question_digest(request) for request in requests]
+    targets = [target_key(request.target) for request in requests]
+    check_conflicts(requests, questions, targets, contents.standing(questions))
 
 
 def check_conflicts(

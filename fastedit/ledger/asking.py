@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastedit.deltas import EditDelta
 from fastedit.engine.acting import applied
 from fastedit.evaluation.normalise import exact_match
+from fastedit.ledger.records import question_digest
 from fastedit.requests import EditRequest, Query
 
 if TYPE_CHECKING:
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
 #: Questions at a time.
 AT_ONCE = 64
+
+
+def ask(ledger: Ledger, state: LedgerState, prompt: str, image: Any) -> tuple[str, str]:
+    """See ``Ledger.ask``."""
+    model, query = ledger.needs_model("ask"), Query(prompt, image)
+    before = model.answer(query.image, query.prompt)
+    if not state.act_alone or len(state) < 2:
+        with state.applied() as edited:
+            return before, edited.answer(query.image, query.prompt)
+    asked_again = question_digest(query)
+    rows = {edit: ledger.contents.edit(edit)["question"] for edit in state.edit_ids}
+    # Of several the later one stands
+    place = max((place for place, edit in enumerate(state.edit_ids) if rows[edit] == asked_again), default=None)
+    return before, before if place is None else alone(ledger, state.deltas[place], query)
 
 
 def answers_of(ledger: Ledger, state: LedgerState | None, queries: Sequence[Query]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from fastedit.evaluation import EditScores
 from fastedit.fitting.solver import FitOutcome
 from fastedit.ledger.contents import Contents, outcome_of, scores_of
+from fastedit.ledger.database import LedgerError
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,12 @@ class Event:
     action: str
     detail: Mapping[str, Any] = field(default_factory=dict)
 
+    def told(self) -> str:
+        """Its detail on one line, long lists cut short."""
+        return ", ".join(f"{name}={_short(value)}" for name, value in self.detail.items())
+
     def __str__(self) -> str:
-        told = ", ".join(f"{name}={_short(value)}" for name, value in self.detail.items())
-        return f"{self.id:>6}  {self.time[:19]}  {self.action:<8}{told}"
+        return f"{self.id:>6}  {self.time[:19]}  {self.action:<8}{self.told()}"
 
 
 def _short(value: Any) -> str:
@@ -66,10 +70,27 @@ class Shown:
     scores: Mapping[str, EditScores]
 
 
-def history(contents: Contents) -> list[Event]:
-    """Every event, in order."""
-    rows = contents.database.checked_rows("events", "ORDER BY id")
+def history(contents: Contents, limit: int | None = None) -> list[Event]:
+    """Every event, or the newest ones, in order."""
+    where, values = _newest("events", limit)
+    rows = contents.database.checked_rows("events", f"{where} ORDER BY id", values)
     return [Event(row["id"], row["time"], row["action"], json.loads(row["detail"])) for row in rows]
+
+
+def all_shown(contents: Contents, limit: int | None = None) -> list[Shown]:
+    """Every edit that was asked for, or the newest ones, in order, without scores."""
+    where, values = _newest("edits", limit)
+    rows = contents.database.rows(f"SELECT id FROM edits {where} ORDER BY id", values)
+    return [shown(contents, row[0], scores=False) for row in rows]
+
+
+def _newest(table: str, limit: int | None) -> tuple[str, tuple[int, ...]]:
+    """What selects the newest rows of a table, all where no limit is given."""
+    if limit is None:
+        return "", ()
+    if limit < 1:
+        raise LedgerError(f"ledger: limit is at least 1 (got limit={limit})")
+    return f"WHERE id > (SELECT coalesce(max(id), 0) FROM {table}) - ?", (limit,)
 
 
 def shown(contents: Contents, number: int, *, scores: bool = True) -> Shown:

@@ -14,12 +14,13 @@ from fastedit.engine import provenance as origin
 from fastedit.engine.editing import edit as run_edits
 from fastedit.engine.output import expected_output_bytes, require_room
 from fastedit.engine.run_state import EditJob
-from fastedit.ledger.asked import ask_for, check_conflicts
+from fastedit.ledger.asked import answered, ask_for, check_conflicts
+from fastedit.ledger.asking import ask
 from fastedit.ledger.compact import Compacted, compact
 from fastedit.ledger.contents import Contents
 from fastedit.ledger.database import LedgerError
 from fastedit.ledger.diff import Change, changes
-from fastedit.ledger.history import Event, Shown, history, shown
+from fastedit.ledger.history import Event, Shown, all_shown, history, shown
 from fastedit.ledger.records import question_digest, to_record
 from fastedit.ledger.schema import as_text, utc_now
 from fastedit.ledger.session import Session, run_key
@@ -155,27 +156,35 @@ class Ledger:
         """The ledger as it is now."""
         return state_at(self, None)
 
-    def ask(self, prompt: str, image: Any = None) -> tuple[str, str]:
-        """The base model's answer to a question, and that with the edits."""
-        model = self.needs_model("ask")
-        before = model.answer(image, prompt)
-        with self.state().applied() as edited:
-            return before, edited.answer(image, prompt)
+    def ask(self, prompt: str, image: Any = None, *, at: str | int | None = None) -> tuple[str, str]:
+        """The base model's answer to a question, and that with the edits; where these act alone, with the question's.
+
+        Args:
+            prompt: the question. image: that it is about. at: a tag or an event; None is now.
+        """
+        return ask(self, state_at(self, at), prompt, image)
 
     # Looking back
 
-    def history(self) -> list[Event]:
-        """What was done, in order."""
-        return history(self.contents)
+    def history(self, limit: int | None = None) -> list[Event]:
+        """What was done, in order; the newest so many events."""
+        return history(self.contents, limit)
 
     def show(self, edit: int | str) -> Shown:
         """All that there is of an edit."""
         return shown(self.contents, self.contents.resolve(edit)[0])
 
-    def edits(self) -> list[Shown]:
-        """Every edit that was asked for, in order, without scores."""
-        rows = self.contents.database.rows("SELECT id FROM edits ORDER BY id")
-        return [shown(self.contents, row[0], scores=False) for row in rows]
+    def edits(self, limit: int | None = None) -> list[Shown]:
+        """Every edit that was asked for, in order, without scores; the newest so many."""
+        return all_shown(self.contents, limit)
+
+    def answered(self, requests: Sequence[EditRequest]) -> list[int | None]:
+        """Of each request the number of the edit that acts and answers its question as it asks; None where none does.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        return answered(self.contents, requests)
 
     def diff(
         self, before: str | int | None = None, after: str | int | None = None, *, questions: Sequence[Any] = ()
@@ -222,6 +231,10 @@ class Ledger:
     def undo_cost(self, ids: int | str | Sequence[int | str]) -> Undone:
         """What ``undo`` would do, without doing it."""
         return undo(self, ids, later="refit", pool=None, dry=True)
+
+    def redo_cost(self, ids: int | str | Sequence[int | str]) -> Undone:
+        """What ``redo`` would do, without doing it."""
+        return redo(self, ids, pool=None, dry=True)
 
     def redo(self, ids: int | str | Sequence[int | str], *, pool: Any = None) -> Undone:
         """Let edits act again that were taken back, in one transaction.

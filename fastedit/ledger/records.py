@@ -104,7 +104,7 @@ class ImageStore:
         return name
 
 
-def question_digest(request: EditRequest) -> str:
+def question_digest(request: EditRequest | Query) -> str:
     """What identifies a question about an image wherever both come from: the wording without case and outer marks, the
     pixels of the image."""
     shown = [_pixels(source) for source in images_of(request.image)]

@@ -118,6 +118,8 @@ def refit(
     Raises:
         LedgerError: they were fitted with records that are not given.
     """
+    if not wanted:
+        return []
     acting = list(before)
     contents, model = ledger.contents, ledger.needs_model("fitting again")
     for _, group in itertools.groupby(wanted, key=lambda edit: contents.edit(edit)["run"]):

@@ -134,7 +134,7 @@ def _lost(ledger: Ledger, edits: Sequence[int]) -> tuple[NotHeld, ...]:
     return tuple(NotHeld(*each) for each in listed if each[0] in edits and not holds(each[2], each[1]))
 
 
-def redo(ledger: Ledger, ids: Any, *, pool: Any) -> Undone:
+def redo(ledger: Ledger, ids: Any, *, pool: Any, dry: bool = False) -> Undone:
     """See ``Ledger.redo``."""
     contents = ledger.contents
     numbers = contents.resolve(ids)
@@ -156,6 +156,8 @@ def redo(ledger: Ledger, ids: Any, *, pool: Any) -> Undone:
             )
     up = adds_up(plan.method, run["mode"])
     undone = _undone_just_now(ledger, numbers) if up else None
+    if dry:
+        return Undone(tuple(numbers), refitted=tuple(numbers) if up and undone is None else ())
     if up and undone is None:
         ledger.check_model()
         for edit in numbers:

@@ -260,3 +260,33 @@ def test_tags_name_states(ledger: Ledger, edits: list[EditRequest]) -> None:
     for moment, message in (("absent", r"tags are \['release-1'\]"), (99, "events are numbered 1 to")):
         with pytest.raises(LedgerError, match=message):
             ledger.at(moment)
+
+
+def test_requests_are_found_by_question_and_answer(ledger: Ledger, edits: list[EditRequest]) -> None:
+    assert ledger.answered(edits[:2]) == [None, None]
+    ledger.edit(edits[:3], "grace", **FEW)
+    again = replace(edits[1], id="another", prompt="  what is number 1 here")
+    other = replace(edits[0], target="green")
+    assert ledger.answered([again, other, edits[4], edits[2]]) == [2, None, None, 3]
+    ledger.undo(3)
+    assert ledger.answered([edits[2]]) == [None]
+
+
+def test_the_newest_events_and_edits(ledger: Ledger, edits: list[EditRequest]) -> None:
+    assert (ledger.history(2), ledger.edits(2)) == ([], [])
+    ledger.edit(edits[:3], "grace", evaluate=False, **FEW)
+    assert [event.id for event in ledger.history(2)] == [3, 4]
+    assert [shown.id for shown in ledger.edits(2)] == [2, 3]
+    assert len(ledger.history(99)) == 4
+    with pytest.raises(LedgerError, match=r"limit is at least 1 \(got limit=0\)"):
+        ledger.history(0)
+
+
+def test_edits_that_act_alone_are_asked_their_own_questions(
+    ledger: Ledger, model: EditableModel, edits: list[EditRequest]
+) -> None:
+    ledger.edit(edits[:2], "lora", mode="single", steps=60, lr=1e-2, evaluate=False, show_progress=False)
+    assert [ledger.ask(edit.prompt, edit.image)[1] for edit in edits[:2]] == ["blue", "seven red"]
+    base = model.answer(None, "What is it?")
+    assert ledger.ask("What is it?") == (base, base)
+    assert ledger.ask(edits[1].prompt, edits[1].image, at=2)[1] != "seven red"

@@ -136,3 +136,15 @@ def test_edits_of_several_runs_are_fitted_again_as_each_was(
         other.edit(edits[1:2], "ft", evaluate=False, views="record", **FEW)
         other.edit(edits[2:4], "kl+ft", evaluate=False, views="record", steps=3, lr=1e-3, show_progress=False)
         assert largest_difference(now, list(other.state().deltas)) < 1e-8
+
+
+def test_the_last_of_a_sequence_is_taken_back_without_the_model(ledger: Ledger, edits: list[EditRequest]) -> None:
+    ledger.edit(edits[:3], "lora", evaluate=False, **FEW)
+    with fastedit.open_ledger(ledger.folder) as reader:
+        assert reader.undo(3).refitted == ()
+        assert reader.redo_cost(3).refitted == ()
+        assert reader.state().edit_ids == [1, 2]
+    ledger.edit(edits[3:4], "lora", evaluate=False, **FEW)
+    assert ledger.redo_cost(3).refitted == (3,)
+    assert ledger.state().edit_ids == [1, 2, 4]
+    assert ledger.redo(3).refitted == (3,)
