@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -19,6 +21,7 @@ from typer.core import TyperGroup
 REFUSED, BROKEN, STOPPED = 2, 1, 130
 #: Set in the environment, errors are shown with their frames.
 DEBUG = "FASTEDIT_DEBUG"
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("fastedit_typed", default=())
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -37,12 +40,22 @@ class Ended(Exception):
 class Commands(TyperGroup):
     """Commands that a signal ends with a sentence."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep what was typed, to say how to go on."""
+        _TYPED.set(tuple(args))
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Ended(f"{error}" or "stopped; nothing was kept", STOPPED) from error
+
+
+def command_line() -> str:
+    """The command that runs, as it was typed."""
+    return shlex.join(["fastedit", *_TYPED.get()])
 
 
 def is_expected(error: BaseException) -> bool:

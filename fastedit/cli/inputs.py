@@ -148,14 +148,15 @@ def load_model(
     *,
     batch_size: int | str,
     loading: Mapping[str, Any],
-    out: Path,
+    out: Path | None,
     evaluate: bool = True,
     keep_deltas: bool = True,
 ) -> EditableModel:
     """Look at the records, say what it will take, then load the model.
 
     Args:
-        loading: arguments of ``fastedit.load``, as ``check_loading`` gives them. out: folder for the runs.
+        loading: arguments of ``fastedit.load``, as ``check_loading`` gives them.
+        out: folder for the runs; None writes none.
     Raises:
         ValueError: records that the model cannot be asked, no room in ``out``, or see ``fastedit.load``.
     """
@@ -170,6 +171,10 @@ def load_model(
             messages.print(line, markup=False, soft_wrap=True)
     loaded = open_model(messages, model, loading)
     loaded.images.take_sizes(shaped.images)
-    sizes = [expected_output_bytes(loaded, resolve(n, s), len(edits), evaluate=evaluate) for n, s in methods.items()]
-    require_room(out, sum(sizes), "--out")
+    if out is not None:
+        sizes = [
+            expected_output_bytes(loaded, resolve(name, settings), len(edits), evaluate=evaluate)
+            for name, settings in methods.items()
+        ]
+        require_room(out, sum(sizes), "--out")
     return loaded

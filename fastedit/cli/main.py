@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 import fastedit
-from fastedit.cli.failures import Commands, run
+from fastedit.cli import ledger_commands, looking
+from fastedit.cli.app import app, console, messages
+from fastedit.cli.failures import run
 from fastedit.cli.options import (
+    LEDGER_VARIABLE,
     BatchSize,
     Conflicts,
     Data,
@@ -21,6 +23,7 @@ from fastedit.cli.options import (
     Dtype,
     Format,
     Images,
+    Json,
     Limit,
     Mode,
     Model,
@@ -46,50 +49,33 @@ from fastedit.cli.options import (
     with_run_arguments,
 )
 
-app = typer.Typer(
-    cls=Commands,
-    # Its boxes leave no room for words on a narrow terminal
-    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 90 else None,
-    no_args_is_help=True,
-    add_completion=False,
-    help="Edit knowledge in multimodal LLMs.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-console = Console()
-messages = Console(stderr=True)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        console.print(f"fastedit {fastedit.__version__}", markup=False, highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
 
 @app.command()
 def edit(
     model: Model = "pocket-llava",
     data: Data = "pocket-vqa",
     method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
-    out: Out = Path("runs/edit"),
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder for the run; if absent runs/edit, and none where a ledger keeps the edits"),
+    ] = None,
     overwrite: Overwrite = False,
     limit: Limit = None,
     batch_size: BatchSize = "16",
-    mode: Mode = "single",
+    mode: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="single: every edit alone, the default; sequential: edits accumulate in order, the default of a ledger"
+        ),
+    ] = None,
     conflicts: Conflicts = "error",
     score_at: Annotated[str, typer.Option(help="in sequence, also score after so many edits: 1,10,100")] = "",
     evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="score the edits")] = True,
     ledger: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="commit every edit there as it ends, and go on from what is committed"),
+        typer.Option(
+            envvar=LEDGER_VARIABLE, help="commit every edit there as it ends, and go on from what is committed"
+        ),
     ] = None,
     pool: Pool = None,
     views: Views = "heldout",
@@ -107,15 +93,21 @@ def edit(
     threads: Threads = None,
     settings: Settings = None,
     artifact: TrainedPart = None,
+    json: Json = False,
 ) -> None:
     """Edit a model, score the edits, save deltas and scores."""
-    from fastedit.cli.edit import edit_records
+    from fastedit.cli.edit import Keeping, edit_records, goes_on, look_at_ledger
     from fastedit.cli.inputs import check_artifact, check_loading, check_runs, load_model, read_records
     from fastedit.engine.arguments import check_options
     from fastedit.engine.output import claim_output
     from fastedit.ledger import check_folder
     from fastedit.methods import resolve
 
+    mode = mode or ("single" if ledger is None else "sequential")
+    if out is None and ledger is None:
+        out = Path("runs/edit")
+    if overwrite and out is None:
+        raise ValueError("--overwrite: replaces the run that --out holds (got no --out)")
     size, overrides = parse_batch_size(batch_size), parse_settings(settings)
     options: dict[str, Any] = {"views": views, "near": near, "seed": seed, "conflicts": conflicts, "evaluate": evaluate}
     with_run_arguments(options, overrides)
@@ -130,14 +122,16 @@ def edit(
         check_folder(ledger)
     edits, learned = read_records(data, pool, format=format, images=images, limit=limit, skip_missing=skip_missing)
     check_runs(chosen, edits, mode=mode, conflicts=options["conflicts"], score_at=options["score_at"])
-    with claim_output(out, overwrite=overwrite, field="--out"):
+    there = 0 if ledger is None else look_at_ledger(ledger, edits, options["conflicts"])
+    claimed = nullcontext() if out is None else claim_output(out, overwrite=overwrite, field="--out")
+    with goes_on(ledger, edits), claimed:
         loaded = load_model(
             messages, model, edits, chosen, batch_size=size, loading=loading, out=out,
             evaluate=options["evaluate"], keep_deltas=ledger is None,
         )  # fmt: skip
         edit_records(
-            console, loaded, edits, method, out=out, ledger=ledger, pool=learned, artifact=artifact, **options,
-            **overrides,
+            console, loaded, edits, method, Keeping(out, ledger, there, json), pool=learned, artifact=artifact,
+            **options, **overrides,
         )  # fmt: skip
 
 
@@ -241,86 +235,23 @@ def compare(
         work.run(console, loaded, **options)
 
 
-@app.command()
-def plan(
-    model: Model = "pocket-llava",
-    method: Annotated[str, typer.Option(help="ft, lora, kl+ft, odedit+lora ...")] = "odedit+lora",
-    batch_size: BatchSize = "16",
-    data: Annotated[Optional[str], typer.Option(help="plan for these records")] = None,  # noqa: UP045
-    evaluate: Annotated[bool, typer.Option(help="with scoring")] = True,
-    format: Format = None,
-    images: Images = None,
-    limit: Limit = None,
-    skip_missing: SkipMissing = False,
-    dtype: Dtype = None,
-    quantize: Quantize = "none",
-    device: Device = None,
-    settings: Settings = None,
-) -> None:
-    """The memory that a run would need, part by part; no weights are read."""
-    from fastedit.cli.inputs import check_loading
-    from fastedit.cli.plan import plan_table
-    from fastedit.methods import resolve
-    from fastedit.progress import progress
-
-    size, overrides = parse_batch_size(batch_size), parse_settings(settings)
-    resolve(method, overrides)
-    loading = check_loading(dtype, quantize, device, None)
-    edits = None
-    if data is not None:
-        require_known(data, None)
-        edits = fastedit.read_edits(data, format=format, images=images, limit=limit, skip_missing=skip_missing)
-    with progress(f"planning for {model}", 0):
-        found = fastedit.plan_memory(
-            model, method=method, batch_size=size, edits=edits, evaluate=evaluate, **loading, **overrides
-        )
-    console.print(plan_table(model, found))
-    console.print(found.text(), markup=False, soft_wrap=True)
-
-
-@app.command()
-def check(
-    data: Annotated[str, typer.Argument(help="a file of records")],
-    format: Format = None,
-    images: Images = None,
-    skip_missing: SkipMissing = False,
-    model: Annotated[
-        Optional[str], typer.Option(help="check lengths and tokens as this model has them")  # noqa: UP045
-    ] = None,
-    template: Template = None,
-) -> None:
-    """Read records and report everything that is wrong or odd in them, without a model's weights."""
-    from fastedit.cli.check import check_file
-
-    require_known(data, None)
-    sound = check_file(
-        console, messages, data, format=format, images=images, skip_missing=skip_missing, model=model, template=template
-    )
-    if not sound:
-        raise typer.Exit(2)
-
-
-@app.command()
-def info(
-    model: Annotated[Optional[str], typer.Argument(help="an embedded model")] = None,  # noqa: UP045
-) -> None:
-    """The embedded models' cards, or the installed kernels when no model is named."""
-    from fastedit.cli.info import print_info
-
-    print_info(console, model)
-
-
-@app.command()
-def export(
-    name: Annotated[str, typer.Argument(help="an embedded set")],
-    folder: Annotated[Path, typer.Argument(help="where to write records and images")],
-    split: Annotated[str, typer.Option(help="eval or train")] = "eval",
-) -> None:
-    """Write an embedded edit set as an MMEdit JSON file with its images."""
-    from fastedit import pocket
-
-    pocket.export(name, split, folder)
-    console.print(f"written to {folder}", markup=False)
+for _command in (
+    looking.plan,
+    looking.check,
+    looking.info,
+    looking.records,
+    ledger_commands.log,
+    ledger_commands.show,
+    ledger_commands.diff,
+    ledger_commands.ask,
+    ledger_commands.verify,
+    ledger_commands.undo,
+    ledger_commands.redo,
+    ledger_commands.tag,
+    ledger_commands.compact,
+    ledger_commands.export,
+):
+    app.command()(_command)
 
 
 def main() -> None:

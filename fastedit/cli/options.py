@@ -79,6 +79,33 @@ Conflicts = Annotated[
     str,
     typer.Option(help="two answers to one question in a sequence: error refuses them, with last the later one stands"),
 ]
+LEDGER_VARIABLE = "FASTEDIT_LEDGER"
+#: Of the commands that look at a ledger or change what acts in it.
+LedgerFolder = Annotated[
+    Path, typer.Option("--ledger", envvar=LEDGER_VARIABLE, help="folder of edits, of fastedit edit --ledger")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Yes = Annotated[bool, typer.Option("--yes", help="do not ask before edits are fitted again")]
+LedgerModel = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--model", help="the edited model; if absent the one that the ledger names, where it is here"),
+]
+LedgerDtype = Annotated[Optional[str], typer.Option("--dtype", help="as the edits were made if absent")]  # noqa: UP045
+LedgerQuantize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--quantize", help="none, nf4 or int8; as the edits were made if absent"),
+]
+LedgerTemplate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--template", help="prompt around a question; as the edits were made if absent"),
+]
+LedgerPool = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--pool", help="the records that edits were fitted with: a file, or an embedded set (its train split); if "
+        "absent the embedded sets are tried",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run that the folders hold")]
 
 #: Arguments of ``fastedit.edit`` that may also be given with --set, and what the options are if they are not.

@@ -15,7 +15,7 @@ _DRIVER = """
 import json, os, sys, tempfile, traceback
 import fastedit
 from fastedit.cli import main
-import fastedit.cli.edit, fastedit.cli.inputs, fastedit.cli.compare, fastedit.cli.train
+import fastedit.cli.edit, fastedit.cli.inputs, fastedit.cli.compare, fastedit.cli.train, fastedit.cli.undo
 import gc, typer.rich_utils
 fastedit.plan_memory("random:llava-tiny", method="lora")
 gc.freeze()

@@ -42,21 +42,32 @@ def stopped(arguments: str, folder: Path, wanted: str, number: signal.Signals) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_finished_edits_are_saved_and_shown(records: Path, number: signal.Signals) -> None:
-    done = stopped(
-        "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --batch-size 1 --out out "
-        "--ledger edits --set steps=400 --set stop_loss=None",
-        records, "edits/segments/00000002.safetensors", number,
-    )  # fmt: skip
+def test_finished_edits_are_committed_and_the_same_command_goes_on(records: Path, number: signal.Signals) -> None:
+    line = (
+        "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --batch-size 1 --ledger edits "
+        "--set steps=400 --set stop_loss=None"
+    )
+    done = stopped(line, records, "edits/segments/00000002.safetensors", number)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    run = fastedit.Run.load(records / "out")
-    assert 2 <= len(run.deltas) < 8
-    told = f"fastedit: stopped; {len(run.deltas)} of 8 edits are finished and saved in out: fastedit.Run.load('out')"
-    assert told in done.stderr
-    assert "--overwrite begins anew" in done.stderr
-    assert "strict protocol" in done.stdout
+    with fastedit.open_ledger(records / "edits") as ledger:
+        committed = len(ledger)
+        assert ledger.verify().sound
+    assert 2 <= committed < 8
+    told = f"fastedit: stopped; {committed} of 8 edits are committed in edits; the same command goes on from there: "
+    assert f"{told}fastedit {line}" in done.stderr
     assert "speed (this machine)" in done.stdout
+    assert not (records / "runs").exists()
+    done = stopped(f"{line} --json --out out", records, f"edits/segments/{committed + 1:08d}.safetensors", number)
+    assert done.returncode == 130, done.stderr
+    content = json.loads(done.stdout)
+    assert content["there"] == committed
+    assert content["new"] >= 1
+    assert [edit["edit"] for edit in content["edits"]] == list(range(1, committed + content["new"] + 1))
+    run = fastedit.Run.load(records / "out")
+    assert len(run.deltas) == len(content["edits"]) < 8
+    told = f"{len(run.deltas)} of 8 edits are committed in edits; the same command goes on from there: fastedit {line} "
+    assert f"{told}--json --out out --overwrite; they are saved in out as well" in done.stderr
 
 
 def test_training_says_from_where_it_goes_on(records: Path) -> None:
@@ -78,6 +89,64 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         main()
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+def test_without_a_ledger_finished_edits_are_saved_and_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], records: Path
+) -> None:
+    real = fastedit.edit
+
+    def edit(model: Any, edits: Any, method: str, **settings: Any) -> Any:
+        raise RunStopped("stopped", real(model, edits[:2], method, **settings), range(2))
+
+    monkeypatch.setattr(fastedit, "edit", edit)
+    monkeypatch.chdir(records)
+    line = "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --out out --set steps=1"
+    assert run_main(monkeypatch, *line.split()) == 130
+    assert len(fastedit.Run.load("out").deltas) == 2
+    told = capsys.readouterr()
+    assert "fastedit: stopped; 2 of 8 edits are finished and saved in out: fastedit.Run.load('out')" in told.err
+    assert "--overwrite begins anew" in told.err
+    assert "strict protocol" in told.out
+    assert "speed (this machine)" in told.out
+
+
+def test_before_a_model_is_loaded_a_ledger_says_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], records: Path
+) -> None:
+    monkeypatch.chdir(records)
+    line = "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --ledger led --set steps=1"
+    assert run_main(monkeypatch, *line.split(), "--no-evaluate", "--limit", "3") == 0
+
+    def load(*_arguments: Any, **_settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastedit, "load", load)
+    assert run_main(monkeypatch, *line.split()) == 130
+    told = f"fastedit: stopped; 3 of 8 edits are committed in led; the same command goes on from there: fastedit {line}"
+    assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+@pytest.mark.parametrize("event", ["before", "after"])
+def test_a_change_that_is_stopped_is_made_or_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], records: Path, event: str
+) -> None:
+    monkeypatch.chdir(records)
+    line = "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --ledger led --set steps=1"
+    assert run_main(monkeypatch, *line.split(), "--no-evaluate", "--limit", "3") == 0
+    real = fastedit.Ledger.undo
+
+    def undo(ledger: Any, ids: Any, **settings: Any) -> None:
+        if event == "after":
+            real(ledger, ids, **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastedit.Ledger, "undo", undo)
+    assert run_main(monkeypatch, "undo", "--ledger", "led", "2", "--yes") == 130
+    told = "the ledger is as it was" if event == "before" else "what was asked for is done, event 5"
+    assert capsys.readouterr().err.splitlines()[-1] == f"fastedit: stopped; {told}"
+    with fastedit.open_ledger("led") as ledger:
+        assert len(ledger) == (3 if event == "before" else 2)
 
 
 def test_before_anything_is_finished_nothing_is_kept(

@@ -27,7 +27,8 @@ from tests.engine.conftest import make_edits
 COMMANDS = [
     "-h",
     "--version",
-    *(f"{name} -h" for name in ("edit", "train", "compare", "plan", "check", "info", "export")),
+    *(f"{name} -h" for name in ("edit", "train", "compare", "plan", "check", "info", "records", "log", "show", "diff")),
+    *(f"{name} -h" for name in ("ask", "verify", "undo", "redo", "tag", "compact", "export")),
 ]
 
 
