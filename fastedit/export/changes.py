@@ -19,6 +19,7 @@ from fastedit.export import Exported
 from fastedit.export.changed import changed_weights
 from fastedit.export.checkpoint import size_bytes, write_checkpoint
 from fastedit.export.placing import placing
+from fastedit.export.weights import require_weights
 from fastedit.files import open_tensors, require_finite, tensors_digest, write_tensors
 from fastedit.requests import EditRequest
 
@@ -54,6 +55,8 @@ def export_changes(
         ValueError: no changes of weights, a quantized base, weights that others share, no room, or a folder in use.
         OSError: it cannot be written; nothing is left of it.
     """
+    # Before their sequence: deltas that are no weights do not add up, whatever they were fitted on
+    require_weights(deltas, "delta")
     if check_sequence:
         require_sequence(deltas)
     expected = sum(site.d_in * site.d_out for site in deltas[0].spec.sites) * model.dtype.itemsize

@@ -18,6 +18,7 @@ from fastedit.export import Exported
 from fastedit.export.changed import changed_weights
 from fastedit.export.checkpoint import size_bytes, write_checkpoint
 from fastedit.export.placing import placing
+from fastedit.export.weights import require_weights
 from fastedit.requests import EditRequest
 from fastedit.settings import nearest
 
@@ -55,6 +56,8 @@ def export_merged(
         OSError: it cannot be written; nothing is left of it.
     """
     target = checked_dtype(dtype)
+    # Before their sequence: deltas that are no weights do not add up, whatever they were fitted on
+    require_weights(deltas, "merged")
     if check_sequence:
         require_sequence(deltas)
     weights: dict[str, Any] = {}
