@@ -18,8 +18,9 @@ from fastedit.cli.failures import STOPPED, Ended, command_line, reason, sentence
 from fastedit.cli.tables import print_scores
 from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.ledger import Ledger, check_folder
-from fastedit.ledger.asked import check_requests
+from fastedit.ledger.asked import answered
 from fastedit.ledger.schema import FILE
+from fastedit.progress import progress
 from fastedit.requests import EditRequest
 
 
@@ -56,9 +57,8 @@ def look_at_ledger(folder: Path, edits: Sequence[EditRequest], conflicts: str) -
         # Whoever has the lock is named now, and not after the model was loaded
         with opened.contents.writing():
             pass
-        if conflicts == "error":
-            check_requests(opened.contents, edits)
-        there = _count_there(opened, edits)
+        with progress(f"looking for {len(edits)} edits in {folder}", 0):
+            there = sum(edit is not None for edit in answered(opened.contents, edits, conflicts))
         tell(f"{folder}: {there} of {len(edits)} edits are there, {len(edits) - there} are new")
     return there
 

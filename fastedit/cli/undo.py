@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fastedit.cli.app import tell
 from fastedit.cli.documents import edit_id, lost_document, one_line, print_document, print_lines, text_table
+from fastedit.cli.failures import STOPPED, Ended
 from fastedit.cli.ledger_model import Loading, one_change, pool_of, reading, with_model
 from fastedit.ledger import Ledger
 from fastedit.ledger.undo import LATER, Undone
@@ -40,9 +41,9 @@ def undo_edits(
         behind, refits = cost.refitted, bool(cost.refitted) and later == "refit"
         tell(f"to take back: {_named(opened, cost.ids)}")
         if refits:
-            tell(f"{_count(behind)} were fitted on top and are fitted again, {_steps(opened, behind)}")
+            tell(f"fitted on top and fitted again: {_count(behind)}, {_steps(opened, behind)}")
         else:
-            tell(f"{_count(behind)} were fitted on top, stay as they are and are asked again" if behind else _ALONE)
+            tell(f"fitted on top, kept and asked again: {_count(behind)}" if behind else _ALONE)
         _agree(yes, refits)
         learned = pool_of(opened, behind, **records) if refits else None
         if not behind:
@@ -104,7 +105,7 @@ def _agree(yes: bool, refits: bool) -> None:
     """Ask on a terminal whether to go on; elsewhere what takes work is done only where that was said.
 
     Raises:
-        ValueError: nobody can be asked. typer.Exit: the answer was no.
+        ValueError: nobody can be asked. typer.Exit: the answer was no. Ended: stopped by a signal.
     """
     if yes:
         return
@@ -112,7 +113,11 @@ def _agree(yes: bool, refits: bool) -> None:
         if refits:
             raise ValueError("--yes: edits are fitted again where that was agreed to (got no --yes, and no terminal)")
         return
-    if not typer.confirm("go on?", err=True):
+    try:
+        agreed = typer.confirm("go on?", err=True)
+    except typer.Abort as stopped:
+        raise Ended("stopped; the ledger is as it was", STOPPED) from stopped
+    if not agreed:
         tell("nothing was changed")
         raise typer.Exit(1)
 

@@ -15,24 +15,21 @@ from fastedit.ledger.schema import as_text
 from fastedit.requests import EditRequest
 
 
-def answered(contents: Contents, requests: Sequence[EditRequest]) -> list[int | None]:
-    """See ``Ledger.answered``."""
-    questions = [question_digest(request) for request in requests]
-    standing = contents.standing(questions)
-    there = [standing.get(question, ("", 0)) for question in questions]
-    targets = [target_key(request.target) for request in requests]
-    return [edit if edit and target == wanted else None for (target, edit), wanted in zip(there, targets, strict=True)]
+def answered(contents: Contents, requests: Sequence[EditRequest], conflicts: str = "last") -> list[int | None]:
+    """See ``Ledger.answered``.
 
-
-def check_requests(contents: Contents, requests: Sequence[EditRequest]) -> None:
-    """Refuse requests that give a question another answer than it has in a ledger or among themselves.
-
+    Args:
+        conflicts: "error" refuses requests that give a question another answer than it has there or among themselves.
     Raises:
-        LedgerError: names both. ImageError: an image cannot be read.
+        LedgerError: they do; names both. ImageError: an image cannot be read.
     """
     questions = [question_digest(request) for request in requests]
     targets = [target_key(request.target) for request in requests]
-    check_conflicts(requests, questions, targets, contents.standing(questions))
+    standing = contents.standing(questions)
+    if conflicts == "error":
+        check_conflicts(requests, questions, targets, standing)
+    there = [standing.get(question, ("", 0)) for question in questions]
+    return [edit if edit and target == wanted else None for (target, edit), wanted in zip(there, targets, strict=True)]
 
 
 def check_conflicts(

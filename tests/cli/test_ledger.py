@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
+from fastedit.cli.failures import Ended
 from fastedit.cli.main import app
 from fastedit.data import write_jsonl
 from tests.cli.commands import Done, run_all
@@ -144,7 +145,7 @@ def test_undo_says_what_it_costs_and_asks(done: dict[str, Done]) -> None:
     refused = done["undo --ledger led 2"]
     assert refused.status == 2
     assert "to take back: 2 (What is number 1 here? -> seven red)" in refused.err
-    assert "2 edits were fitted on top and are fitted again, which took 6 steps" in refused.err
+    assert "fitted on top and fitted again: 2 edits, which took 6 steps" in refused.err
     assert "fastedit: --yes: edits are fitted again where that was agreed to" in refused.err
     assert "random:llava-tiny" not in refused.err, "the model was loaded first"
     content = document(done, "undo --ledger led 2 edit-2 --yes --json")
@@ -370,6 +371,23 @@ def test_a_ledger_that_is_written_is_refused_at_once(kept: Path, tmp_path: Path)
         assert len([line for line in result.err.splitlines() if line.startswith("fastedit:")]) == 1
         assert "needs" not in result.err, "the model was planned first"
     assert log.status == 0
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged", "delta"])
+def test_edits_that_are_no_weights_do_not_leave_as_weights(kept: Path, tmp_path: Path, kind: str) -> None:
+    told = refusal("export", "--ledger", str(kept), kind, str(tmp_path / "out"))
+    assert f"export: {kind!r} writes changes of weights, and a delta of kind 'codebook' is none" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_is_stopped_changes_nothing(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastedit.cli.undo.is_terminal", lambda: True)
+    # The end of the input is what Ctrl-C is
+    result = runner.invoke(app, ["undo", "--ledger", str(kept), "1"], input="")
+    assert isinstance(result.exception, Ended)
+    assert (str(result.exception), result.exception.status) == ("stopped; the ledger is as it was", 130)
+    with fastedit.open_ledger(kept) as ledger:
+        assert len(ledger) == 2
 
 
 @pytest.mark.parametrize("answer", ["n", "y"])
