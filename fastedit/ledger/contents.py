@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastedit.engine.run import LOSSES
 from fastedit.evaluation import EditScores
-from fastedit.files import replacing
+from fastedit.files import clear_partial, replacing
 from fastedit.fitting.solver import FitOutcome
-from fastedit.ledger.database import DamagedLedger, Database, LedgerError, Transaction
-from fastedit.ledger.lock import writing
+from fastedit.ledger.database import DamagedLedger, Database, LedgerError, Transaction, sync_folder
+from fastedit.ledger.lock import WriterLock, writing
 from fastedit.ledger.records import ImageStore, from_record
-from fastedit.ledger.schema import COMMIT_BYTES, COMMITS, FILE, SEAL
+from fastedit.ledger.schema import ARTIFACTS, COMMIT_BYTES, COMMITS, FILE, SEAL
 from fastedit.ledger.segments import COLUMNS, Segments, Stored, file_checksum, stored_of
 from fastedit.requests import EditRequest
 
@@ -39,9 +38,9 @@ class Contents:
         self.database = Database(folder)
         self.segments = Segments(self.database)
         self.images = ImageStore(folder)
-        self._is_ours: Callable[[], None] | None = None
-        #: Whether there may be files that no commit names.
-        self._left = False
+        #: What this object writes with, and whether it ever did.
+        self._writer: WriterLock | None = None
+        self._wrote = False
         self.check_commits()
 
     # Writing
@@ -53,36 +52,50 @@ class Contents:
         Raises:
             LedgerError: another process writes. DamagedLedger: commits are missing.
         """
-        if self._is_ours is not None:
+        if self._writes():
             yield
             return
         with writing(self.folder) as lock:
-            self._is_ours, self._left = lock.check, lock.was_left
+            lock.is_clean = False
+            self.check_commits()
+            if (self.folder / SEAL).exists():
+                (self.folder / SEAL).unlink()
+                # On the disk before what it would contradict
+                sync_folder(self.folder)
+            if lock.was_left:
+                self._clear()
+            self.images.forget()
+            self._writer, self._wrote = lock, True
             try:
-                self.check_commits()
-                (self.folder / SEAL).unlink(missing_ok=True)
-                self._remove_left()
                 yield
-            finally:
-                self._is_ours = None
-                self._remove_left()
+            except BaseException:
+                # At once: a disk that is full has room again. Where this fails too, the next writer does it
+                with suppress(LedgerError, OSError):
+                    lock.check()
+                    self._clear()
+                    lock.is_clean = True
+                raise
+            lock.is_clean = True
 
-    def _remove_left(self) -> None:
-        """Remove what a killed writer or a transaction that failed has left."""
-        if self._left:
-            self.segments.remove_unknown()
-            self._left = False
+    def _writes(self) -> bool:
+        """Whether this thread has the writer's lock."""
+        return self._writer is not None and self._writer.is_held
+
+    def _clear(self) -> None:
+        """Remove what was written and never committed."""
+        for folder in (self.folder, self.images.folder, self.folder / ARTIFACTS):
+            clear_partial(folder)
+        self.segments.remove_unknown()
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """What is written inside the block is there whole or not at all; only inside of ``writing``."""
-        if self._is_ours is None:
+        lock = self._writer
+        if lock is None or not lock.is_held:
             raise LedgerError("ledger: who writes has its lock (got none)")
-        self._left, before = True, self._left
         with self.database.transaction() as transaction:
-            self._is_ours()
+            lock.check()
             yield transaction
-        self._left = before
 
     def check_commits(self) -> None:
         """Refuse a database that lacks the newest commit.
@@ -229,9 +242,11 @@ class Contents:
 
     def _seal(self) -> None:
         seal, wal = self.folder / SEAL, self.folder / f"{FILE}-wal"
-        if seal.exists() or not os.access(self.folder, os.W_OK):
+        # Who only read keeps nobody from writing
+        if not self._wrote or seal.exists():
             return
-        with suppress(LedgerError, OSError), writing(self.folder):
+        with suppress(LedgerError, OSError), writing(self.folder) as lock:
+            lock.is_clean = not lock.was_left
             if not (wal.exists() and wal.stat().st_size):
                 with replacing(seal) as file:
                     file.write(f"{file_checksum(self.folder / FILE)}\n".encode())

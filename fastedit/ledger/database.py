@@ -7,7 +7,6 @@ it, and the newest is also written to a file of its own, so that rows that are l
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 import threading
@@ -15,7 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+from fastedit.ledger.connections import (
+    Connection,
+    DamagedLedger,
+    LedgerError,
+    Reader,
+    open_writer,
+    translated,
+)
 from fastedit.ledger.schema import (
     CHECK,
     COMMIT_BYTES,
@@ -32,16 +40,7 @@ from fastedit.ledger.schema import (
     utc_now,
 )
 
-#: Seconds that a statement waits for another one to end.
-PATIENCE_S = 30.0
-
-
-class LedgerError(ValueError):
-    """The ledger cannot do what was asked; it is as it was."""
-
-
-class DamagedLedger(LedgerError):
-    """A file of the ledger is not what was written."""
+__all__ = ["COMMIT_BYTES", "DamagedLedger", "Database", "LedgerError", "Transaction", "sync_folder"]
 
 
 class Database:
@@ -57,9 +56,13 @@ class Database:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / FILE
         self._of_thread = threading.local()
-        self._opened: list[sqlite3.Connection] = []
+        # Those of threads that have ended go with them
+        self._opened: WeakSet[Reader] = WeakSet()
         self._lock = threading.Lock()
-        self._writer: sqlite3.Connection | None = None
+        self._writer: Connection | None = None
+        self._current: Transaction | None = None
+        #: A child that was forked uses no connection of its parent, and does not close any.
+        self._inherited: list[Connection | Reader] = []
         with self.translated():
             found = self.one("SELECT value FROM meta WHERE name = 'format'")
         if found is None or found[0] != FORMAT:
@@ -75,10 +78,9 @@ class Database:
             OSError: it cannot be written.
         """
         path = folder / f"{FILE}.new"
-        for ending in ("", "-wal", "-shm"):
-            path.with_name(path.name + ending).unlink(missing_ok=True)
-        with _translated(folder):
-            connection = _connect(path)
+        _remove(path)
+        with translated(folder), _removed_if_broken(path):
+            connection = open_writer(path)
             try:
                 mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
                 if mode != "wal":
@@ -97,7 +99,7 @@ class Database:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
                 connection.close()
-        path.replace(folder / FILE)
+            path.replace(folder / FILE)
         sync_folder(folder)
 
     # Reading
@@ -134,20 +136,24 @@ class Database:
         return next(self.checked_rows(table, f"WHERE {NAMES[table][0]} = ?", (key,)), None)
 
     def _reader(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._of_thread, "connection", None)
-        if connection is None or getattr(self._of_thread, "process", None) != os.getpid():
-            connection = _open_reader(self.path)
-            self._of_thread.connection, self._of_thread.process = connection, os.getpid()
+        reader: Reader | None = getattr(self._of_thread, "reader", None)
+        if reader is None or reader.process != os.getpid():
+            if reader is not None:
+                self._inherited.append(reader)
+            reader = Reader(self.path)
+            self._of_thread.reader = reader
             with self._lock:
-                self._opened.append(connection)
-        return connection
+                self._opened.add(reader)
+        return reader.connection
 
     # Writing
 
     def writer(self) -> sqlite3.Connection:
         """The connection that writes; only for who holds the writer's lock."""
-        if self._writer is None:
-            self._writer = _connect(self.path)
+        if self._writer is None or self._writer.process != os.getpid():
+            if self._writer is not None:
+                self._inherited.append(self._writer)
+            self._writer = open_writer(self.path)
         return self._writer
 
     @contextmanager
@@ -159,14 +165,18 @@ class Database:
         """
         with self.translated():
             connection = self.writer()
-            connection.execute("BEGIN IMMEDIATE")
             transaction = Transaction(connection, self.folder)
             try:
+                self._current = transaction
+                if connection.in_transaction:
+                    # An interrupt came before the block could begin
+                    connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
                 yield transaction
                 connection.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):
-                    if connection.in_transaction:
+                    if self._current is transaction and connection.in_transaction:
                         connection.execute("ROLLBACK")
                 raise
             transaction.note_commit()
@@ -174,23 +184,24 @@ class Database:
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Inside the block errors of SQLite are ours."""
-        with _translated(self.folder):
+        with translated(self.folder):
             yield
 
     def close(self) -> None:
         """Close every connection; what is in the WAL file goes to the database where nobody else reads."""
         with self._lock:
-            opened, self._opened = self._opened, []
-        # Readers first: who can write takes the WAL file away with the last connection
-        for connection in opened:
-            with suppress(sqlite3.Error):
-                connection.close()
+            # First no one finds them any more
+            self._of_thread = threading.local()
+            opened, self._opened = list(self._opened), WeakSet()
         writer, self._writer = self._writer, None
-        if writer is not None:
+        self._inherited += [each for each in (*opened, writer) if each is not None and each.process != os.getpid()]
+        # Readers first: who can write takes the WAL file away with the last connection
+        for reader in opened:
+            reader.close()
+        if writer is not None and writer.process == os.getpid():
             with suppress(sqlite3.Error):
                 writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             writer.close()
-        self._of_thread = threading.local()
 
 
 class Transaction:
@@ -250,6 +261,21 @@ class Transaction:
             os.fsync(file.fileno())
 
 
+@contextmanager
+def _removed_if_broken(path: Path) -> Iterator[None]:
+    """A database that cannot be finished takes no room on a disk that is full."""
+    try:
+        yield
+    except BaseException:
+        _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    for ending in ("", "-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names of new files on the disk, where the system can."""
     with suppress(OSError):
@@ -274,57 +300,3 @@ def _insert(connection: sqlite3.Connection, table: str, values: Mapping[str, Any
     )
     key = row[0]
     return key if isinstance(key, int) else 0
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=OFF")
-    connection.execute("PRAGMA trusted_schema=OFF")
-    connection.execute("PRAGMA cell_size_check=ON")
-    return connection
-
-
-def _open_reader(path: Path) -> sqlite3.Connection:
-    """A connection that cannot write; of a folder that nobody can write to, as the file stands."""
-    quoted = path.absolute().as_uri()
-    for options in ("mode=ro", "mode=ro&immutable=1"):
-        connection = sqlite3.connect(
-            f"{quoted}?{options}", uri=True, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            connection.execute("PRAGMA trusted_schema=OFF")
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError:
-            connection.close()
-            if options != "mode=ro" or os.access(path.parent, os.W_OK):
-                raise
-            continue
-        return connection
-    raise AssertionError
-
-
-_FULL = ("full", "no space")
-
-
-@contextmanager
-def _translated(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        name = getattr(error, "sqlite_errorname", "") or ""
-        text = f"{error}"
-        if name in ("SQLITE_FULL",) or any(word in text.lower() for word in _FULL):
-            raise OSError(errno.ENOSPC, "ledger: the disk is full; what was committed is there", str(folder)) from error
-        if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
-            raise OSError(errno.EIO, f"ledger: the database cannot be read or written, {text}", str(folder)) from error
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
-            raise LedgerError(
-                f"ledger: the database could not be locked within {PATIENCE_S:.0f} s; another process holds it, or "
-                f"the folder does not lie on a local disk (got {text!r} in folder={str(folder)!r})"
-            ) from error
-        raise DamagedLedger(
-            f"ledger: {FILE} holds a ledger's tables (got {text!r} in folder={str(folder)!r})"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise DamagedLedger(f"ledger: {FILE} is a whole database (got {error} in folder={str(folder)!r})") from error

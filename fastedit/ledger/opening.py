@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from fastedit.backbone import EditableModel
 from fastedit.engine import provenance as origin
 from fastedit.ledger.database import Database, LedgerError
 from fastedit.ledger.ledger import Ledger
-from fastedit.ledger.lock import LOCK, writing
+from fastedit.ledger.lock import LOCK, LedgerTaken, writing
 from fastedit.ledger.schema import FILE, as_text, utc_now
+
+#: Seconds that a process waits for another one to make the ledger.
+PATIENCE_S = 10.0
 
 
 def open_ledger(folder: str | Path, model: EditableModel | None = None) -> Ledger:
@@ -53,13 +57,25 @@ def check_folder(path: Path) -> None:
     if existing.exists() and not existing.is_dir():
         raise LedgerError(f"ledger: it is a folder, and lies in one (got folder={str(path)!r}, file={str(existing)!r})")
     if path.exists() and not (path / FILE).exists():
-        other = [each.name for each in path.iterdir() if each.name != LOCK and not each.name.startswith(f"{FILE}.new")]
+        other = [each.name for each in path.iterdir() if not each.name.startswith((LOCK, f"{FILE}.new"))]
         if other:
             raise LedgerError(f"ledger: the folder is new, empty or a ledger's (got {other[0]!r} in {str(path)!r})")
 
 
 def _create(path: Path, model: EditableModel) -> None:
     path.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + PATIENCE_S
+    while not (path / FILE).exists():
+        try:
+            _create_locked(path, model)
+        except LedgerTaken:
+            # Another process that makes it is about to be done
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
+def _create_locked(path: Path, model: EditableModel) -> None:
     with writing(path):
         if (path / FILE).exists():
             return

@@ -15,7 +15,7 @@ from fastedit.data.images import image_digest, locate, open_file, open_image
 from fastedit.data.report import question_key
 from fastedit.data.schema import IMAGE_FIELDS
 from fastedit.files import replacing
-from fastedit.ledger.database import DamagedLedger
+from fastedit.ledger.database import DamagedLedger, sync_folder
 from fastedit.requests import EditRequest, ImageSource, Probe, Query, Video, VisualSource, images_of
 
 #: Folder of the images below that of the ledger.
@@ -98,9 +98,12 @@ class ImageStore:
         name = name if _NAME.fullmatch(name) else f"{name[:64]}.img"
         target = self.folder / name
         if not target.exists():
-            self.folder.mkdir(exist_ok=True)
+            if not self.folder.exists():
+                self.folder.mkdir(exist_ok=True)
+                sync_folder(self.folder.parent)
             with replacing(target) as out:
                 out.write(content)
+            sync_folder(self.folder)
         return name
 
 

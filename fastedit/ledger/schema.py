@@ -10,6 +10,8 @@ from typing import Any
 
 FORMAT = "fastedit-ledger/1"
 FILE, COMMITS, SEAL = "ledger.sqlite", "commits.log", "ledger.sha256"
+#: Folder of trained parts below that of the ledger.
+ARTIFACTS = "artifacts"
 CHECK = "checksum"
 
 #: Table -> its columns, the key first. Every table has a column for the checksum of its rows as well.

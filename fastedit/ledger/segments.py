@@ -77,7 +77,11 @@ class Segments:
         """
         number = 1 + (transaction.rows("SELECT max(id) FROM segments")[0][0] or 0)
         path = self.path(number)
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(exist_ok=True)
+            sync_folder(path.parent.parent)
+        # A transaction that broke off may have had a file of this number, which was read meanwhile
+        self._forget(number)
         save_deltas(deltas, path)
         sync_folder(path.parent)
         transaction.insert(
@@ -113,6 +117,12 @@ class Segments:
             return None
         return replace(stored, segment=row["segment"], row=row["row"])
 
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            entered, _ = self._open.pop(number, (None, None))
+            if entered is not None:
+                entered.close()
+
     def _file(self, number: int) -> Any:
         if number not in self._open:
             with ExitStack() as entered:
@@ -145,9 +155,9 @@ class Segments:
     def close(self) -> None:
         """Close the files; they are opened again when something is read."""
         with self._lock:
-            for entered, _ in self._open.values():
-                entered.close()
-            self._open.clear()
+            # None that is closed stays in the table, whatever comes between
+            while self._open:
+                self._open.popitem()[1][0].close()
 
 
 class LedgerDeltas(Sequence[EditDelta]):

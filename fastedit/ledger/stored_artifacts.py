@@ -5,11 +5,9 @@ from __future__ import annotations
 from fastedit.backbone import EditableModel
 from fastedit.ledger.contents import Contents
 from fastedit.ledger.database import DamagedLedger, Transaction, sync_folder
+from fastedit.ledger.schema import ARTIFACTS
 from fastedit.ledger.segments import file_checksum
 from fastedit.training import Artifact, load_artifact, save_artifact
-
-#: Folder below that of the ledger.
-ARTIFACTS = "artifacts"
 
 
 def keep_artifact(contents: Contents, transaction: Transaction, artifact: Artifact | None) -> None:
@@ -19,6 +17,7 @@ def keep_artifact(contents: Contents, transaction: Transaction, artifact: Artifa
     folder = contents.folder / ARTIFACTS
     path = save_artifact(artifact, folder / f"{artifact.id}.safetensors")
     sync_folder(folder)
+    sync_folder(contents.folder)
     transaction.insert(
         "artifacts", id=artifact.id, file=path.name, sha256=file_checksum(path), kind=artifact.kind
     )  # fmt: skip

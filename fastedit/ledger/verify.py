@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastedit.ledger.asking import holds, own_answers
@@ -104,8 +105,14 @@ def _database_problems(contents: Contents) -> Iterator[str]:
     database = contents.database
     seal = contents.folder / SEAL
     wal = database.path.with_name(f"{FILE}-wal")
-    sealed = seal.exists() and not (wal.exists() and wal.stat().st_size)
-    if sealed and seal.read_text(errors="replace").strip() != file_checksum(database.path):
+    sealed = _text(seal)
+    if (
+        sealed is not None
+        and not (wal.exists() and wal.stat().st_size)
+        and sealed.strip() != file_checksum(database.path)
+        # A writer that came meanwhile takes the seal away first
+        and sealed == _text(seal)
+    ):
         yield f"{FILE}: is not what was written (its checksum in {SEAL} differs)"
     try:
         for (found,) in database.rows("PRAGMA integrity_check"):
@@ -120,8 +127,18 @@ def _database_problems(contents: Contents) -> Iterator[str]:
         yield f"{FILE}: {error}"
 
 
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
 def _history_problems(contents: Contents) -> Iterator[str]:
     """Events that are missing or were changed, and versions that have none."""
+    # Before the events: those that are committed meanwhile are in them
+    path = contents.folder / COMMITS
+    content = path.read_bytes() if path.exists() else b""
     chain = ""
     chains: dict[int, str] = {}
     events = contents.database.rows("SELECT id, time, action, detail, chain FROM events ORDER BY id")
@@ -141,15 +158,12 @@ def _history_problems(contents: Contents) -> Iterator[str]:
         "WHERE s.id IS NULL OR v.row >= s.deltas OR v.row < 0"
     ):
         yield f"{FILE}: versions {version} names row {row_number} of segment {segment}, which there is not"
-    path = contents.folder / COMMITS
-    if path.exists():
-        content = path.read_bytes()
-        for start in range(0, len(content) - len(content) % COMMIT_BYTES, COMMIT_BYTES):
-            line = content[start : start + COMMIT_BYTES]
-            number = line[:12].decode("ascii", "replace")
-            known = chains.get(int(number), "") if number.isdigit() else ""
-            if not known or line != commit_line(int(number), known):
-                yield f"{COMMITS}: line {start // COMMIT_BYTES + 1} names a commit that {FILE} does not have"
+    for start in range(0, len(content) - len(content) % COMMIT_BYTES, COMMIT_BYTES):
+        line = content[start : start + COMMIT_BYTES]
+        number = line[:12].decode("ascii", "replace")
+        known = chains.get(int(number), "") if number.isdigit() else ""
+        if not known or line != commit_line(int(number), known):
+            yield f"{COMMITS}: line {start // COMMIT_BYTES + 1} names a commit that {FILE} does not have"
 
 
 def _file_problems(contents: Contents) -> Iterator[str]:
@@ -157,7 +171,9 @@ def _file_problems(contents: Contents) -> Iterator[str]:
     database = contents.database
     try:
         for row in database.checked_rows("segments", "ORDER BY id"):
-            yield contents.segments.problem(row)
+            problem = contents.segments.problem(row)
+            # Compacting takes files away that were there a moment ago
+            yield problem if problem and database.row("segments", row["id"]) is not None else ""
         for row in database.checked_rows("artifacts"):
             yield artifact_problem(contents, row)
         named: dict[str, None] = {}
