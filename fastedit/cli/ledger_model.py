@@ -144,8 +144,9 @@ def pool_of(
     from fastedit.cli.options import require_known
     from fastedit.ledger.refit import checked_pool
 
-    settings = [opened.contents.run_of(edit)["settings"]["pool"] for edit in edits]
-    wanted = {stored["fingerprint"]: stored for stored in settings if stored is not None}
+    runs = dict.fromkeys(opened.contents.edit(edit)["run"] for edit in edits)
+    pools = [opened.contents.run(number)["settings"]["pool"] for number in runs]
+    wanted = {stored["fingerprint"]: stored for stored in pools if stored is not None}
     if not wanted:
         return None
     if len(wanted) > 1:

@@ -15,6 +15,7 @@ from fastedit.cli.documents import edit_id, lost_document, one_line, print_docum
 from fastedit.cli.failures import STOPPED, Ended
 from fastedit.cli.ledger_model import Loading, one_change, pool_of, reading, with_model
 from fastedit.ledger import Ledger
+from fastedit.ledger.history import listed
 from fastedit.ledger.undo import LATER, Undone
 
 
@@ -91,13 +92,13 @@ def _count(ids: Sequence[int]) -> str:
 
 def _named(opened: Ledger, ids: Sequence[int]) -> str:
     """The first of some edits by what they ask for."""
-    shown = [opened.show(edit) for edit in ids[:3]]
+    shown = listed(opened.contents, ids[:3])
     told = ", ".join(f"{each.id} ({one_line(each.prompt):.60} -> {one_line(each.target):.40})" for each in shown)
     return told + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
 
 
 def _steps(opened: Ledger, ids: Sequence[int]) -> str:
-    outcomes = [opened.show(edit).outcome for edit in ids]
+    outcomes = [each.outcome for each in listed(opened.contents, ids)]
     return f"which took {sum(each.steps for each in outcomes if each is not None):,} steps"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,13 @@ def all_shown(contents: Contents, limit: int | None = None) -> list[Shown]:
     """Every edit that was asked for, or the newest ones, in order, without scores."""
     where, values = _newest("edits", limit)
     rows = contents.database.rows(f"SELECT id FROM edits {where} ORDER BY id", values)
-    return [shown(contents, row[0], scores=False) for row in rows]
+    return listed(contents, [row[0] for row in rows])
+
+
+def listed(contents: Contents, numbers: Sequence[int]) -> list[Shown]:
+    """Some edits, without scores; the row of a run, which may name very many, is read once."""
+    runs: dict[int, Mapping[str, Any]] = {}
+    return [shown(contents, number, scores=False, runs=runs) for number in numbers]
 
 
 def _newest(table: str, limit: int | None) -> tuple[str, tuple[int, ...]]:
@@ -93,10 +99,19 @@ def _newest(table: str, limit: int | None) -> tuple[str, tuple[int, ...]]:
     return f"WHERE id > (SELECT coalesce(max(id), 0) FROM {table}) - ?", (limit,)
 
 
-def shown(contents: Contents, number: int, *, scores: bool = True) -> Shown:
-    """All that there is of an edit."""
+def shown(
+    contents: Contents, number: int, *, scores: bool = True, runs: dict[int, Mapping[str, Any]] | None = None
+) -> Shown:
+    """All that there is of an edit.
+
+    Args:
+        runs: by number, those that were read already; what is read is put there.
+    """
     row = contents.edit(number)
-    run = contents.database.row("runs", row["run"]) or {"method": "", "mode": ""}
+    known = {} if runs is None else runs
+    if row["run"] not in known:
+        known[row["run"]] = contents.database.row("runs", row["run"]) or {"method": "", "mode": ""}
+    run = known[row["run"]]
     versions = list(contents.database.checked_rows("versions", "WHERE edit = ? ORDER BY since, id", (number,)))
     newest = versions[-1] if versions else None
     status = "asked" if newest is None else "acts" if newest["until"] is None else "undone"

@@ -282,6 +282,18 @@ def test_the_newest_events_and_edits(ledger: Ledger, edits: list[EditRequest]) -
         ledger.history(0)
 
 
+def test_the_row_of_a_run_is_read_once_for_all_its_edits(
+    ledger: Ledger, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.edit(edits[:3], "grace", evaluate=False, **FEW)
+    ledger.edit(edits[3:5], "grace", evaluate=False, **FEW)
+    looked: list[str] = []
+    real = ledger.contents.database.row
+    monkeypatch.setattr(ledger.contents.database, "row", lambda table, key: looked.append(table) or real(table, key))
+    assert [shown.method for shown in ledger.edits()] == ["grace"] * 5
+    assert looked.count("runs") == 2
+
+
 def test_edits_that_act_alone_are_asked_their_own_questions(
     ledger: Ledger, model: EditableModel, edits: list[EditRequest]
 ) -> None:
