@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from fastedit.engine.run import LOSSES
 from fastedit.evaluation import EditScores
@@ -26,6 +27,13 @@ NOW = "v.until IS NULL"
 _MOST_VALUES = 500
 
 
+class Follower(Protocol):
+    """Looks at the ledger when it has changed."""
+
+    def follow(self) -> None:
+        """Something was committed."""
+
+
 class Contents:
     """A ledger's database, segments and images.
 
@@ -41,6 +49,8 @@ class Contents:
         #: What this object writes with, and whether it ever did.
         self._writer: WriterLock | None = None
         self._wrote = False
+        #: What serves edits of this object, and is told of every commit.
+        self.followers: WeakSet[Follower] = WeakSet()
         self.check_commits()
 
     # Writing
@@ -96,6 +106,8 @@ class Contents:
         with self.database.transaction() as transaction:
             lock.check()
             yield transaction
+        for follower in list(self.followers):
+            follower.follow()
 
     def check_commits(self) -> None:
         """Refuse a database that lacks the newest commit.

@@ -24,7 +24,7 @@ from fastedit.ledger.history import Event, Shown, all_shown, history, shown
 from fastedit.ledger.records import question_digest, to_record
 from fastedit.ledger.schema import as_text, utc_now
 from fastedit.ledger.session import Session, run_key
-from fastedit.ledger.settings import adds_up, check_alike, settings_of
+from fastedit.ledger.settings import acts_alone, adds_up, check_alike, settings_of
 from fastedit.ledger.state import LedgerState, LiveEdits, state_at
 from fastedit.ledger.stored_artifacts import keep_artifact, offer_artifacts
 from fastedit.ledger.undo import Undone, redo, undo
@@ -110,6 +110,11 @@ class Ledger:
             if conflicts == "error":
                 check_conflicts(job.edits, questions, targets, standing)
             check_alike(self.contents, job, mode)
+            if self.contents.followers and acts_alone(job.plan.method, mode):
+                raise LedgerError(
+                    "ledger: edits that are served act together; give mode='sequential', or serve none (got "
+                    f"method={job.plan.name!r}, mode={mode!r})"
+                )
             records = [to_record(request, self.contents.images) for request in job.edits]
             settings = settings_of(job, mode, provenance)
             key = run_key({**settings, "spec": job.spec.text}, records)

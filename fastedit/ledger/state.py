@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -160,7 +160,7 @@ class Replay:
 
 
 class LiveEdits:
-    """What acts now in a ledger, wherever it is changed: by this process or by another one.
+    """What acts now in a ledger, wherever it is changed: by this process or by another one (``LiveDeltas``).
 
     Args:
         ledger: that it follows.
@@ -168,26 +168,47 @@ class LiveEdits:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._lock = threading.Lock()
-        self._event = -1
-        self._current: Sequence[EditDelta] = ()
+        self._building = threading.Lock()
+        #: The newest event that was looked at, and what acted after it.
+        self._seen: tuple[int, Sequence[EditDelta]] = (-1, ())
         self._replay = Replay()
+        self._watchers: list[Callable[[Sequence[EditDelta]], bool]] = []
 
     def __repr__(self) -> str:
         return f"<LiveEdits: of {self.ledger!r}>"
 
     def current(self) -> Sequence[EditDelta]:
-        """The deltas that act now: the same object as long as nothing changes."""
-        event = self.ledger.contents.newest_event()
-        with self._lock:
-            if event > self._event:
+        """The deltas that act now: the same object as long as nothing changes.
+
+        Raises:
+            LedgerError: they cannot act together.
+        """
+        event, deltas = self._seen
+        newest = self.ledger.contents.newest_event()
+        return deltas if newest <= event else self._looked(newest)
+
+    def watch(self, prepare: Callable[[Sequence[EditDelta]], bool]) -> None:
+        """Have ``prepare`` called with what is about to act, by who commits it in this process."""
+        self._watchers.append(prepare)
+        self.ledger.contents.followers.add(self)
+
+    def follow(self) -> None:
+        """Look at what was committed just now. What keeps it from acting is raised by the calls that ask for it."""
+        with suppress(ValueError):
+            self.current()
+
+    def _looked(self, event: int) -> Sequence[EditDelta]:
+        with self._building:
+            if event > self._seen[0]:
                 state = LedgerState(self.ledger, event)
                 state.require_together()
-                acting = state.acting(self._replay)
-                if _ids(acting) != _ids(self._current) or self._event < 0:
-                    self._current = acting
-                self._event = event
-            return self._current
+                acting, before = state.acting(self._replay), self._seen[1]
+                # A tag, say, changes nothing that acts
+                if self._seen[0] < 0 or _ids(acting) != _ids(before):
+                    self._watchers = [each for each in self._watchers if each(acting) is not False]
+                    before = acting
+                self._seen = event, before
+            return self._seen[1]
 
     def __len__(self) -> int:
         return len(self.current())
