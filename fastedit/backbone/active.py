@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,6 +65,8 @@ _INSTALLED: ContextVar[tuple[Holder | Changing, ...]] = ContextVar("fastedit_ins
 #: Those that are installed for all threads, until they are detached.
 _EVERYWHERE: list[Holder | Changing] = []
 _NONE: ContextVar[bool] = ContextVar("fastedit_uninstalled", default=False)
+#: Which of those that are installed do not act in this context.
+_HIDDEN: ContextVar[Callable[[Any], bool] | None] = ContextVar("fastedit_hidden", default=None)
 
 
 def is_installed(holder: Holder) -> bool:
@@ -99,7 +101,27 @@ def _all() -> tuple[Holder, ...]:
 
 
 def _listed() -> tuple[Holder | Changing, ...]:
-    return () if _NONE.get() else (*_EVERYWHERE, *_INSTALLED.get())
+    if _NONE.get():
+        return ()
+    hidden = _HIDDEN.get()
+    listed = (*_EVERYWHERE, *_INSTALLED.get())
+    return listed if hidden is None else tuple(each for each in listed if not hidden(each))
+
+
+def is_everywhere(holder: Holder | Changing) -> bool:
+    """Whether deltas are installed for all threads."""
+    return any(each is holder for each in _EVERYWHERE)
+
+
+@contextmanager
+def hiding(hidden: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside the block, in this context, deltas do not act for whose holder ``hidden`` is true."""
+    before = _HIDDEN.get()
+    _HIDDEN.set(hidden if before is None else lambda each: before(each) or hidden(each))
+    try:
+        yield
+    finally:
+        _HIDDEN.set(before)
 
 
 @contextmanager

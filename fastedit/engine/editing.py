@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -40,7 +41,23 @@ from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
 
+P = ParamSpec("P")
+Returned = TypeVar("Returned")
 
+
+def _on_base(function: Callable[P, Returned]) -> Callable[P, Returned]:
+    """Let a function find the base model, though edits of the ledger that it is given are served meanwhile."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Returned:
+        ledger: Any = kwargs.get("ledger")
+        with ledger.on_base() if hasattr(ledger, "on_base") else nullcontext():
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_on_base
 @on_frozen_model
 @with_gradients
 def edit(

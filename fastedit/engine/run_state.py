@@ -90,6 +90,9 @@ class EditStore(Protocol):
 class EditLedger(Protocol):
     """Keeps edits for good (``fastedit.Ledger``)."""
 
+    def on_base(self) -> AbstractContextManager[None]:
+        """Inside the block, in this context, edits that are served do not act: new ones are made on the base model."""
+
     def session(
         self, job: EditJob, *, mode: str, conflicts: str, provenance: Mapping[str, Any]
     ) -> AbstractContextManager[EditStore]:

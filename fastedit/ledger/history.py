@@ -18,7 +18,7 @@ class Event:
     """Something that was done.
 
     Args:
-        id: its number. time: ISO 8601, UTC. action: "ask", "edit", "undo", "redo", "tag" or "compact".
+        id: its number. time: ISO 8601, UTC. action: "ask", "edit", "add", "undo", "redo", "tag" or "compact".
         detail: of it, plain values.
     """
 

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastedit.backbone import EditableModel
-from fastedit.data.report import target_key
+from fastedit.backbone.active import hiding, is_everywhere
+from fastedit.deltas import EditDelta
 from fastedit.engine import provenance as origin
 from fastedit.engine.editing import edit as run_edits
-from fastedit.engine.output import expected_output_bytes, require_room
 from fastedit.engine.run_state import EditJob
-from fastedit.ledger.asked import answered, ask_for, check_conflicts
+from fastedit.ledger.adding import add
+from fastedit.ledger.asked import answered, begin
 from fastedit.ledger.asking import ask
 from fastedit.ledger.compact import Compacted, compact
 from fastedit.ledger.contents import Contents
 from fastedit.ledger.database import LedgerError
 from fastedit.ledger.diff import Change, changes
 from fastedit.ledger.history import Event, Shown, all_shown, history, shown
-from fastedit.ledger.records import question_digest, to_record
-from fastedit.ledger.schema import as_text, utc_now
-from fastedit.ledger.session import Session, run_key
-from fastedit.ledger.settings import acts_alone, adds_up, check_alike, settings_of
+from fastedit.ledger.session import Session
 from fastedit.ledger.state import LedgerState, LiveEdits, state_at
-from fastedit.ledger.stored_artifacts import keep_artifact, offer_artifacts
+from fastedit.ledger.stored_artifacts import offer_artifacts
 from fastedit.ledger.undo import Undone, redo, undo
 from fastedit.ledger.verify import Verified, verify
 from fastedit.requests import EditRequest
@@ -93,55 +91,38 @@ class Ledger:
         return run_edits(self.needs_model("edit"), requests, method, mode=mode, ledger=self, **options)
 
     @contextmanager
+    def on_base(self) -> Iterator[None]:
+        """Inside the block, in this context, served edits do not act: those of all threads, and of this ledger."""
+
+        def served(holder: Any) -> bool:
+            live = getattr(holder, "live", None)
+            ours = isinstance(live, LiveEdits) and live.ledger.folder.resolve() == self.folder.resolve()
+            return ours or is_everywhere(holder)
+
+        with hiding(served):
+            yield
+
+    @contextmanager
     def session(self, job: EditJob, *, mode: str, conflicts: str, provenance: Mapping[str, Any]) -> Iterator[Session]:
         """See ``fastedit.engine.run_state.EditLedger``."""
-        model = self.needs_model("edit")
-        if job.model is not model:
-            raise LedgerError(
-                "ledger: the model that is edited is the one that it was opened with (got another object)"
-            )
-        self.check_model()
-        questions = [question_digest(request) for request in job.edits]
-        targets = [target_key(request.target) for request in job.edits]
-        room = expected_output_bytes(model, job.plan, len(job.edits))
-        with self.contents.writing():
-            require_room(self.folder, room, "ledger")
-            standing = self.contents.standing(questions)
-            if conflicts == "error":
-                check_conflicts(job.edits, questions, targets, standing)
-            check_alike(self.contents, job, mode)
-            if self.contents.followers and acts_alone(job.plan.method, mode):
-                raise LedgerError(
-                    "ledger: edits that are served act together; give mode='sequential', or serve none (got "
-                    f"method={job.plan.name!r}, mode={mode!r})"
-                )
-            records = [to_record(request, self.contents.images) for request in job.edits]
-            settings = settings_of(job, mode, provenance)
-            key = run_key({**settings, "spec": job.spec.text}, records)
-            found = self.contents.database.one("SELECT id FROM runs WHERE key = ? ORDER BY id DESC LIMIT 1", (key,))
-            if found is None:
-                with self.contents.transaction() as transaction:
-                    keep_artifact(self.contents, transaction, job.artifact)
-                    run = ask_for(
-                        transaction, job, records, questions, targets, standing,
-                        key=key, method=job.plan.name, mode=mode, settings=as_text(settings), spec=job.spec.text,
-                        provenance=as_text(dict(provenance)), time=utc_now(),
-                    )  # fmt: skip
-            else:
-                run = int(found[0])
-            members: list[int] = json.loads(self.contents.run(run)["members"])
-            ids = list(dict.fromkeys(members))
-            first = {edit: position for position, edit in reversed(list(enumerate(members)))}
-            edits = [job.edits[first[edit]] for edit in ids]
-            number = {edit: place for place, edit in enumerate(ids)}
-            yield Session(
-                self.contents,
-                run,
-                edits,
-                ids,
-                [number[edit] for edit in members],
-                adds_up=adds_up(job.plan.method, mode),
-            )
+        with begin(self, job, mode=mode, conflicts=conflicts, provenance=provenance) as session:
+            yield session
+
+    def add(
+        self, deltas: EditDelta | Sequence[EditDelta], requests: Sequence[EditRequest], *, method: str | None = None
+    ) -> list[int]:
+        """Take in deltas that were made elsewhere, by ``fastedit.from_peft`` or in a run without a ledger.
+
+        Args:
+            deltas: each fitted alone on the base model. requests: what each was made for, in order.
+            method: that made them; by default the usual one of their kind.
+        Returns:
+            Their numbers. They stand beside edits with ``mode="single"``, routed, scored and taken back as those.
+        Raises:
+            LedgerError: deltas fitted on top of others, or beside which those that act cannot stand; conflicts.
+        """
+        with self.on_base():
+            return add(self, deltas, requests, method=method)
 
     # What acts
 
@@ -167,7 +148,8 @@ class Ledger:
         Args:
             prompt: the question. image: that it is about. at: a tag or an event; None is now.
         """
-        return ask(self, state_at(self, at), prompt, image)
+        with self.on_base():
+            return ask(self, state_at(self, at), prompt, image)
 
     # Looking back
 
@@ -202,7 +184,8 @@ class Ledger:
         Returns:
             The questions whose greedy answers differ, with both.
         """
-        return changes(self, before, after, questions)
+        with self.on_base():
+            return changes(self, before, after, questions)
 
     def verify(self, *, ask: bool = False) -> Verified:
         """Check every file and row.
@@ -212,7 +195,8 @@ class Ledger:
         Returns:
             What is damaged, by name of the file, and which edits do not hold any more.
         """
-        return verify(self, ask=ask)
+        with self.on_base():
+            return verify(self, ask=ask)
 
     # Changing what acts
 
@@ -231,7 +215,8 @@ class Ledger:
         Raises:
             LedgerError: an edit that does not act; another process writes.
         """
-        return undo(self, ids, later=later, pool=pool)
+        with self.on_base():
+            return undo(self, ids, later=later, pool=pool)
 
     def undo_cost(self, ids: int | str | Sequence[int | str]) -> Undone:
         """What ``undo`` would do, without doing it."""
@@ -246,7 +231,8 @@ class Ledger:
 
         Where edits add up they are fitted again, on top of what acts now, unless nothing has changed since.
         """
-        return redo(self, ids, pool=pool)
+        with self.on_base():
+            return redo(self, ids, pool=pool)
 
     def tag(self, name: str) -> int:
         """Give the present state a name; returns the number of its event.
@@ -278,9 +264,21 @@ class Ledger:
         from fastedit.export import export_deltas
 
         state = self.state()
-        return export_deltas(
-            kind, self.needs_model("export"), state.acting(), folder, requests=state.requests(), **options
-        )  # fmt: skip
+        with self.on_base():
+            return export_deltas(
+                kind, self.needs_model("export"), state.acting(), folder, requests=state.requests(), **options
+            )  # fmt: skip
+
+    def dataset(self, processor: Any = None, **options: Any) -> Any:
+        """Every edit that acts with its views, as a ``datasets.Dataset`` to be mixed into a fine-tuning.
+
+        Args:
+            processor: whose chat template renders the texts; None leaves messages. options: see
+                ``fastedit.export.records.dataset``.
+        """
+        from fastedit.export.records import dataset
+
+        return dataset(self.state().requests(), processor, model=self.model, **options)
 
     # Checks
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.active import hiding, is_everywhere
 from fastedit.engine import provenance as origin
 from fastedit.ledger.database import Database, LedgerError
 from fastedit.ledger.ledger import Ledger
@@ -40,7 +41,8 @@ def open_ledger(folder: str | Path, model: EditableModel | None = None) -> Ledge
     ledger = Ledger(path, model)
     try:
         if model is not None:
-            ledger.check_model()
+            with ledger.on_base():
+                ledger.check_model()
     except BaseException:
         ledger.close()
         raise
@@ -79,8 +81,10 @@ def _create_locked(path: Path, model: EditableModel) -> None:
     with writing(path):
         if (path / FILE).exists():
             return
+        with hiding(is_everywhere):
+            fingerprint = model.fingerprint
         meta = {
-            "model": model.fingerprint,
+            "model": fingerprint,
             "architecture": model.architecture,
             "name": model.name,
             "prompts": as_text(origin.prompts(model)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,10 @@ class Refit:
         self.edits: Sequence[EditRequest] = ()
         self.members: Sequence[int] = [self._ids.index(edit) for edit in wanted]
         self.made: list[Stored] = []
+
+    def on_base(self) -> AbstractContextManager[None]:
+        """Who fits again is on the base model already."""
+        return nullcontext()
 
     @contextmanager
     def session(self, job: EditJob, *, mode: str, conflicts: str, provenance: Mapping[str, Any]) -> Iterator[Refit]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import KINDS
 from fastedit.engine.run_state import EditJob
 from fastedit.ledger.contents import Contents
@@ -60,7 +61,7 @@ def acts_alone(method: type[Method], mode: str) -> bool:
     return mode == "single" and method.sequence != "route"
 
 
-def check_alike(contents: Contents, job: EditJob, mode: str) -> None:
+def check_alike(contents: Contents, plan: EditPlan, delta_spec: DeltaSpec, mode: str) -> None:
     """Refuse edits that cannot stand beside those that act.
 
     Raises:
@@ -69,17 +70,19 @@ def check_alike(contents: Contents, job: EditJob, mode: str) -> None:
     there = contents.newest_run()
     if there is None:
         return
-    old, method = plan_of(there["settings"]), job.plan.method
+    old, method = plan_of(there["settings"]), plan.method
     was, now = (old.method, there["mode"]), (method, mode)
     if was[0] is not now[0] or adds_up(*was) != adds_up(*now) or acts_alone(*was) != acts_alone(*now):
         raise LedgerError(
             f"ledger: edits that act are of one method and mode; undo those that do, or open another ledger (got "
-            f"method={job.plan.name!r}, mode={mode!r} beside {len(contents.acting())} of {there['method']!r}, "
+            f"method={plan.name!r}, mode={mode!r} beside {len(contents.acting())} of {there['method']!r}, "
             f"mode={there['mode']!r})"
         )
-    spec, given = there["spec"], json.loads(job.spec.text)
-    if KINDS[job.spec.kind].joined is not None:
-        spec, given = _without_sizes(spec), _without_sizes(given)
+    spec, given = there["spec"], json.loads(delta_spec.text)
+    if KINDS[delta_spec.kind].joined is not None:
+        # Low-rank deltas that are not added up may stand at other sites each, as adapters of others do
+        anywhere = mode == "single" and delta_spec.kind == "low_rank"
+        spec, given = _comparable(spec, anywhere), _comparable(given, anywhere)
     if spec != given:
         raise LedgerError(
             f"ledger: edits that act have one kind of delta at the same sites; undo those that do, or open another "
@@ -87,6 +90,7 @@ def check_alike(contents: Contents, job: EditJob, mode: str) -> None:
         )
 
 
-def _without_sizes(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(spec: Mapping[str, Any], anywhere: bool) -> dict[str, Any]:
+    """What of a spec deltas must share that are laid side by side."""
     options = {name: value for name, value in spec["options"].items() if name not in _SIZES}
-    return {**spec, "options": options}
+    return {"kind": spec["kind"], "options": options, **({} if anywhere else {"sites": spec["sites"]})}

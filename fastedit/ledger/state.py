@@ -99,13 +99,14 @@ class LedgerState:
     def applied(self) -> Iterator[EditableModel]:
         """Inside the block the model answers as edited, as it was at this moment."""
         model = self.ledger.needs_model("applied")
-        if not self.listed:
-            yield model
-            return
-        self.require_together()
-        block: AbstractContextManager[EditableModel] = applied(model, self.acting())
-        with block as edited:
-            yield edited
+        with self.ledger.on_base():
+            if not self.listed:
+                yield model
+                return
+            self.require_together()
+            block: AbstractContextManager[EditableModel] = applied(model, self.acting())
+            with block as edited:
+                yield edited
 
     def require_together(self) -> None:
         """Refuse edits that cannot act together.
@@ -169,7 +170,8 @@ class LiveEdits:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._building = threading.Lock()
-        #: The newest event that was looked at, and what acted after it.
+        #: The newest event that was looked at, and what acted after it: as it was made, and as it is given.
+        self._newest: tuple[int, Sequence[EditDelta]] = (-1, ())
         self._seen: tuple[int, Sequence[EditDelta]] = (-1, ())
         self._replay = Replay()
         self._watchers: list[Callable[[Sequence[EditDelta]], bool]] = []
@@ -183,9 +185,10 @@ class LiveEdits:
         Raises:
             LedgerError: they cannot act together.
         """
-        event, deltas = self._seen
         newest = self.ledger.contents.newest_event()
-        return deltas if newest <= event else self._looked(newest)
+        if newest > self._seen[0]:
+            self._seen = self._made(newest)
+        return self._seen[1]
 
     def watch(self, prepare: Callable[[Sequence[EditDelta]], bool]) -> None:
         """Have ``prepare`` called with what is about to act, by who commits it in this process."""
@@ -195,20 +198,24 @@ class LiveEdits:
     def follow(self) -> None:
         """Look at what was committed just now. What keeps it from acting is raised by the calls that ask for it."""
         with suppress(ValueError):
-            self.current()
+            # Not in the lock: who serves holds one of its own while it asks what acts now
+            seen = self._made(self.ledger.contents.newest_event())
+            if seen[1] is not self._seen[1]:
+                self._watchers = [prepare for prepare in self._watchers if prepare(seen[1]) is not False]
+            if seen[0] > self._seen[0]:
+                self._seen = seen
 
-    def _looked(self, event: int) -> Sequence[EditDelta]:
+    def _made(self, event: int) -> tuple[int, Sequence[EditDelta]]:
+        """An event and what acts after it; of a later one where that was made already."""
         with self._building:
-            if event > self._seen[0]:
+            if event > self._newest[0]:
                 state = LedgerState(self.ledger, event)
                 state.require_together()
-                acting, before = state.acting(self._replay), self._seen[1]
+                acting, before = state.acting(self._replay), self._newest
                 # A tag, say, changes nothing that acts
-                if self._seen[0] < 0 or _ids(acting) != _ids(before):
-                    self._watchers = [each for each in self._watchers if each(acting) is not False]
-                    before = acting
-                self._seen = event, before
-            return self._seen[1]
+                same = before[0] >= 0 and _ids(acting) == _ids(before[1])
+                self._newest = event, before[1] if same else acting
+            return self._newest
 
     def __len__(self) -> int:
         return len(self.current())

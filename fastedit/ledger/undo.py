@@ -201,7 +201,7 @@ def _newest(ledger: Ledger, edit: int) -> tuple[int, Stored] | None:
 def _undone_just_now(ledger: Ledger, numbers: Sequence[int]) -> int | None:
     """The event that took back exactly these edits, if nothing that acts has changed since."""
     for event in reversed(ledger.history()):
-        if event.action in ("edit", "redo"):
+        if event.action in ("edit", "add", "redo"):
             return None
         if event.action == "undo":
             return event.id if sorted(event.detail["edits"]) == sorted(numbers) else None

@@ -133,3 +133,23 @@ def test_looking_up_what_acts_takes_microseconds(ledger: Ledger, edits: list[Edi
     assert all(live.current() is first for _ in range(100))
     # Some 10 us each; a disk or a lock in between would take far longer
     assert time.perf_counter() - started < 0.5
+
+
+def test_ledgers_are_opened_and_made_while_edits_are_served(
+    ledger: Ledger, model: EditableModel, edits: list[EditRequest], tmp_path: Path
+) -> None:
+    ledger.edit(edits[:1], "lora", **SURE)
+    base, edited = ledger.ask(edits[0].prompt, edits[0].image)
+    handle = fastedit.attach(model, ledger.active())
+    try:
+        assert ledger.ask(edits[0].prompt, edits[0].image) == (base, edited)
+        with fastedit.open_ledger(ledger.folder, model) as again, fastedit.open_ledger(tmp_path / "new", model) as new:
+            assert not again.verify(ask=True).lost
+            assert [change.before for change in again.diff()] == [base]
+            new.edit(edits[1:2], "ft", **SURE)
+    finally:
+        handle.detach()
+    fastedit.open_ledger(tmp_path / "new", model).close()
+    with fastedit.applied(model, ledger.active()):
+        ledger.edit(edits[1:2], "lora", **SURE)
+        assert model.answer(edits[1].image, edits[1].prompt) == ledger.ask(edits[1].prompt, edits[1].image)[1]
