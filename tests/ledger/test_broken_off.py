@@ -19,8 +19,8 @@ import pytest
 import fastedit
 from fastedit import EditRequest, Ledger, LedgerError
 from fastedit.backbone import EditableModel
+from fastedit.ledger import asked as asking_for
 from fastedit.ledger import connections, opening
-from fastedit.ledger import ledger as ledger_module
 from fastedit.ledger import verify as verifying
 from fastedit.ledger.database import Database
 from fastedit.ledger.lock import LOCK, owner_of
@@ -277,7 +277,7 @@ def test_an_image_that_compacting_took_away_is_stored_again(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_module, "ask_for", full)
+        patched.setattr(asking_for, "ask_for", full)
         with pytest.raises(OSError, match="No space left"):
             ledger.edit(edits[:1], "grace", **ALONE)
     fastedit.open_ledger(ledger.folder, model).compact()
