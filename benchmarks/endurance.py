@@ -1,11 +1,12 @@
-"""Thousands of edits in one run: whether the last ones are as fast as the first, and whether memory grows.
+"""Thousands of edits in one ledger: whether the last ones are as fast as the first, and whether memory grows.
 
     python benchmarks/endurance.py                         10,000 edits of the embedded model
-    python benchmarks/endurance.py --edits 2000 --method ft --record
+    python benchmarks/endurance.py --edits 10000 --method grace --record
+    python benchmarks/endurance.py --kills 1000 --flips 1000 --disk-full 50 --two 60 --open 100000 --record
 
-Nothing of the run is changed to watch it: a thread reads the resident memory, and when a batch was done is when the
-file of its deltas was written. Image features are not remembered, so that edits that come round again cost what they
-did before.
+Nothing of the run is changed to watch it: a thread reads the resident memory, and when an edit was done is when the
+ledger says that it was committed. Image features are not remembered, so that images that come round again cost what
+they did before. The second form tries what ledgers must stand (``ledger_trials.py``), and makes no long run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -30,11 +32,13 @@ if __name__ == "__main__":
 import itertools
 
 import fastedit
-from benchmarks import record
+from benchmarks import ledger_trials, record
 from benchmarks.memory import _status_mib
 from fastedit.backbone import EditableModel
-from fastedit.deltas import load_deltas
 from fastedit.engine import provenance
+from fastedit.ledger import Ledger
+from fastedit.methods import resolve
+from fastedit.methods.base import is_trained
 from fastedit.requests import EditRequest
 
 PARTS = 10
@@ -86,7 +90,7 @@ class Endured:
     Args:
         edits: how many. seconds: of the whole run.
         edits_per_s: of every part. rss_mib: resident memory at the end of every part.
-        peak_mib: highest reading.
+        peak_mib: highest reading. open_s: seconds to open the ledger. files, disk_mib: of the ledger.
     """
 
     edits: int
@@ -94,6 +98,9 @@ class Endured:
     edits_per_s: Sequence[float]
     rss_mib: Sequence[float]
     peak_mib: float
+    open_s: float
+    files: int
+    disk_mib: float
 
     @property
     def rate_drift(self) -> float:
@@ -107,11 +114,14 @@ class Endured:
 
 
 def cycled(edits: Sequence[EditRequest], count: int) -> list[EditRequest]:
-    """So many edits, from the start again where there are fewer; every one with an id of its own."""
-    return [
-        replace(edits[number % len(edits)], id=f"{edits[number % len(edits)].id}#{number // len(edits)}")
-        for number in range(count)
-    ]
+    """So many edits, from the start again where there are fewer; every one with an id and a question of its own."""
+    found = []
+    for number in range(count):
+        edit, again = edits[number % len(edits)], number // len(edits)
+        # A ledger makes no edit whose question is answered so already
+        prompt = f"{edit.prompt} Again {again}?" if again else edit.prompt
+        found.append(replace(edit, id=f"{edit.id}#{again}", prompt=prompt))
+    return found
 
 
 def endure(
@@ -128,7 +138,7 @@ def endure(
 
     Args:
         model, edits, method, overrides: of ``fastedit.edit``.
-        folder: new or empty, for the deltas.
+        folder: new or empty, for the ledger.
         batch_size: edits fitted together.
         interval_s: between two readings of the memory.
     Raises:
@@ -136,26 +146,29 @@ def endure(
     """
     if len(edits) < PARTS:
         raise ValueError(f"endurance: at least {PARTS} edits (got edits={len(edits)})")
-    with Watch(interval_s) as watch:
-        start = time.time()
-        run = fastedit.edit(
-            model, edits, method, batch_size=batch_size, evaluate=False, deltas_folder=folder, **overrides
-        )
-        end = time.time()
-    if len(run.deltas) != len(edits):
-        raise RuntimeError(f"endurance: {len(run.deltas)} deltas of {len(edits)} edits")
-    done = [(start, 0), *batches(folder)]
-    rates, memory = parts(done, watch, len(edits))
-    return Endured(len(edits), end - start, rates, memory, max(watch.rss_mib))
+    with fastedit.open_ledger(folder, model) as ledger:
+        with Watch(interval_s) as watch:
+            start = time.time()
+            run = ledger.edit(
+                edits, method, batch_size=batch_size, evaluate=False, conflicts="last", show_progress=False, **overrides
+            )
+            end = time.time()
+        if len(run.deltas) != len(edits):
+            raise RuntimeError(f"endurance: {len(run.deltas)} deltas of {len(edits)} edits")
+        done = [(start, 0), *commits(ledger)]
+        listed = [path for path in folder.rglob("*") if path.is_file()]
+    before = time.perf_counter()
+    fastedit.open_ledger(folder, model).close()
+    open_s = time.perf_counter() - before
+    rates, memory = parts(done, watch, done[-1][1])
+    size = sum(path.stat().st_size for path in listed) / 2**20
+    return Endured(done[-1][1], end - start, rates, memory, max(watch.rss_mib), open_s, len(listed), size)
 
 
-def batches(folder: Path) -> list[tuple[float, int]]:
-    """(when it was written, edits up to and with it) of every file of deltas in a folder."""
-    found, total = [], 0
-    for path in sorted(folder.glob("deltas-*.safetensors")):
-        total += len(load_deltas(path))
-        found.append((path.stat().st_mtime, total))
-    return found
+def commits(ledger: Ledger) -> list[tuple[float, int]]:
+    """(when it was committed, edits up to and with it) of every edit of a ledger."""
+    events = [event for event in ledger.history() if event.action == "edit"]
+    return [(datetime.fromisoformat(event.time).timestamp(), number) for number, event in enumerate(events, start=1)]
 
 
 def parts(done: Sequence[tuple[float, int]], watch: Watch, edits: int) -> tuple[list[float], list[float]]:
@@ -201,6 +214,9 @@ def rows_of(found: Endured, config: dict[str, Any]) -> list[record.Row]:
         row(case, "rate_drift", found.rate_drift),
         row(case, "rss_drift", found.rss_drift),
         row(case, "peak_memory_mib", found.peak_mib),
+        row(case, "open_s", found.open_s),
+        row(case, "files", found.files),
+        row(case, "disk_mib", found.disk_mib),
     ]
     for number, (rate, rss) in enumerate(zip(found.edits_per_s, found.rss_mib, strict=True), start=1):
         rows.append(row(f"{case}/tenth={number}", "edits_per_s", rate))
@@ -218,8 +234,56 @@ def show(found: Endured, console: Console) -> None:
     console.print(table)
     console.print(
         f"last tenth over first: speed {found.rate_drift:.3f}, memory {found.rss_drift:.3f}; "
-        f"highest {found.peak_mib:,.0f} MiB"
+        f"highest {found.peak_mib:,.0f} MiB; {found.files:,} files of {found.disk_mib:,.1f} MiB, opened in "
+        f"{found.open_s * 1000:,.0f} ms"
     )
+
+
+def try_ledgers(
+    console: Console, seed: int, *, kills: int, seconds: float, flips: int, full: int, two: float, opened: int
+) -> list[record.Row]:
+    """Kill, flip bits, fill disks, read beside a writer, open many edits; prints what was found and returns rows."""
+    config = {"model": "random:llava-tiny", "seed": seed, "edits": opened}
+    shared = (
+        config,
+        record.machine(),
+        provenance.versions(),
+        record.commit_with_changes(provenance.commit()),
+        seed,
+        provenance.utc_now(),
+    )
+    rows: list[record.Row] = []
+
+    def row(name: str, metric: str, value: float) -> None:
+        unit = record.METRICS[metric]
+        rows.append(record.Row(name, "ledger", metric, unit, value, value, value, None, None, *shared))
+
+    if kills:
+        found = ledger_trials.kills(kills, seed, seconds)
+        table = Table("work", "signal", "inside of", title="processes that were killed", title_justify="left")
+        for heading in ("kills", "lost", "half", "unequal"):
+            table.add_column(heading, justify="right")
+        for each in found["rows"]:
+            table.add_row(*map(str, each.values()))
+            for metric in ("kills", "lost", "half", "unequal"):
+                row(f"ledger/kills({each['work']},{each['signal']},{each['where']})", metric, each[metric])
+        console.print(table, *found["problems"], sep="\n")
+    trials = {
+        f"ledger/flips({flips})": (flips, lambda: ledger_trials.bit_flips(flips, seed)),
+        f"ledger/disk_full({full})": (full, lambda: ledger_trials.disk_full(full, seed)),
+        f"ledger/two_processes({two:g}s)": (two, lambda: ledger_trials.two_processes(two)),
+        f"ledger/open({opened})": (opened, lambda: ledger_trials.opening(opened)),
+    }
+    for name, (wanted, run) in trials.items():
+        if wanted:
+            trial = run()
+            row(name, "tries", trial.tries)
+            row(name, "problems", len(trial.problems))
+            for metric, value in trial.numbers.items():
+                row(name, metric, value)
+            console.print(f"{name}: {trial.tries} tries, {len(trial.problems)} problems, {trial.numbers}")
+            console.print(*trial.problems, sep="\n")
+    return record.check(rows)
 
 
 def main(
@@ -231,7 +295,14 @@ def main(
     batch_size: Annotated[int, typer.Option(help="edits fitted together", min=1)] = 64,
     interval: Annotated[float, typer.Option(help="seconds between two readings of the memory")] = 0.25,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if absent", min=1)] = None,
-    folder: Annotated[Path | None, typer.Option(help="keep the deltas here, a new folder; else they go")] = None,
+    folder: Annotated[Path | None, typer.Option(help="keep the ledger here, a new folder; else it goes")] = None,
+    train_steps: Annotated[int, typer.Option(help="of methods with trained parts", min=1)] = 20,
+    kills: Annotated[int, typer.Option(help="kill so many processes that edit or train", min=0)] = 0,
+    seconds: Annotated[float, typer.Option(help="longest time for the kills")] = float("inf"),
+    flips: Annotated[int, typer.Option(help="turn so many bits, one at a time", min=0)] = 0,
+    disk_full: Annotated[int, typer.Option(help="fill so many small disks (needs mount)", min=0)] = 0,
+    two: Annotated[float, typer.Option(help="seconds of reading beside a writer", min=0)] = 0.0,
+    opened: Annotated[int, typer.Option("--open", help="open a ledger of so many edits", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="of views")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows as a JSON list")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the figure")] = None,
@@ -243,6 +314,15 @@ def main(
         import torch
 
         torch.set_num_threads(threads)
+    if kills or flips or disk_full or two or opened:
+        tried = try_ledgers(
+            console, seed, kills=kills, seconds=seconds, flips=flips, full=disk_full, two=two, opened=opened
+        )
+        if json_path is not None:
+            console.print(f"rows: {record.write_json(tried, json_path)}")
+        if store:
+            console.print(f"rows appended to {record.append(tried)}")
+        return
     config = {
         "model": model,
         "data": "pocket-vqa",
@@ -256,11 +336,18 @@ def main(
     }
     wanted = cycled(fastedit.read_edits("pocket-vqa", split="train", limit=edits), edits)
     loaded = fastedit.load(model, image_cache_mib=0)
-    settings: dict[str, Any] = {"layers": layers, "steps": steps, "seed": seed}
+    plan = resolve(method, {})
+    known = {each.name for each in fields(plan.config)}
+    settings: dict[str, Any] = {"seed": seed}
+    settings |= {name: value for name, value in (("layers", layers), ("steps", steps)) if name in known}
+    if is_trained(plan.method):
+        records = fastedit.read_edits("pocket-vqa", split="eval", limit=64)
+        artifact = fastedit.train(loaded, method, records, trainer={"steps": train_steps}, show_progress=False)
+        settings |= {"pool": records, "artifact": artifact}
     # Every library is imported and every buffer of a batch made before the first part.
     fastedit.edit(loaded, wanted[: max(2, batch_size)], method, batch_size=batch_size, evaluate=False, **settings)
     with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary) / "deltas"
+        place = folder or Path(temporary) / "edits"
         found = endure(loaded, wanted, method, place, batch_size=batch_size, interval_s=interval, **settings)
     show(found, console)
     rows = rows_of(found, config)

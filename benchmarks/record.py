@@ -37,6 +37,17 @@ METRICS: Mapping[str, str] = {
     "rss_mib": "MiB",
     "rate_drift": "1",
     "rss_drift": "1",
+    "open_s": "s",
+    "state_s": "s",
+    "files": "1",
+    "disk_mib": "MiB",
+    "tries": "1",
+    "kills": "1",
+    "lost": "1",
+    "half": "1",
+    "unequal": "1",
+    "problems": "1",
+    "disk_full": "1",
 }
 #: A score, of the unedited model or under a protocol; ``_low`` and ``_high`` are the bounds of its 95 % interval.
 SCORE_METRIC = re.compile(r"(?:base|legacy|strict)_[a-z0-9_]+")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastedit
-from benchmarks import endurance, record
+from benchmarks import endurance, ledger_trials, record
 from benchmarks.cases import made_up_edits
 from benchmarks.endurance import Watch
 from fastedit.backbone import load
@@ -37,7 +37,10 @@ def test_script_writes_a_row_for_every_tenth(tmp_path: Path) -> None:
     # Every tenth is two edits; what the tenths took is no more than the run.
     assert sum(2 / rate for rate in rates) <= values["", "run_s"] * 1.01
     assert values["", "edits_per_s"] * values["", "run_s"] == pytest.approx(20)
-    assert sum(len(fastedit.deltas.load_deltas(path)) for path in (tmp_path / "kept").iterdir()) == 20
+    assert values["", "files"] > 20
+    assert values["", "open_s"] > 0
+    with fastedit.open_ledger(tmp_path / "kept") as ledger:
+        assert (len(ledger), ledger.verify().sound) == (20, True)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["endurance-random-llava-tiny-lora-edits-20.png"]
 
 
@@ -68,9 +71,31 @@ def test_watch_sees_memory_come_and_ends_with_the_block() -> None:
 def test_edits_come_round_with_ids_of_their_own() -> None:
     edits = endurance.cycled(made_up_edits(3), 8)
     assert len({edit.id for edit in edits}) == 8
-    assert [edit.prompt for edit in edits[:3]] == [edit.prompt for edit in edits[3:6]]
+    assert [edit.image for edit in edits[:3]] == [edit.image for edit in edits[3:6]]
+    assert len({edit.prompt for edit in edits}) == 8
 
 
 def test_too_few_edits_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at least 10 edits \(got edits=9\)"):
         endurance.endure(load("random:llava-tiny"), made_up_edits(9), "ft", tmp_path)
+
+
+def test_trials_find_what_they_are_to_find(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "endurance.py"), "--flips", "6", "--open", "600", "--two", "1"]
+    done = subprocess.run(
+        [*command, "--json", "rows.json"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    values = {(row.case, row.metric): row.value for row in record.read(tmp_path / "rows.json")}
+    assert values["ledger/flips(6)", "tries"] == 6
+    assert values["ledger/open(600)", "open_s"] < 1
+    assert {value for (_, metric), value in values.items() if metric == "problems"} == {0.0}
+
+
+def test_a_full_disk_is_tried_where_one_can_be_mounted() -> None:
+    try:
+        trial = ledger_trials.disk_full(3, 1)
+    except RuntimeError as error:
+        pytest.skip(f"{error}")
+    assert (trial.tries, trial.problems) == (3, [])
+    assert trial.numbers["disk_full"] > 0
