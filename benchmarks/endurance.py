@@ -155,7 +155,8 @@ def endure(
             end = time.time()
         if len(run.deltas) != len(edits):
             raise RuntimeError(f"endurance: {len(run.deltas)} deltas of {len(edits)} edits")
-        done = [(start, 0), *commits(ledger)]
+        # Before the first fit all images are stored
+        done = commits(ledger)
         listed = [path for path in folder.rglob("*") if path.is_file()]
     before = time.perf_counter()
     fastedit.open_ledger(folder, model).close()
@@ -166,9 +167,11 @@ def endure(
 
 
 def commits(ledger: Ledger) -> list[tuple[float, int]]:
-    """(when it was committed, edits up to and with it) of every edit of a ledger."""
-    events = [event for event in ledger.history() if event.action == "edit"]
-    return [(datetime.fromisoformat(event.time).timestamp(), number) for number, event in enumerate(events, start=1)]
+    """(when, edits committed by then), from when they were asked for on; at every commit."""
+    history = ledger.history()
+    events = [next(event for event in history if event.action == "ask")]
+    events += [event for event in history if event.action == "edit"]
+    return [(datetime.fromisoformat(event.time).timestamp(), number) for number, event in enumerate(events)]
 
 
 def parts(done: Sequence[tuple[float, int]], watch: Watch, edits: int) -> tuple[list[float], list[float]]:
@@ -341,7 +344,7 @@ def main(
     settings: dict[str, Any] = {"seed": seed}
     settings |= {name: value for name, value in (("layers", layers), ("steps", steps)) if name in known}
     if is_trained(plan.method):
-        records = fastedit.read_edits("pocket-vqa", split="eval", limit=64)
+        records = fastedit.read_edits("pocket-vqa", split="eval", limit=400)
         artifact = fastedit.train(loaded, method, records, trainer={"steps": train_steps}, show_progress=False)
         settings |= {"pool": records, "artifact": artifact}
     # Every library is imported and every buffer of a batch made before the first part.

@@ -106,6 +106,8 @@ class Contents:
         with self.database.transaction() as transaction:
             lock.check()
             yield transaction
+            # Before a commit names them
+            self.images.sync()
         for follower in list(self.followers):
             follower.follow()
 

@@ -37,6 +37,7 @@ class ImageStore:
         self.folder = folder / IMAGES
         # By path, size and time of a file, and by digest of an image in memory: a run asks about few images often
         self._names: dict[tuple[Any, ...], str] = {}
+        self._is_new = False
 
     def name(self, source: ImageSource) -> str:
         """The name under which an image is stored; it is stored if it is new.
@@ -58,6 +59,12 @@ class ImageStore:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise DamagedLedger(f"ledger: an image's name is its checksum (got {name!r:.80})")
         return self.folder / name
+
+    def sync(self) -> None:
+        """Put the names of new images on the disk."""
+        if self._is_new:
+            sync_folder(self.folder)
+            self._is_new = False
 
     def forget(self) -> None:
         """Look again whether an image is stored before it is taken for stored."""
@@ -103,7 +110,7 @@ class ImageStore:
                 sync_folder(self.folder.parent)
             with replacing(target) as out:
                 out.write(content)
-            sync_folder(self.folder)
+            self._is_new = True
         return name
 
 
