@@ -255,10 +255,10 @@ def opening(count: int) -> Trial:
             if len(ledger) != count:
                 trial.problems.append(f"{len(ledger)} of {count} edits act")
             start = time.perf_counter()
-            live = ledger.active().current()
+            deltas = ledger.state().deltas
             trial.numbers["state_s"] = time.perf_counter() - start
-            if len(live) != count or live[count - 1].request_id == "":
-                trial.problems.append(f"{len(live)} deltas of {count}")
+            if len(deltas) != count or not deltas[count - 1].request_id:
+                trial.problems.append(f"{len(deltas)} deltas of {count}")
         listed = [path for path in folder.rglob("*") if path.is_file()]
         trial.numbers["files"] = len(listed)
         trial.numbers["disk_mib"] = sum(path.stat().st_size for path in listed) / 2**20

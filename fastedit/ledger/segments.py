@@ -100,15 +100,22 @@ class Segments:
             try:
                 delta: EditDelta = self._file(stored.segment).read(stored.row)
             except (FileNotFoundError, ValueError) as error:
-                moved = self._moved(stored)
-                if moved is None:
-                    raise DamagedLedger(f"ledger: {error} (edit {stored.edit})") from error
-                delta, stored = self._file(moved.segment).read(moved.row), moved
+                stored = self._moved(stored) or stored
+                delta = self._read_again(stored, error)
         if delta.id != stored.delta:
             raise DamagedLedger(
                 f"ledger: {SEGMENTS}/{segment_name(stored.segment)} holds the delta of edit {stored.edit} (got another)"
             )
         return delta if stored.fitted_on is None else replace(delta, fitted_on=stored.fitted_on)
+
+    def _read_again(self, stored: Stored, error: Exception) -> EditDelta:
+        """Read it from the file as it is now. What reads tensors hides an interrupt in an error of its own."""
+        self._forget(stored.segment)
+        try:
+            delta: EditDelta = self._file(stored.segment).read(stored.row)
+        except (FileNotFoundError, ValueError) as again:
+            raise DamagedLedger(f"ledger: {again} (edit {stored.edit})") from error
+        return delta
 
     def _moved(self, stored: Stored) -> Stored | None:
         """Where the delta lies now, if the ledger was compacted since it was looked up."""

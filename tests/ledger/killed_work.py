@@ -247,6 +247,8 @@ class LedgerWork:
             state = [[edit.name, edit.status, edit.versions] for edit in shown]
         # Of what was left half written nothing stays
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        # What was interrupted while it closed is closed as well by the next writer, which there may be none of
+        files = [name for name in files if not name.endswith((schema.SEAL, "-wal", "-shm"))]
         return {"history": history, "edits": state, "scores": scores, "files": files}
 
 

@@ -19,6 +19,7 @@ import pytest
 import fastedit
 from fastedit import EditRequest, Ledger, LedgerError
 from fastedit.backbone import EditableModel
+from fastedit.deltas.storage import DeltaFile
 from fastedit.ledger import asked as asking_for
 from fastedit.ledger import connections, opening
 from fastedit.ledger import verify as verifying
@@ -231,6 +232,24 @@ def test_a_number_of_a_segment_that_was_read_and_never_committed_is_free(
     third = ledger.edit(edits[2:3], "lora", **ALONE)
     assert [delta.request_id for delta in third.deltas] == ["edit-2"]
     assert largest_difference(list(ledger.state().deltas)[:2], deltas) == 0
+
+
+def test_a_delta_that_could_not_be_read_once_is_not_damaged(
+    ledger: Ledger, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.edit(edits[:1], "lora", **ALONE)
+    real, failed = DeltaFile.read, []
+
+    def read(self: DeltaFile, index: int) -> Any:
+        if not failed:
+            # As torch says where a signal comes while it looks at a storage
+            failed.append(1)
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+        return real(self, index)
+
+    monkeypatch.setattr(DeltaFile, "read", read)
+    assert [delta.request_id for delta in ledger.state().deltas] == ["edit-0"]
+    assert failed
 
 
 def test_what_is_written_while_it_is_verified_is_no_damage(
