@@ -20,22 +20,6 @@ from fastedit.files import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
-def edits() -> list[EditRequest]:
-    return list(fastedit.read_edits("pocket-vqa", split="eval")[:2])
-
-
-@pytest.fixture(scope="module")
-def model() -> EditableModel:
-    return fastedit.load("pocket-llava")
-
-
-@pytest.fixture(scope="module")
-def deltas(model: EditableModel, edits: list[EditRequest]) -> list[EditDelta]:
-    run = fastedit.edit(model, edits, "lora", mode="sequential", evaluate=False, show_progress=False)
-    return list(run.deltas)
-
-
-@pytest.fixture(scope="module")
 def folder(model: EditableModel, deltas: list[EditDelta], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("delta") / "out"
     exported = export_deltas("delta", model, deltas, path)

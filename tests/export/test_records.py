@@ -23,22 +23,6 @@ from fastedit.requests import images_of
 from tests.engine.conftest import make_edits, picture
 
 
-@pytest.fixture(scope="module")
-def edits() -> list[EditRequest]:
-    return list(fastedit.read_edits("pocket-vqa", split="eval")[:2])
-
-
-@pytest.fixture(scope="module")
-def model() -> EditableModel:
-    return fastedit.load("pocket-llava")
-
-
-@pytest.fixture(scope="module")
-def deltas(model: EditableModel, edits: list[EditRequest]) -> list[EditDelta]:
-    run = fastedit.edit(model, edits, "lora", mode="sequential", evaluate=False, show_progress=False)
-    return list(run.deltas)
-
-
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
