@@ -77,7 +77,7 @@ def undo(ledger: Ledger, ids: Any, *, later: str, pool: Any, dry: bool = False) 
                 "ledger: what acts was changed by another process meanwhile; look again (got a new event)"
             )
         with contents.transaction() as transaction:
-            event = transaction.event("undo", edits=numbers, later=later if behind else None)
+            event = transaction.event("undo", edits=numbers, **({"later": later} if behind else {}))
             gone = set(numbers) | {stored.edit for _, stored in behind}
             for _, stored in acting:
                 if stored.edit in gone:
