@@ -144,8 +144,9 @@ def _computed(thread: int) -> float:
 def _within(seconds: float) -> Iterator[None]:
     """Raise TemplateTooLong inside the block once it has taken so long."""
     thread = threading.get_ident()
-    _WATCH.begin(thread, seconds)
     try:
+        # Inside: an interrupt that comes behind it must not leave the watch running
+        _WATCH.begin(thread, seconds)
         yield
     finally:
         if not _WATCH.done(thread):
