@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastedit.ledger.segments import COLUMNS, Stored, stored_of
+from fastedit.deltas import EditDelta
+from fastedit.ledger.segments import COLUMNS, Segments, Stored, stored_of
 
 if TYPE_CHECKING:
     from fastedit.ledger.ledger import Ledger
@@ -43,8 +44,8 @@ def compact(ledger: Ledger) -> Compacted:
         before = contents.database.rows("SELECT id, file, bytes FROM segments")
         with contents.transaction() as transaction:
             for group in _groups(contents.segments, kept):
-                number = contents.segments.write(transaction, [contents.segments.read(stored) for stored in group])
-                for row, stored in enumerate(group):
+                number = contents.segments.write(transaction, [delta for _, delta in group])
+                for row, (stored, _) in enumerate(group):
                     transaction.update("versions", stored.version, segment=number, row=row)
             for version in removed:
                 transaction.delete("versions", version)
@@ -81,8 +82,9 @@ def _kept(ledger: Ledger) -> tuple[list[Stored], list[int]]:
     return kept, [stored.version for stored in every if stored.version not in wanted]
 
 
-def _groups(segments: Any, kept: Sequence[Stored]) -> Iterator[list[Stored]]:
-    group: list[Stored] = []
+def _groups(segments: Segments, kept: Sequence[Stored]) -> Iterator[list[tuple[Stored, EditDelta]]]:
+    """Deltas that go into a file together, each read once."""
+    group: list[tuple[Stored, EditDelta]] = []
     size = 0
     for stored in kept:
         delta = segments.read(stored)
@@ -90,7 +92,7 @@ def _groups(segments: Any, kept: Sequence[Stored]) -> Iterator[list[Stored]]:
         if group and (len(group) >= MOST_DELTAS or size + count > MOST_BYTES):
             yield group
             group, size = [], 0
-        group.append(stored)
+        group.append((stored, delta))
         size += count
     if group:
         yield group
@@ -98,14 +100,8 @@ def _groups(segments: Any, kept: Sequence[Stored]) -> Iterator[list[Stored]]:
 
 def _remove_images(ledger: Ledger) -> None:
     """Remove images that no record names."""
-    import json
-
-    from fastedit.ledger.records import image_names
-
     contents = ledger.contents
-    named: set[str] = set()
-    for row in contents.database.checked_rows("edits"):
-        named |= set(image_names(json.loads(row["request"])))
+    named = set(contents.image_names())
     if contents.images.folder.exists():
         for path in contents.images.folder.iterdir():
             if path.name not in named and path.is_file():

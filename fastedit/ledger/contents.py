@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from fastedit.engine.run import LOSSES
+from fastedit.deltas import EditDelta
+from fastedit.engine.run import LOSSES, plain
 from fastedit.evaluation import EditScores
 from fastedit.files import clear_partial, replacing
 from fastedit.fitting.solver import FitOutcome
 from fastedit.ledger.database import DamagedLedger, Database, LedgerError, Transaction, sync_folder
 from fastedit.ledger.lock import WriterLock, writing
-from fastedit.ledger.records import ImageStore, from_record
-from fastedit.ledger.schema import ARTIFACTS, COMMIT_BYTES, COMMITS, FILE, SEAL
+from fastedit.ledger.records import ImageStore, from_record, image_names
+from fastedit.ledger.schema import ARTIFACTS, COMMIT_BYTES, COMMITS, FILE, SEAL, as_text
 from fastedit.ledger.segments import COLUMNS, Segments, Stored, file_checksum, stored_of
 from fastedit.requests import EditRequest
 
@@ -199,6 +201,24 @@ class Contents:
         """Requests of edits, in order."""
         rows = {row["id"]: row for row in self._where("edits", "id", numbers)}
         return [from_record(json.loads(rows[number]["request"]), self.images) for number in numbers]
+
+    def image_names(self) -> list[str]:
+        """Names of all the images that records name, each once."""
+        named: dict[str, None] = {}
+        for row in self.database.checked_rows("edits"):
+            named |= dict.fromkeys(image_names(json.loads(row["request"])))
+        return list(named)
+
+    def keep(
+        self, transaction: Transaction, delta: EditDelta, outcome: FitOutcome, *, edit: int, event: int, place: int
+    ) -> Stored:
+        """Write the delta of an edit as a segment of its own, which acts from an event on."""
+        segment = self.segments.write(transaction, [delta])
+        version = transaction.insert(
+            "versions", edit=edit, since=event, until=None, place=place, segment=segment, row=0, delta=delta.id,
+            fitted_on=None, outcome=as_text(plain(asdict(outcome))),
+        )  # fmt: skip
+        return Stored(version, edit, delta.request_id, segment, 0, delta.id)
 
     def outcomes(self, versions: Iterable[int]) -> dict[int, FitOutcome]:
         """How the fits of versions ended."""

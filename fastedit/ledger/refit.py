@@ -6,19 +6,16 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastedit.data import fingerprint
 from fastedit.deltas import EditDelta
 from fastedit.engine.editing import edit as run_edits
-from fastedit.engine.run import plain
 from fastedit.engine.run_state import EditJob
 from fastedit.evaluation import EditScores
 from fastedit.fitting.solver import FitOutcome
 from fastedit.ledger.database import LedgerError, Transaction
-from fastedit.ledger.schema import as_text
 from fastedit.ledger.segments import LedgerDeltas, Stored
 from fastedit.ledger.session import state_of
 from fastedit.ledger.stored_artifacts import read_artifact
@@ -75,12 +72,10 @@ class Refit:
     def commit(self, number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         """Write an edit; it counts with the transaction."""
         edit = self._ids[number]
-        segment = self._contents.segments.write(self._transaction, [delta])
-        version = self._transaction.insert(
-            "versions", edit=edit, since=self._event, until=None, place=self._places[edit], segment=segment, row=0,
-            delta=delta.id, fitted_on=None, outcome=as_text(plain(asdict(outcome))),
-        )  # fmt: skip
-        self.made.append(Stored(version, edit, delta.request_id, segment, 0, delta.id))
+        place = self._places[edit]
+        self.made.append(
+            self._contents.keep(self._transaction, delta, outcome, edit=edit, event=self._event, place=place)
+        )
 
     def timeline(self) -> list[int | None]:
         """What acts beneath, and those that were made."""

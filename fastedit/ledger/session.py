@@ -63,14 +63,9 @@ class Session:
         if edit in self._there:
             return
         with self._contents.transaction() as transaction:
-            segment = self._contents.segments.write(transaction, [delta])
             event = transaction.event("edit", edits=[edit], run=self._run, status=outcome.status)
             place = event if self._adds_up else edit
-            version = transaction.insert(
-                "versions", edit=edit, since=event, until=None, place=place, segment=segment, row=0, delta=delta.id,
-                fitted_on=None, outcome=as_text(plain(asdict(outcome))),
-            )  # fmt: skip
-        stored = Stored(version, edit, delta.request_id, segment, 0, delta.id)
+            stored = self._contents.keep(transaction, delta, outcome, edit=edit, event=event, place=place)
         self._sorted = self._sorted and (not self._acting or self._acting[-1][0] < place)
         self._acting.append((place, stored))
         self._there.add(edit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastedit.ledger.asking import holds, own_answers
 from fastedit.ledger.contents import Contents
 from fastedit.ledger.database import DamagedLedger
-from fastedit.ledger.records import IMAGES, image_names
+from fastedit.ledger.records import IMAGES
 from fastedit.ledger.schema import (
     CHECK,
     COMMIT_BYTES,
@@ -176,10 +176,7 @@ def _file_problems(contents: Contents) -> Iterator[str]:
             yield problem if problem and database.row("segments", row["id"]) is not None else ""
         for row in database.checked_rows("artifacts"):
             yield artifact_problem(contents, row)
-        named: dict[str, None] = {}
-        for row in database.checked_rows("edits"):
-            named |= dict.fromkeys(image_names(json.loads(row["request"])))
-        for name in named:
+        for name in contents.image_names():
             try:
                 yield contents.images.problem(name)
             except DamagedLedger as error:
