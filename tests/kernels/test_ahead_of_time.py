@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compiled_form as forms
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if not path.stem.startswith("_"))
 
@@ -32,7 +34,25 @@ print(json.dumps(sizes))
 """
 
 
-@pytest.mark.parametrize("stem", KERNELS)
+def _launched(stem):
+    """Return the kernels that a module launches: launches are written name[grid](...)."""
+    source = (ROOT / "kernels" / f"{stem}.py").read_text(encoding="utf-8")
+    return {line.strip().split("[")[0] for line in source.splitlines() if "_kernel[" in line}
+
+
+@pytest.mark.parametrize("stem", sorted(set(KERNELS) & set(forms.stems())))
+def test_launches_compile_for_both_targets(stem, compiled_form):
+    rows, _ = compiled_form(stem)
+    pairs = {}
+    for row in rows:
+        pairs.setdefault(row["kernel"], set()).add((row["target"], row["dtypes"].split("/")[0]))
+    # a kernel that is launched must be in the list, in both dtypes that the engine passes
+    assert _launched(stem) <= set(pairs)
+    for kernel, compiled in pairs.items():
+        assert compiled >= {(80, "bf16"), (90, "bf16"), (90, "fp32")}, kernel
+
+
+@pytest.mark.parametrize("stem", sorted(set(KERNELS) - set(forms.stems())))
 def test_compiles_for_both_targets(stem):
     pairs = "80:bf16,90:bf16,90:fp32"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -41,10 +61,8 @@ def test_compiles_for_both_targets(stem):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    source = (ROOT / "kernels" / f"{stem}.py").read_text(encoding="utf-8")
     names = {name.split(":")[0] for name in sizes}
-    # a kernel that is launched must be in the list: launches are written name[grid](...)
-    launched = {line.strip().split("[")[0] for line in source.splitlines() if "_kernel[" in line}
-    assert launched <= names
+    # a kernel that is launched must be in the list
+    assert _launched(stem) <= names
     assert len(sizes) == 3 * len(names)
     assert min(sizes.values()) > 0

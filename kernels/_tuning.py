@@ -1,0 +1,73 @@
+"""Which settings a compute-bound kernel is launched with: tried once per kind of shape on the GPU, and kept on disk."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton
+
+#: Bytes of shared memory of a program at most: two of them share a multiprocessor of sm_80 and sm_90.
+SHARED = 100 * 1024
+
+#: 0 where the first setting serves every shape: nothing is tried, and two machines launch the same code.
+SWITCH = "FASTEDIT_TUNE"
+
+
+class Fixed:
+    """A kernel that is launched with one setting, as one that tunes itself is: ``kernel[grid](...)``."""
+
+    def __init__(self, kernel: Any, config: Any) -> None:
+        self.kernel, self.config = kernel, config
+        self.fn, self.arg_names = kernel.fn, kernel.arg_names
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        """Return what launches the kernel on that grid."""
+        return lambda *arguments, **named: self.kernel[grid](*arguments, **named, **self.config.all_kwargs())
+
+
+def tuned(configs: Sequence[Any], shared: Callable[..., int]) -> Callable[[Any], Any]:
+    """Return a decorator of a kernel whose argument ``work`` says what kind of shape it gets (``work_of``).
+
+    The configs must differ in nothing that changes the order of a sum, so that a number does not depend on which one
+    was the fastest. The first one serves under the interpreter and where FASTEDIT_TUNE=0.
+
+    Args:
+        configs: what is tried, few.
+        shared: bytes of shared memory that a launch needs, from its constants by name.
+    """
+
+    def decorate(kernel: Any) -> Any:
+        if triton.knobs.runtime.interpret or os.environ.get(SWITCH, "1") == "0":
+            return Fixed(kernel, configs[0])
+
+        def fitting(configs: Sequence[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
+            constants = {name: value for name, value in {**arguments, **named}.items() if name.isupper()}
+            return small_enough(configs, constants, shared)
+
+        tune = triton.autotune(
+            list(configs), key=["work"], prune_configs_by={"early_config_prune": fitting}, cache_results=True
+        )
+        return tune(kernel)
+
+    return decorate
+
+
+def small_enough(configs: Sequence[Any], constants: dict[str, Any], shared: Callable[..., int]) -> list[Any]:
+    """Return the configs whose programs fit ``SHARED``, or where none does the one that needs least."""
+
+    def needed(config: Any) -> int:
+        return shared(**{**constants, **config.kwargs, "num_stages": config.num_stages})
+
+    fitting = [config for config in configs if needed(config) <= SHARED]
+    return fitting or [min(configs, key=needed)]
+
+
+def work_of(*sizes: int) -> int:
+    """Return one number for sizes that are alike: each counts as the power of 2 above it, up to 2^31.
+
+    A batch that changes by a few tokens, or a sequence of edits whose rank grows, is so not tuned for again.
+    """
+    work = 0
+    for size in sizes:
+        work = work * 32 + max(min(size, 2**31) - 1, 0).bit_length()
+    return work
