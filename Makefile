@@ -56,7 +56,7 @@ sanitize: $(RUN) $(TEST)
 	FASTEDIT_LIBRARY=build/address FASTEDIT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -n 2 -p no:cacheprovider -p no:faulthandler tests/ops \
-	-k "not triton and (test_arguments or test_threads or (csrc and equals_reference and not linear_risk))"
+	-k "not triton and (test_arguments or test_threads or (csrc and equals_reference))"
 
 check: $(RUN) $(CHECK)
 	$(BIN)/ruff check .

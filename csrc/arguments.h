@@ -84,7 +84,7 @@ inline void check_risk(const at::Tensor& logits, const at::Tensor& target, const
                  "target=", target.device(), ", logits=", logits.device());
 }
 
-// What the backward of risk or linear_risk gets beside the arguments of the forward; first the number of segments.
+// What the backward of risk gets beside the arguments of the forward; first the number of segments.
 inline int64_t segments_of(const at::Tensor& grad_value) {
   return grad_value.dim() == 1 ? grad_value.size(0) : 0;
 }
@@ -95,52 +95,6 @@ inline void check_risk_upstream(const char* op, const at::Tensor& grad_value, co
   check_tensor(grad_value, op, "grad_value", wide, grad_value.sizes(), features.device());
   check_tensor(grad_env, op, "grad_env", wide, grad_value.sizes(), features.device());
   check_tensor(stats, op, "stats", wide, {features.size(0), kStats}, features.device());
-}
-
-// names: of hidden states, weight and bias
-inline void check_head(const std::array<const char*, 3>& names, const at::Tensor& hidden, const at::Tensor& weight,
-                       const MaybeTensor& bias) {
-  constexpr const char* op = "linear_risk";
-  const Named all = {{names[0], &hidden}, {names[1], &weight}, {names[2], given(bias)}};
-  const bool fits = hidden.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && hidden.size(1) == weight.size(1);
-  FASTEDIT_CHECK(fits && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))), op,
-                 std::string(names[0]) + " is (T, d), " + names[1] + " is (V, d) with V > 0, " + names[2] + " is (V,)",
-                 shapes(all));
-  FASTEDIT_CHECK(one_dtype(all), op, "hidden states, head and bias have one dtype", dtypes(all));
-  FASTEDIT_CHECK(one_device(all), op, "hidden states, head and bias are on one device", devices(all));
-}
-
-inline void check_linear_risk(const at::Tensor& hidden, const at::Tensor& weight, const MaybeTensor& bias,
-                              const at::Tensor& target, const MaybeTensor& target_weight,
-                              const MaybeTensor& target_bias, const at::Tensor& segments, int64_t n_segments,
-                              std::string_view kind, int64_t budget) {
-  constexpr const char* op = "linear_risk";
-  check_kind(kind, op);
-  FASTEDIT_CHECK(n_segments >= 0 && budget > 0, op, "n_segments is not negative and budget positive",
-                 "n_segments=", n_segments, ", budget=", budget);
-  check_head({"hidden", "weight", "bias"}, hidden, weight, bias);
-  check_floating(hidden, op, "hidden");
-  check_index(segments, op, "segments", hidden.size(0), hidden.device());
-  if (kind == "ce") {
-    FASTEDIT_CHECK(!target_weight && !target_bias, op, "target of ce is labels (T,)", "target=a reference of ",
-                   shown(target.sizes()));
-    return check_index(target, op, "target", hidden.size(0), hidden.device());
-  }
-  if (target_weight) {
-    check_head({"target", "target_weight", "target_bias"}, target, *target_weight, target_bias);
-  } else if (target_bias) {
-    FASTEDIT_CHECK(false, op, "target_bias comes with target_weight", "target_bias=", shown(target_bias->sizes()));
-  }
-  const int64_t vocabulary = weight.size(0);
-  const bool fits = target.dim() == 2 && target.size(0) == hidden.size(0) &&
-                    (target_weight ? target_weight->size(0) : target.size(1)) == vocabulary;
-  FASTEDIT_CHECK(fits && target.scalar_type() == hidden.scalar_type(), op,
-                 "a reference gives logits (T, " + std::to_string(vocabulary) + ") and has the dtype of hidden",
-                 "target=", dtype_and(target, shown(target.sizes())),
-                 ", hidden=", dtype_and(hidden, shown(hidden.sizes())),
-                 target_weight ? ", target_weight=" + shown(target_weight->sizes()) : "");
-  FASTEDIT_CHECK(target.device() == hidden.device(), op, "target is on the device of hidden",
-                 "target=", target.device(), ", hidden=", hidden.device());
 }
 
 inline void check_low_rank(const at::Tensor& x, const at::Tensor& down, const at::Tensor& up,

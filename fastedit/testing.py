@@ -145,46 +145,6 @@ def risk_inputs(
     return logits.to(device), target.to(device), segment.to(device), segments, kind
 
 
-def linear_risk_inputs(
-    tokens: int,
-    d: int,
-    vocabulary: int,
-    segments: int,
-    kind: str,
-    dtype: torch.dtype,
-    *,
-    form: str = "hidden",
-    bias: bool = False,
-    budget: int = 2**25,
-    device: str = "cpu",
-    seed: int = 0,
-) -> tuple[Any, ...]:
-    """Return the arguments of the op ``linear_risk``: a head whose logits have deviation 2, about a fifth ignored.
-
-    The reference of the KL kinds is ``logits`` (T, V), ``hidden`` states of the same head, or of a ``wider`` one.
-    """
-    make = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, d, generator=make)
-    weight = 2.0 * torch.randn(vocabulary, d, generator=make) / max(d, 1) ** 0.5
-    own_bias = torch.randn(vocabulary, generator=make) if bias else None
-    _, labels, own, _, _ = risk_inputs(tokens, vocabulary, segments, "ce", torch.float32, seed=seed)
-    drifted = hidden + 0.1 * torch.randn(tokens, d, generator=make)
-    target, target_weight, target_bias = labels, None, None
-    if kind != "ce" and form == "logits":
-        target = drifted @ weight.T
-    elif kind != "ce":
-        wider = torch.cat([drifted, drifted[:, :1]], 1), torch.cat([weight, 0.1 * weight[:, :1]], 1)
-        target, target_weight = wider if form == "wider" else (drifted, weight)
-        target_bias = own_bias
-
-    def place(tensor: Tensor | None) -> Tensor | None:
-        floating = tensor is not None and tensor.is_floating_point()
-        return tensor if tensor is None else tensor.to(device, dtype if floating else torch.int64)
-
-    given = [place(t) for t in (hidden, weight, own_bias, target, target_weight, target_bias, own)]
-    return *given, segments, kind, budget
-
-
 def topk_agreement_inputs(
     tokens: int, vocabulary: int, dtype: torch.dtype, *, drift: float = 0.5, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor]:

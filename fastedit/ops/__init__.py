@@ -3,7 +3,7 @@
 Every entry checks its arguments, torch.ops.fastedit included, and raises ValueError before any work. A GPU is not asked
 for offsets, segments and labels, that would wait for it: its kernels stay within the tensors whatever these say.
 
-Under torch.autocast ``low_rank``, ``key_value`` and ``linear_risk``, which multiply matrices, cast all features and
+Under torch.autocast ``low_rank`` and ``key_value``, which multiply matrices, cast all features and
 parameters but float64 to autocast's dtype, as torch's own products do. ``risk``, ``mmd2``, ``nearest_keys`` and
 ``topk_agreement``, whose results are float32 in any case, take their two features to the wider dtype of them where they
 disagree. ``adam_step_`` and ``workspace`` are as without. Gradients come in the dtypes of what was given.
@@ -15,7 +15,6 @@ from fastedit import _native as _native  # registers the compiled kernels
 from fastedit.ops._library import implementations
 from fastedit.ops.adam_step import adam_step_
 from fastedit.ops.key_value import Activation, key_value
-from fastedit.ops.linear_risk import linear_risk
 from fastedit.ops.low_rank import low_rank
 from fastedit.ops.mmd2 import mmd2
 from fastedit.ops.nearest_keys import nearest_keys
@@ -30,7 +29,6 @@ __all__ = [
     "implementations",
     "keep_freed_memory",
     "key_value",
-    "linear_risk",
     "low_rank",
     "mmd2",
     "nearest_keys",

@@ -44,70 +44,13 @@ def check_risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int
 
 
 def check_risk_upstream(op: str, grad_value: Tensor, grad_env: Tensor, stats: Tensor, features: Tensor) -> None:
-    """Check what the backward of ``risk`` or ``linear_risk`` gets beside the arguments of the forward."""
+    """Check what the backward of ``risk`` gets beside the arguments of the forward."""
     dtype, device = accumulation_dtype(features.dtype), features.device
     if grad_value.dim() != 1:
         fail(op, "grad_value is (S,)", grad_value=tuple(grad_value.shape))
     check_tensor(op, "grad_value", grad_value, dtype, grad_value.shape, device)
     check_tensor(op, "grad_env", grad_env, dtype, grad_value.shape, device)
     check_tensor(op, "stats", stats, dtype, (features.shape[0], STATS), device)
-
-
-def check_linear_risk(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    target_weight: Tensor | None,
-    target_bias: Tensor | None,
-    segments: Tensor,
-    n_segments: int | torch.SymInt,
-    kind: str,
-    budget: int,
-) -> None:
-    """Check the arguments of ``linear_risk``."""
-    op = "linear_risk"
-    if kind not in KINDS:
-        fail(op, f"kind is one of {', '.join(KINDS)}", kind=kind)
-    if n_segments < 0 or budget <= 0:
-        fail(op, "n_segments is not negative and budget positive", n_segments=n_segments, budget=budget)
-    _check_head("hidden", hidden, "weight", weight, "bias", bias)
-    check_floating(op, "hidden", hidden)
-    check_index(op, "segments", segments, hidden.shape[0], hidden.device)
-    if kind == "ce":
-        if target_weight is not None or target_bias is not None:
-            fail(op, "target of ce is labels (T,)", target=f"a reference of {tuple(target.shape)}")
-        check_index(op, "target", target, hidden.shape[0], hidden.device)
-        return
-    if target_weight is not None:
-        _check_head("target", target, "target_weight", target_weight, "target_bias", target_bias)
-    elif target_bias is not None:
-        fail(op, "target_bias comes with target_weight", target_bias=tuple(target_bias.shape))
-    vocabulary = weight.shape[0]
-    fits = target.shape == (hidden.shape[0], vocabulary)
-    if target_weight is not None:
-        fits = target.shape[0] == hidden.shape[0] and target_weight.shape[0] == vocabulary
-    if not fits or target.dtype != hidden.dtype:
-        got = {"target": f"{target.dtype} {tuple(target.shape)}", "hidden": f"{hidden.dtype} {tuple(hidden.shape)}"}
-        if target_weight is not None:
-            got["target_weight"] = f"{tuple(target_weight.shape)}"
-        fail(op, f"a reference gives logits (T, {vocabulary}) and has the dtype of hidden", **got)
-    if target.device != hidden.device:
-        fail(op, "target is on the device of hidden", target=target.device, hidden=hidden.device)
-    check_dense(op, target=target)
-
-
-def _check_head(
-    name: str, hidden: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
-) -> None:
-    op = "linear_risk"
-    given = {name: hidden, weight_name: weight} | ({} if bias is None else {bias_name: bias})
-    fits = hidden.dim() == 2 and weight.dim() == 2 and weight.shape[0] > 0 and hidden.shape[1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = {part: tuple(tensor.shape) for part, tensor in given.items()}
-        fail(op, f"{name} is (T, d), {weight_name} is (V, d) with V > 0, {bias_name} is (V,)", **shapes)
-    check_same(op, "hidden states, head and bias have one dtype", "dtype", **given)
-    check_same(op, "hidden states, head and bias are on one device", "device", **given)
 
 
 def check_low_rank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor) -> None:

@@ -7,7 +7,6 @@ import torch
 
 from fastedit.testing import (
     key_value_inputs,
-    linear_risk_inputs,
     low_rank_inputs,
     mmd2_inputs,
     providers,
@@ -74,33 +73,13 @@ def test_mmd2(offsets, monkeypatch):
         module.mmd2_backward(torch.ones(2), torch.ones(2), *one, bandwidths, False)
 
 
-@pytest.mark.parametrize("name", ["risk", "linear_risk"])
-def test_labels_and_segments(name, monkeypatch):
+def test_labels_and_segments(monkeypatch):
     """A label outside of the vocabulary gives NaN, a segment that does not exist is ignored like a negative one."""
-    module = _module(name, monkeypatch, "check_labels", "check_segments")
+    module = _module("risk", monkeypatch, "check_labels", "check_segments")
     labels, own = torch.tensor([3, 40, -1, 2, 2**40]), torch.tensor([0, 1, 2, 7, 2**40])
-    if name == "risk":
-        logits, *_ = risk_inputs(5, 40, 1, "ce", torch.float32)
-        features, rest = [_among_nan(logits)], ["ce"]
-    else:
-        hidden, weight, *_ = linear_risk_inputs(5, 6, 40, 1, "ce", torch.float32)
-        features, rest = [_among_nan(hidden), weight, None], ["ce", 2**20]
-    targets = [labels] if name == "risk" else [labels, None, None]
-    value, env, stats = getattr(module, name)(*features, *targets, own, 3, *rest)
+    logits = _among_nan(risk_inputs(5, 40, 1, "ce", torch.float32)[0])
+    value, env, stats = module.risk(logits, labels, own, 3, "ce")
     assert value.isnan().tolist() == env.isnan().tolist() == [False, True, True]
-    ones = torch.ones(3)
-    needs = [] if name == "risk" else [[True, False, False]]
-    backward = getattr(module, f"{name}_backward")
-    grad = backward(ones, ones, *features, *targets, own, stats, *rest, *needs)
-    grad = grad if name == "risk" else grad[0]
+    grad = module.risk_backward(torch.ones(3), torch.ones(3), logits, labels, own, stats, "ce")
     assert torch.isfinite(grad[0]).all()
     assert (grad[3:] == 0).all()
-
-
-def test_linear_risk_without_segments(monkeypatch):
-    module = _module("linear_risk", monkeypatch, "check_labels", "check_segments")
-    hidden, weight, *_ = linear_risk_inputs(3, 6, 40, 1, "ce", torch.float32)
-    labels, own, none = torch.tensor([1, 2, 3]), torch.tensor([0, 1, -1]), torch.ones(0)
-    stats = module.linear_risk(hidden, weight, None, labels, None, None, own, 0, "ce", 2**20)[2]
-    arguments = (none, none, hidden, weight, None, labels, None, None, own, stats, "ce", 2**20, [True, True, True])
-    assert all((grad == 0).all() for grad in module.linear_risk_backward(*arguments))

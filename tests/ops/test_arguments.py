@@ -11,7 +11,6 @@ from fastedit.ops import implementations
 from fastedit.testing import (
     adam_step_inputs,
     key_value_inputs,
-    linear_risk_inputs,
     low_rank_inputs,
     mmd2_inputs,
     nearest_keys_inputs,
@@ -45,16 +44,6 @@ def _risk_cases(tokens, vocabulary, segments, kind, dtype):
         return [torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), *inputs[:3], outputs[2], kind]
 
     return _with_backward("risk", list(risk_inputs(tokens, vocabulary, segments, kind, dtype)), upstream)
-
-
-def _linear_risk_cases(tokens, d, vocabulary, segments, kind, dtype, *, bias, form="hidden"):
-    inputs = list(linear_risk_inputs(tokens, d, vocabulary, segments, kind, dtype, bias=bias, form=form))
-
-    def upstream(inputs, outputs):
-        ones = [torch.ones_like(outputs[0]), torch.ones_like(outputs[1])]
-        return [*ones, *inputs[:7], outputs[2], *inputs[8:], [True, True, bias]]
-
-    return _with_backward("linear_risk", inputs, upstream)
 
 
 def _low_rank_cases(lengths, d, r, o, dtype, weight_dtype=None):
@@ -97,10 +86,6 @@ def _cases():
     sources = (
         _risk_cases(5, 33, 3, "ce", single), _risk_cases(4, 17, 2, "forward_kl", short),
         _risk_cases(3, 40, 2, "reverse_kl", torch.float64), _risk_cases(0, 5, 2, "ce", single),
-        _linear_risk_cases(5, 6, 33, 2, "ce", single, bias=True),
-        _linear_risk_cases(4, 3, 20, 2, "reverse_kl", short, bias=False),
-        _linear_risk_cases(4, 3, 20, 2, "forward_kl", single, bias=True, form="logits"),
-        _linear_risk_cases(0, 3, 20, 2, "ce", single, bias=False),
         _low_rank_cases((3, 0, 2), 9, 2, 5, single), _low_rank_cases((2, 1), 4, 3, 2, short, single),
         _low_rank_cases((0,), 4, 1, 2, single), _low_rank_cases((), 4, 1, 2, single),
         _key_value_cases((3, 0, 2), 9, 2, 5, "gelu", single, gated=True),
@@ -118,7 +103,7 @@ def _cases():
 
 
 # Where a backward takes the stats that its own forward left; what they mean is the kernel's business.
-STATS = {"risk_backward": 5, "linear_risk_backward": 9}
+STATS = {"risk_backward": 5}
 
 
 def _with_own_stats(name, inputs, forward):
@@ -126,7 +111,7 @@ def _with_own_stats(name, inputs, forward):
     if name not in STATS or forward is None:
         return inputs
     place = STATS[name]
-    kept, settings = inputs[2:place], inputs[place + 1 : -1] if name.startswith("linear") else inputs[place + 1 :]
+    kept, settings = inputs[2:place], inputs[place + 1 :]
     stats = forward(*kept, inputs[0].shape[0], *settings)[2]
     return [*inputs[:place], stats, *inputs[place + 1 :]]
 
@@ -200,7 +185,7 @@ def _wrong_arguments(name, inputs):
             if kind.startswith("Optional"):
                 changes.append(("None", None))
         elif kind == "Optional[Tensor]":
-            first = inputs[1 if name.startswith("linear_risk_back") else 0]
+            first = inputs[0]
             changes = [("first", first), ("its row", first[:1]), ("a vector", first.new_ones(3)), ("empty", first[:0])]
         else:
             changes = [

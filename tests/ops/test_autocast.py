@@ -10,7 +10,6 @@ from fastedit.ops import _library
 from fastedit.testing import (
     adam_step_inputs,
     key_value_inputs,
-    linear_risk_inputs,
     low_rank_inputs,
     mmd2_inputs,
     nearest_keys_inputs,
@@ -30,29 +29,6 @@ def _equal(results, goals):
     for one, goal in zip(results, goals, strict=True):
         assert one.dtype == goal.dtype
         assert torch.equal(one, goal)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_linear_risk_takes_a_wider_head(dtype):
-    hidden, weight, bias, target, _, _, segments, n, kind, _ = linear_risk_inputs(
-        7, 12, 40, 2, "ce", torch.float32, bias=True
-    )
-    with pytest.raises(ValueError, match=r"linear_risk: hidden states, head and bias have one dtype"):
-        ops.linear_risk(hidden.to(dtype), weight, target, segments, n, kind, bias=bias)
-    short = [t.to(dtype) for t in (hidden, weight, bias)]
-    goal = ops.linear_risk(*short[:2], target, segments, n, kind, bias=short[2])
-    for given in (hidden, short[0]):
-        with _autocast(dtype):
-            _equal(ops.linear_risk(given, weight, target, segments, n, kind, bias=bias), goal)
-
-
-def test_linear_risk_of_a_reference():
-    hidden, weight, _, target, head, _, segments, n, kind, _ = linear_risk_inputs(
-        7, 12, 40, 2, "reverse_kl", torch.float32
-    )
-    goal = ops.linear_risk(hidden.to(SHORT), weight.to(SHORT), (target.to(SHORT), head.to(SHORT)), segments, n, kind)
-    with _autocast():
-        _equal(ops.linear_risk(hidden.to(SHORT), weight, (target, head.to(SHORT)), segments, n, kind), goal)
 
 
 def test_products_are_of_the_dtype_of_autocast():

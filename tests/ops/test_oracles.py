@@ -14,7 +14,6 @@ from fastedit.testing import (
     adam_step_inputs,
     assert_close,
     key_value_inputs,
-    linear_risk_inputs,
     low_rank_inputs,
     nearest_keys_inputs,
     providers,
@@ -150,43 +149,6 @@ def _compare_segments(made, leaves, scaled, risk_of_segment, bound):
             (leaf * grad).sum().item() for leaf, grad in zip(leaves, goals) if any(leaf is t for t in scaled)
         )
         assert abs(env_grad[segment].item() - by_scale) < 10 * bound
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("budget", [4096, 2**25])
-def test_linear_risk_equals_liger_cross_entropy(bias, budget):
-    peer = _liger("LigerFusedLinearCrossEntropyFunction")
-    hidden, weight, own_bias, labels, _, _, segments, _, _, _ = linear_risk_inputs(
-        12, 20, 700, 3, "ce", torch.float32, bias=bias, device=LIGER_DEVICE
-    )
-    leaves = [t.requires_grad_() for t in (hidden, weight, own_bias) if t is not None]
-
-    def risk_of_segment(segment):
-        # -100 is the peer's label of a token that does not count
-        own = torch.where(segments == segment, labels, -100)
-        found = peer.apply(hidden, weight, own, own_bias)
-        return found[0] if isinstance(found, tuple) else found
-
-    made = ops.linear_risk(hidden, weight, labels, segments, 2, bias=own_bias, budget=budget)
-    _compare_segments(made, leaves, [hidden, own_bias], risk_of_segment, 2e-6)
-
-
-@quiet
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_linear_risk_equals_liger_divergence(kind):
-    """The two ends of the generalised Jensen-Shannon divergence are the two KL divergences."""
-    peer = _liger("LigerFusedLinearJSDFunction")
-    hidden, weight, _, other, other_weight, _, segments, _, _, _ = linear_risk_inputs(
-        12, 20, 700, 3, kind, torch.float32, form="wider", device=LIGER_DEVICE
-    )
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-
-    def risk_of_segment(segment):
-        own = torch.where(segments == segment, 0, -100)
-        return peer.apply(hidden, weight, other, other_weight, own, 0.0 if kind == "forward_kl" else 1.0)
-
-    made = ops.linear_risk(hidden, weight, (other, other_weight), segments, 2, kind, budget=4096)
-    _compare_segments(made, leaves, [hidden], risk_of_segment, 2e-6)
 
 
 @quiet

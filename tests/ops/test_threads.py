@@ -11,7 +11,6 @@ from fastedit import _native, ops
 from fastedit.testing import (
     adam_step_inputs,
     key_value_inputs,
-    linear_risk_inputs,
     low_rank_inputs,
     mmd2_inputs,
     nearest_keys_inputs,
@@ -31,7 +30,6 @@ def _work(seed):
     """Return functions that compute something of every op with numbers of their own."""
     # logits large enough for memory that is kept between calls
     logits, target, segments, n, kind = risk_inputs(16, 9000 + 64 * seed, 3, "ce", torch.float32, seed=seed)
-    head = linear_risk_inputs(9, 12, 300, 2, "reverse_kl", torch.float32, seed=seed)
     x, down, up, starts = low_rank_inputs((5, 3), 24, 4, 20, torch.float32, seed=seed)
     token, keys, bias, values, begins, _, _ = key_value_inputs((5, 3), 24, 4, 20, torch.float32, seed=seed)
     groups = mmd2_inputs((4, 60), (5, 30), 9, torch.float32, seed=seed)
@@ -50,7 +48,6 @@ def _work(seed):
 
     return [
         lambda: _gradient(lambda z: sum(t.sum() for t in ops.risk(z, target, segments, n, kind)), logits),
-        lambda: ops.linear_risk(head[0], head[1], (head[3], head[4]), head[6], 2, "reverse_kl"),
         lambda: _gradient(lambda a, b: ops.low_rank(x, a, b, starts).square().sum(), down, up),
         lambda: _gradient(lambda k: ops.key_value(token, k, bias, values, begins, "silu").square().sum(), keys),
         lambda: _gradient(lambda a: ops.mmd2(a, *groups[1:])[0].sum(), groups[0]),

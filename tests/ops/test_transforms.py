@@ -4,21 +4,16 @@ import pytest
 import torch
 
 from fastedit import ops
-from fastedit.testing import key_value_inputs, linear_risk_inputs, low_rank_inputs, mmd2_inputs, risk_inputs
+from fastedit.testing import key_value_inputs, low_rank_inputs, mmd2_inputs, risk_inputs
 
 
 def _functions():
     logits, target, segments, n, kind = risk_inputs(6, 20, 2, "reverse_kl", torch.float64)
-    hidden, weight, _, labels, _, _, own, count, _, _ = linear_risk_inputs(5, 4, 15, 2, "ce", torch.float64)
     x, down, up, starts = low_rank_inputs((2, 3), 4, 2, 3, torch.float64)
     token, keys, bias, values, begins, _, _ = key_value_inputs((2, 3), 4, 2, 3, torch.float64)
     a, b, *rest = mmd2_inputs((2, 3), (3, 1), 4, torch.float64)
     return {
         "risk": (lambda z: sum(t.sin().sum() for t in ops.risk(z, target, segments, n, kind)), logits),
-        "linear_risk": (
-            lambda h: sum(t.sin().sum() for t in ops.linear_risk(h, weight, labels, own, count)),
-            hidden,
-        ),
         "low_rank": (lambda u: ops.low_rank(x, down, u, starts).sin().sum(), up),
         "key_value": (lambda k: ops.key_value(token, k, bias, values, begins, "gelu").sin().sum(), keys),
         "mmd2": (lambda f: sum(t.sin().sum() for t in ops.mmd2(f, b, *rest)), a),
