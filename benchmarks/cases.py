@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastedit.requests import EditRequest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: Methods whose config names one layer.
+ONE_LAYER = ("grace", "wise")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Case:
     Args:
         name: of the stored rows.
         model: as ``fastedit.load`` takes it. data: edits of a trained model; "" makes edits up.
-        method: "ft", "lora", or the engine alone: "odedit+lora" ...
-        layers: the last so many decoder layers are edited.
+        method: "ft", "lora", "grace", "wise", or the engine alone: "odedit+lora" ...
+        layers: the last so many decoder layers are edited; not used by methods with one layer, an option of theirs.
         steps: optimiser steps. stop_loss: stop earlier below this loss; None makes every edit take all steps, so that
             the work does not depend on what random weights happen to do.
         edits: how many. batch_size: of the engine.
@@ -71,7 +73,8 @@ class Case:
     @property
     def overrides(self) -> dict[str, Any]:
         """Fields of the method's config."""
-        return {"layers": self.layers, "steps": self.steps, "stop_loss": self.stop_loss, **(self.options or {})}
+        placed = {} if self.method.rpartition("+")[2] in ONE_LAYER else {"layers": self.layers}
+        return {**placed, "steps": self.steps, "stop_loss": self.stop_loss, **(self.options or {})}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -107,6 +110,11 @@ _LARGE_LORA = _LARGE | {"method": "lora"}
 _LARGE_FT = _LARGE | {"edits": 16, "batch_size": 8}
 _STEPS_20: dict[str, Any] = {"steps": 20, "edits": 16, "batch_size": 16}
 _REPHRASED: Mapping[str, Any] = {"kl_rephrases": True}
+#: What editors of other toolkits are set to: one layer at two thirds of the depth, or attention maps of every layer
+_WISE: dict[str, Any] = {"method": "wise", "steps": 10, "options": {"layer": 8}}
+_GRACE: dict[str, Any] = {"method": "grace", "steps": 20, "options": {"layer": 8}}
+_LORA_QV: dict[str, Any] = {"method": "lora", "steps": 10, "layers": 12, "options": {"names": ("q", "v")}}
+_SINGLES: dict[str, Any] = {"edits": 4, "batch_size": 1}
 #: NLL + KL on the views that ODEdit is fitted on
 _KL_REPHRASED = "engine:kl+lora/kl_rephrases=true"
 
@@ -126,6 +134,13 @@ CASES: Mapping[str, Case] = {
         Case("ft-last2-bf16", dtype="bfloat16", **_STEPS_20),
         Case("lora-last2-nf4", method="lora", quantize="nf4", **_STEPS_20),
         Case("lora-last2-after-image", method="lora", options={"positions": "after_image"}, **_STEPS_20),
+        # As other toolkits are set
+        Case("wise-layer8", **_WISE),
+        Case("lora-qv", **_LORA_QV),
+        Case("grace-layer8", **_GRACE),
+        Case("wise-layer8-singles", **_WISE, **_SINGLES),
+        Case("lora-qv-singles", **_LORA_QV, **_SINGLES),
+        Case("grace-layer8-singles", **_GRACE, **_SINGLES),
         # What an objective costs: beside another on the same five views, in the same run
         Case("kl-lora-last2", method="kl+lora", options=_REPHRASED, baselines=("engine:lora",), **_STEPS_20),
         Case("odedit-lora-last2", method="odedit+lora", baselines=(_KL_REPHRASED, "engine:lora"), **_STEPS_20),
@@ -256,9 +271,9 @@ def edits_of(case: Case) -> list[EditRequest]:
 
 #: Baselines that are no form of the engine, and the methods that each can fit.
 PLAIN_BASELINES: Mapping[str, tuple[str, ...]] = {
-    "plain_loop": ("ft", "lora"),
+    "plain_loop": ("ft", "lora", "grace", "wise"),
     "peft": ("lora",),
-    "plain_onednn": ("ft", "lora"),
+    "plain_onednn": ("ft", "lora", "grace", "wise"),
 }
 
 
@@ -273,7 +288,8 @@ def can_fit(baseline: str, case: Case) -> bool:
 
 def one_batch(case: Case) -> int:
     """Edits of a batch of the engine; at least two where locality views are drawn from a run's other edits."""
-    return min(case.edits, max(case.batch_size, 2 if "+" in case.method else 1))
+    drawn = "+" in case.method or case.method == "wise"
+    return min(case.edits, max(case.batch_size, 2 if drawn else 1))
 
 
 def fitting(case: Case) -> Case:

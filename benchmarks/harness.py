@@ -24,6 +24,7 @@ from fastedit.engine.profiling.flops import NecessaryFlops, Peak, nfu
 from fastedit.engine.profiling.utilisation import measure_peak, necessary_flops
 from fastedit.fitting.solver import FitOutcome
 from fastedit.fitting.views import ViewSource
+from fastedit.objectives import beside_roles
 from fastedit.requests import EditRequest
 
 WARM_UP_STEPS = 2
@@ -234,7 +235,8 @@ def count_necessary(
     plan = case.plan()
     objective = plan.build_objective(case.steps)
     source = ViewSource(edits, None, seed=case.seed)
-    return necessary_flops(model, plan.method.spec(model, plan.config), source, objective.roles, outcomes)
+    spec, beside = plan.method.spec(model, plan.config), beside_roles(objective)
+    return necessary_flops(model, spec, source, objective.roles, outcomes, beside)
 
 
 def rows_of(found: Comparison) -> list[Row]:

@@ -36,7 +36,7 @@ def engine(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fi
 def plain(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
     """The plain loop, on the model as transformers runs it."""
     with torch_products(model.hf):
-        return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+        return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate, seed=case.seed)
 
 
 def peft(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
@@ -47,7 +47,7 @@ def peft(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitt
 
 def plain_onednn(model: EditableModel, edits: Sequence[EditRequest], case: Case) -> Fitted:
     """The plain loop with the engine's products: what is left is not theirs."""
-    return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate)
+    return plain_loop.run(model, edits, case.plan(), evaluate=case.evaluate, seed=case.seed)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {

@@ -81,7 +81,6 @@ TESTED_IN = {
     "engine/stacking": "deltas/test_mapped",
     "evaluation/scoring": "engine/test_evaluate",
     "export/regression": "export/test_records",
-    "fitting/prepared": "engine/test_continuous",
     "methods/base": "methods/test_registry",
     "methods/ldke/config": "methods/ldke/test_editor",
     "methods/lora": "engine/test_editing",

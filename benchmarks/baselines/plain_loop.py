@@ -9,7 +9,7 @@ filled; an edited weight costs one matrix product (weight plus delta), not two; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.baselines import plain_routed
+from benchmarks.baselines.descent import IGNORED, all_right, descend, mean_nll
 from benchmarks.baselines.evaluation import PlainEvaluator, stock_inputs, stock_model
 from benchmarks.outcome import Fitted
 from fastedit.backbone import EditableModel, Encoded
@@ -28,23 +30,31 @@ from fastedit.fitting.solver import FitOutcome, SolverConfig
 from fastedit.methods import EditPlan
 from fastedit.requests import EditRequest, Query
 
-IGNORED = -100
 #: Value of a delta's option ``positions``: it acts behind the last image token.
 AFTER_IMAGE = "after_image"
+#: It acts from the last token of the prompt on.
+ANSWER = "answer"
 
 
-def run(model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, evaluate: bool = False) -> Fitted:
+def run(
+    model: EditableModel, edits: Sequence[EditRequest], plan: EditPlan, *, evaluate: bool = False, seed: int = 0
+) -> Fitted:
     """Fit every edit by itself on the base model, and score it where asked.
 
     Args:
         model: left as it was.
         edits: in order.
-        plan: a method with the plain objective (``ft`` or ``lora``).
-        evaluate: score each edit under both protocols, every question in a forward of its own.
+        plan: a method with the plain objective (``ft``, ``lora``, ``grace`` or ``wise``).
+        evaluate: score each edit under both protocols, every question in a forward of its own (``ft``, ``lora``).
+        seed: of the views of ``wise``.
     Raises:
-        ValueError: an objective that needs more than the edit itself.
+        ValueError: an objective that needs more than the edit itself; scores of deltas that a router chooses.
     """
     check_plan("plain_loop", plan)
+    if plan.name in plain_routed.FITS:
+        if evaluate:
+            raise ValueError(f"plain_loop: edits that a router chooses are not scored here (got method={plan.name!r})")
+        return plain_routed.run(model, edits, plan, seed=seed)
     spec, config = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     timer = PhaseTimer(model.device)
     evaluator = PlainEvaluator(model, timer)
@@ -80,49 +90,13 @@ def fit_one(
         stock = stock_model(model, inputs)
         # (N,), the label of every position, IGNORED where there is none
         labels = torch.where(encoded.label_mask[0], encoded.labels[0], IGNORED)
-        optimiser = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
-    status, taken, value = "max_steps", 0, float("nan")
-    for _ in range(config.steps):
-        with timer.phase("forward"):
-            logits = stock(**inputs, use_cache=False).logits[0]
-            loss = mean_nll(logits, labels)
-            value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            status = "diverged"
-            break
-        if config.stop_loss is not None and value < config.stop_loss and all_right(logits.detach(), labels):
-            status = "converged"
-            break
-        with timer.phase("backward"):
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-        with timer.phase("optimiser"):
-            if config.clip is not None:
-                nn.utils.clip_grad_norm_(parameters, config.clip)
-            optimiser.step()
-            if config.radius is not None:
-                with torch.no_grad():
-                    for parameter in parameters:
-                        parameter.clamp_(-config.radius, config.radius)
-        taken += 1
-    return FitOutcome(status, taken, value, value)
 
+    def evaluated() -> tuple[Tensor, Tensor, Callable[[], bool]]:
+        logits = stock(**inputs, use_cache=False).logits[0]
+        loss = mean_nll(logits, labels)
+        return loss, loss, lambda: all_right(logits.detach(), labels)
 
-def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over labelled positions of the negative log-likelihood, from logits (N, V) at all positions, () float32 up.
-
-    As the stock models compute their loss: cross entropy over every position with the others ignored.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, labels, ignore_index=IGNORED)
-
-
-def all_right(logits: Tensor, labels: Tensor) -> bool:
-    """Whether every labelled position has its label as the largest logit."""
-    marked = labels != IGNORED
-    return bool((logits[marked].argmax(-1) == labels[marked]).all())
+    return descend(parameters, config, timer, evaluated)
 
 
 def initial_parameters(model: EditableModel, spec: DeltaSpec) -> dict[str, nn.Parameter]:
@@ -133,7 +107,9 @@ def initial_parameters(model: EditableModel, spec: DeltaSpec) -> dict[str, nn.Pa
 
 
 def first_slot(spec: DeltaSpec, encoded: Encoded) -> int:
-    """The first slot of a row at which a delta acts: 0, or the one behind the last image token."""
+    """The first slot of a row at which a delta acts: 0, the one behind the last image token, or its prompt's last."""
+    if spec.options.get("positions") == ANSWER:
+        return int(encoded.label_mask[0].nonzero()[0])
     if spec.options.get("positions") != AFTER_IMAGE:
         return 0
     slots = encoded.image_mask[0].nonzero()
@@ -166,6 +142,9 @@ def beside(model: EditableModel, spec: DeltaSpec, parameters: Mapping[str, Tenso
         for site in spec.sites:
             module: Any = model.module(site)
             name = f"{site.layer}.{site.name}"
+            if spec.kind == "codebook":
+                undo.append(module.register_forward_hook(plain_routed.replaced(parameters, name, first)).remove)
+                continue
             if spec.kind == "full" and not first and _is_plain(module, parameters[f"{name}:delta"]):
                 module.forward = _edited_forward(module, parameters[f"{name}:delta"])
                 undo.append(lambda module=module: module.__dict__.pop("forward"))
@@ -192,7 +171,7 @@ def _added(spec: DeltaSpec, name: str, parameters: Mapping[str, Tensor], first: 
     scale = float(spec.options.get("scale", 1.0))
 
     def change(x: Tensor) -> Tensor:
-        if spec.kind == "full":
+        if spec.kind in ("full", "side"):
             delta = parameters[f"{name}:delta"]
             return functional.linear(x.to(delta.dtype), delta)
         down, up = parameters[f"{name}:down"], parameters[f"{name}:up"]

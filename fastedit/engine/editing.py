@@ -36,6 +36,7 @@ from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import resolve
 from fastedit.methods.base import Resources, is_computed
+from fastedit.objectives import beside_roles
 from fastedit.ops import keep_freed_memory
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
@@ -226,8 +227,9 @@ def _timing(run: RunState, peak: Peak | None) -> Timing:
     spent = run.timer.total(without=("evaluation",))
     used = None
     if peak is not None and spent and is_counted(run.job.spec, run.job.model):
-        roles = run.job.plan.build_objective(run.job.solver.steps).roles
-        necessary = necessary_flops(run.job.model, run.job.spec, run.job.views, roles, outcomes)
+        objective = run.job.plan.build_objective(run.job.solver.steps)
+        roles, beside = objective.roles, beside_roles(objective)
+        necessary = necessary_flops(run.job.model, run.job.spec, run.job.views, roles, outcomes, beside)
         used = nfu(necessary.total, spent, peak)
     return Timing(
         edits_per_s=len(outcomes) / spent if spent else float("nan"),

@@ -22,7 +22,7 @@ from fastedit.engine.run_state import RunState
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import FitOutcome, fit
 from fastedit.methods.base import Method, is_computed
-from fastedit.objectives import Role
+from fastedit.objectives import Role, beside_roles
 
 
 def make_deltas(
@@ -101,11 +101,12 @@ def _fit(
     job, timer, method = run.job, run.timer, run.job.plan.method
     model, spec = job.model, job.spec
     objective = job.plan.build_objective(job.solver.steps)
+    beside = beside_roles(objective)
 
     def prepared(numbers: Sequence[int]) -> list[EditRows]:
         with timer.phase("encode"):
             views = [job.views.views(number, objective.roles) for number in numbers]
-        return prepare(model, spec, views, timer)
+        return prepare(model, spec, views, timer, beside=beside)
 
     def start(numbers: Sequence[int], rows: Sequence[EditRows]) -> Sequence[Mapping[str, Tensor]]:
         requests = [job.edits[number] for number in numbers]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.context import outside_inference_mode
+from fastedit.backbone.generic.adapter import generic
 from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
 from fastedit.backbone.token_layout import token_layout
 from fastedit.backbone.vision import VISION, watched
@@ -55,17 +56,27 @@ def prepare(
     spec: DeltaSpec,
     views: Sequence[Sequence[TrainingView]],
     timer: Phases,
+    *,
+    beside: Sequence[Role] = (),
 ) -> list[EditRows]:
     """Encode the views of some edits, run the frozen prefix once, keep the unedited logits of the locality views.
 
     No delta may act meanwhile: the reference is the unedited model.
+
+    Args:
+        model: frozen. spec: of the deltas. views: by edit. timer: gets the phases.
+        beside: roles of views without loss: they have no labels and no reference, and of their rows there is what a
+            delta compares (its option ``tokens``).
     """
     caches = model.caches
     flat = [view for vs in views for view in vs]
     point = (*split_point(spec), spec.positions)
+    compared = str(spec.options.get("tokens", "all")) if _ends_before_the_last(model, point) else ""
+    points = [(*point, compared) if view.role in beside else point for view in flat]
     active = model.active_key
     with timer.phase("prefix"):
-        states = caches.states.get_all([(active, point, _key(model, view.query)) for view in flat])
+        asked = [(active, at, _key(model, view.query)) for at, view in zip(points, flat, strict=True)]
+        states = caches.states.get_all(asked)
     missing = [number for number, state in enumerate(states) if state is None]
     if missing:
         with timer.phase("encode"):
@@ -79,13 +90,15 @@ def prepare(
             parts = torch.split(labels, list(state.wanted_counts))
             for row, number in enumerate(missing):
                 found = (state.of_row(row), parts[row])
+                if flat[number].role in beside and compared:
+                    found = (_only_compared(found[0], compared), parts[row][:0])
                 if flat[number].role >= Role.TEXT_LOCALITY:
                     # Drawn from a pool, and so likely to come again. A copy: a slice would keep the batch in memory
                     found = (found[0].map(torch.clone), found[1].clone())
-                    caches.states.put((active, point, _key(model, flat[number].query)), found)
+                    caches.states.put(asked[number], found)
                 states[number] = found
     known = [state for state in states if state is not None]
-    out = [number for number, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY]
+    out = [n for n, view in enumerate(flat) if view.role >= Role.TEXT_LOCALITY and view.role not in beside]
     logits = _references(model, flat, known, out, timer)
     rows: list[EditRows] = []
     first = 0
@@ -104,6 +117,19 @@ def prepare(
             )
         )
     return rows
+
+
+def _ends_before_the_last(model: EditableModel, point: tuple[int, str, str]) -> bool:
+    """Whether a walk from a point has whole rows, of which tokens may be left out: not behind the last attention."""
+    return generic(model.adapter) is None and (point[0] < model.n_layers - 1 and point[1] == "ffn")
+
+
+def _only_compared(state: PackedState, tokens: str) -> PackedState:
+    """One row's tokens of the prompt that are compared, one of ``deltas.scope.TOKENS``; none of them is wanted."""
+    end = token_layout(state).prompts[0] - 1
+    place = torch.arange(state.hidden.shape[0], device=state.hidden.device)
+    kept = place == end if tokens == "last" else place <= end
+    return replace(state, wanted=state.wanted[:0], wanted_counts=(0,)).only(kept)
 
 
 def _references(

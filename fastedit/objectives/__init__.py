@@ -1,6 +1,6 @@
 """What an edit is fitted with: tensors in, per-edit values out, no model calls."""
 
-from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch
+from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch, beside_roles
 from fastedit.objectives.invariant import InvariantConfig, InvariantObjective
 from fastedit.objectives.nll import KLObjective, NLLObjective
 from fastedit.objectives.tripartite import PENALTY_MODES, EnvironmentTable, tripartite
@@ -18,5 +18,6 @@ __all__ = [
     "Objective",
     "Role",
     "TokenBatch",
+    "beside_roles",
     "tripartite",
 ]

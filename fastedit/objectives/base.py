@@ -88,6 +88,11 @@ class Objective(Protocol):
         """Losses after so many optimiser steps: one number, or (B,) int64, an edit's own. No tokens give zeros."""
 
 
+def beside_roles(objective: Objective) -> tuple[Role, ...]:
+    """Roles of the views that an objective has no loss on: a delta with a loss of its own reads them."""
+    return getattr(objective, "beside", ())
+
+
 def all_correct(tokens: TokenBatch, *roles: Role) -> Tensor:
     """(B,) bool: every token of some roles' views, by default the edit's, has its label as the largest logit."""
     logits = tokens.logits.detach()

@@ -14,11 +14,12 @@ class NLLObjective:
 
     Args:
         fitted: views whose NLL is averaged, the edit view first.
-        beside: views that run along and are not in the loss, for deltas with a loss of their own.
+        beside: views that are not in the loss, for deltas with a loss of their own: of their rows no more runs along
+            than the delta reads.
     """
 
     def __init__(self, fitted: tuple[Role, ...] = (Role.EDIT,), beside: tuple[Role, ...] = ()) -> None:
-        self.fitted = fitted
+        self.fitted, self.beside = fitted, beside
         self.roles: tuple[Role, ...] = (*fitted, *beside)
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:

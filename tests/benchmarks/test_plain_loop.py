@@ -36,6 +36,11 @@ def largest_difference(a: EditDelta, b: EditDelta) -> float:
         ("ft", {"names": ("q", "v", "down")}),
         ("lora", {"weight_decay": 0.1}),
         ("lora", {"names": ("q", "k", "v", "o", "up", "gate", "down"), "rank": 2}),
+        ("grace", {}),
+        ("grace", {"layer": 0, "values": 3}),
+        ("wise", {}),
+        ("wise", {"layer": 1, "name": "up", "alpha": 0.01, "beta": 5.0}),
+        ("wise", {"layer": -1}),
     ],
 )
 def test_equals_the_engine_in_float64(
@@ -90,10 +95,27 @@ def test_half_precision_runs_and_agrees(two_edits: list[EditRequest], tiny: Case
         assert a.nll == pytest.approx(b.nll, rel=0.1)
 
 
+def test_views_that_must_not_change_are_in_the_loss_of_wise(
+    exact: EditableModel, two_edits: list[EditRequest], tiny: Case
+) -> None:
+    # Rows that must not change move, so that margins of all kinds count
+    case = replace(tiny, method="wise", steps=8, options={"layer": 1, "alpha": 0.001})
+    with_margins, without = (
+        plain(exact, two_edits, replace(case, options={**(case.options or {}), "weight": weight}))
+        for weight in (1.0, 0.0)
+    )
+    assert largest_difference(with_margins.deltas[0], without.deltas[0]) > 1e-3
+
+
+def test_routed_edits_are_not_scored(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
+    with pytest.raises(ValueError, match=r"a router chooses are not scored here \(got method='grace'\)"):
+        plain(exact, two_edits, replace(tiny, method="grace", evaluate=True))
+
+
 def test_model_is_left_as_it_was(exact: EditableModel, two_edits: list[EditRequest], tiny: Case) -> None:
     before = {name: tensor.clone() for name, tensor in exact.hf.state_dict().items()}
     forwards = {id(module): "forward" in vars(module) for module in exact.hf.modules()}
-    for method in ("ft", "lora"):
+    for method in ("ft", "lora", "grace", "wise"):
         plain(exact, two_edits, replace(tiny, method=method))
     after = exact.hf.state_dict()
     assert before.keys() == after.keys()

@@ -8,14 +8,16 @@ norms, activations, the loss and the optimiser are not: they are overhead here, 
 * Prefix: once per row, every linear map whose input and weight cannot change while the delta is fitted. That includes
   maps inside the first edited layer (the gate of an edited feed-forward block, say).
 * Tail, at every evaluation of the loss: maps that the delta reaches. A full weight change counts as its map does, once:
-  weight and delta can be one matrix. A low-rank change adds 2 n r (d_in + d_out) for n positions.
+  weight and delta can be one matrix. A low-rank change adds 2 n r (d_in + d_out) for n positions, an entry of a
+  codebook nothing.
 * Backward, at every step: the gradient by a map's input where that input depends on the delta, by its weight where the
   weight is fitted.
 * Positions: label positions in the head, and in the last layer's queries, output map and feed-forward block; every
   position up to the last label elsewhere, because later attention reads it. Attention counts the (query, key) pairs
   that the causal mask, or the window, lets through.
-* A delta that acts behind the image alone: positions up to the last image token never depend on it. All of their
-  products are prefix, and no gradient goes to them.
+* A delta that acts behind the image alone, or from the end of the prompt on: positions before never depend on it. All
+  of their products are prefix, and no gradient goes to them.
+* Views without loss, which a delta compares the prompts of: their prefix, up to the end of the prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _FEED_IN = ("up", "gate")
 
 
 #: Kinds of deltas whose work is counted.
-COUNTED = frozenset({"full", "low_rank"})
+COUNTED = frozenset({"full", "low_rank", "side", "codebook"})
 
 
 def is_counted(spec: DeltaSpec, model: EditableModel | None = None) -> bool:
@@ -186,8 +188,9 @@ class FlopCounter:
             # By ``up``, by the inner code, by ``down``; and by the input where that depends on the delta
             tally.backward += 2 * outward + inward + (product + inward if dirty else 0)
             return True
-        tally.product(product, live=dirty or edited)
-        tally.backward += product * (int(dirty) + int(edited))
+        weighed = edited and self.spec.kind != "codebook"
+        tally.product(product, live=dirty or weighed)
+        tally.backward += product * (int(dirty) + int(weighed))
         return dirty or edited
 
     def _attention(
@@ -248,6 +251,7 @@ class FlopCounter:
         edit_of_row: Sequence[int],
         outcomes: Sequence[FitOutcome],
         reference_rows: Sequence[int] = (),
+        beside_rows: Sequence[int] = (),
     ) -> NecessaryFlops:
         """Operations of a batch of edits that ended as they did.
 
@@ -256,11 +260,16 @@ class FlopCounter:
             edit_of_row: (R,) the edit that a row belongs to.
             outcomes: of the edits. A fit that stopped early evaluated its loss once more than it stepped.
             reference_rows: rows whose unedited logits are needed once (locality views).
+            beside_rows: rows without loss, whose prompts are compared.
         """
         lengths = encoded.lengths.tolist()
         rows = []
         for number, positions in enumerate(encoded.label_positions().tolist()):
             labels = [int(p) for p in positions if p >= 0]
+            if number in beside_rows:
+                prefix = self.row(labels[0] + 1, labels[:1], self._acts_from(encoded, number)).prefix
+                rows.append(RowFlops(prefix, 0, 0, 0))
+                continue
             rows.append(self.row(int(lengths[number]), labels, self._acts_from(encoded, number)))
         evaluations = [outcome.steps + int(outcome.status not in ("max_steps", "diverging")) for outcome in outcomes]
         return NecessaryFlops(
@@ -273,6 +282,8 @@ class FlopCounter:
 
     def _acts_from(self, encoded: Encoded, row: int) -> int:
         """The first position of a row at which the delta acts."""
+        if self.spec.options.get("positions") == "answer":
+            return int(encoded.label_mask[row].nonzero()[0])
         if self.spec.options.get("positions") != "after_image":
             return 0
         image = encoded.image_mask[row].nonzero()

@@ -87,13 +87,19 @@ def _wait(device: torch.device) -> None:
 
 
 def necessary_flops(
-    model: EditableModel, spec: DeltaSpec, source: ViewSource, roles: Sequence[Role], outcomes: Sequence[FitOutcome]
+    model: EditableModel,
+    spec: DeltaSpec,
+    source: ViewSource,
+    roles: Sequence[Role],
+    outcomes: Sequence[FitOutcome],
+    beside: Sequence[Role] = (),
 ) -> NecessaryFlops:
     """Operations that fitting edits, which ended like this, cannot do without.
 
     Args:
         model: frozen. spec: of their deltas. source: their training views. roles: of the views they were fitted on.
         outcomes: one per edit, in order.
+        beside: roles of views without loss.
     """
     counter = FlopCounter(model, spec)
     total = NecessaryFlops(0, 0, 0, 0, 0)
@@ -101,6 +107,8 @@ def necessary_flops(
         ended = outcomes[first : first + COUNTED]
         views = [(n, view) for n in range(len(ended)) for view in source.views(first + n, tuple(roles))]
         encoded = model.encode([view.query for _, view in views], answers=True)
-        reference = [row for row, (_, view) in enumerate(views) if view.role >= Role.TEXT_LOCALITY]
-        total = total + counter.batch(encoded, [edit for edit, _ in views], ended, reference)
+        compared = [row for row, (_, view) in enumerate(views) if view.role in beside]
+        out = [row for row, (_, view) in enumerate(views) if view.role >= Role.TEXT_LOCALITY]
+        reference = [row for row in out if row not in compared]
+        total = total + counter.batch(encoded, [edit for edit, _ in views], ended, reference, compared)
     return total

@@ -134,6 +134,35 @@ def test_low_rank_counts_its_own_products(model: EditableModel) -> None:
     assert row.backward == both - forward
 
 
+def test_a_side_memory_counts_as_the_map_beside_it_and_an_entry_as_none(model: EditableModel) -> None:
+    sites = tuple(model.sites([1], ("down",)))
+    kinds = ("full", "side", "codebook")
+    full, side, entry = (FlopCounter(model, DeltaSpec(kind, sites)).row(9, [6, 8]) for kind in kinds)
+    assert side == full
+    product = 2 * 9 * sites[0].d_in * sites[0].d_out
+    assert (entry.prefix - full.prefix, full.forward - entry.forward) == (product, product)
+    assert full.backward - entry.backward == product
+
+
+def test_rows_without_loss_have_a_prefix_to_the_end_of_the_prompt(model: EditableModel) -> None:
+    encoded = encode(model)
+    counter = FlopCounter(model, DeltaSpec("side", tuple(model.sites([1], ("down",)))))
+    ended = [FitOutcome("max_steps", 3, 1.0, 1.0)]
+    alone = counter.batch(encoded, [0], ended, beside_rows=[0])
+    end = labels_of(encoded)[0]
+    assert (alone.reference, alone.forward, alone.backward) == (0, 0, 0)
+    assert alone.prefix == counter.row(end + 1, [end]).prefix
+    assert alone.prefix < counter.batch(encoded, [0], ended).prefix
+
+
+def test_an_entry_begins_at_the_end_of_the_prompt(model: EditableModel) -> None:
+    encoded = encode(model)
+    spec = DeltaSpec("codebook", tuple(model.sites([1], ("down",))), {"positions": "answer"})
+    counter, labels = FlopCounter(model, spec), labels_of(encoded)
+    ended = [FitOutcome("max_steps", 1, 1.0, 1.0)]
+    assert counter.batch(encoded, [0], ended).forward == counter.row(max(labels) + 1, labels, labels[0]).forward
+
+
 def test_first_and_last_layer_differ_by_what_is_constant(model: EditableModel) -> None:
     encoded = encode(model)
     n, labels = encoded.input_ids.shape[1], labels_of(encoded)
