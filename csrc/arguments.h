@@ -3,12 +3,14 @@
 // are looked at by the kernels of the CPU; a GPU would have to be waited for.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 
@@ -237,18 +239,33 @@ inline void check_adam_matrix(const char* name, const at::Tensor& matrix, const 
   FASTEDIT_CHECK(!written || params.size(0) <= 1 || matrix.stride(0) >= params.size(1), op,
                  "rows of " + std::string(name) + " do not share memory", name, "=", shown(matrix.strides()));
 }
-inline void check_adam_vector(const char* name, const at::Tensor& vector, at::ScalarType dtype,
+inline void check_adam_vector(const char* op, const char* name, const at::Tensor& vector, at::ScalarType dtype,
                               const at::Tensor& params) {
   FASTEDIT_CHECK(
       vector.dim() == 1 && vector.size(0) == params.size(0) && vector.scalar_type() == dtype &&
           vector.device() == params.device(),
-      "adam_step_",
+      op,
       std::string(name) + " is " + shown(dtype) + " of shape " + shown(params.sizes().slice(0, 1)) + " beside params",
       name, "=", dtype_and(vector, shown(vector.sizes())), " ", vector.device());
 }
-inline void check_not_negative(const char* name, std::optional<double> number) {
-  FASTEDIT_CHECK(!number || *number >= 0, "adam_step_", std::string(name) + " is not negative", name, "=",
-                 shown(*number));
+inline void check_not_negative(const char* op, const char* name, std::optional<double> number) {
+  FASTEDIT_CHECK(!number || *number >= 0, op, std::string(name) + " is not negative", name, "=", shown(*number));
+}
+// What a step needs besides matrices.
+inline void check_adam_settings(const char* op, const at::Tensor& params, const at::Tensor& step, const at::Tensor& lr,
+                                const at::Tensor& active, double beta1, double beta2, double eps, double weight_decay,
+                                std::optional<double> clip, std::optional<double> radius) {
+  check_adam_vector(op, "step", step, at::kLong, params);
+  check_adam_vector(op, "lr", lr, at::kDouble, params);
+  check_adam_vector(op, "active", active, at::kBool, params);
+  FASTEDIT_CHECK(params.size(0) <= 1 || step.stride(0) != 0, op, "rows of step do not share memory",
+                 "step=", shown(step.strides()));
+  FASTEDIT_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op, "betas lie in [0, 1)", "betas=(", shown(beta1),
+                 ", ", shown(beta2), ")");
+  check_not_negative(op, "eps", eps);
+  check_not_negative(op, "weight_decay", weight_decay);
+  check_not_negative(op, "clip", clip);
+  check_not_negative(op, "radius", radius);
 }
 
 inline void check_adam_step(const at::Tensor& params, const at::Tensor& grads, const at::Tensor& exp_avg,
@@ -262,21 +279,70 @@ inline void check_adam_step(const at::Tensor& params, const at::Tensor& grads, c
   check_adam_matrix("grads", grads, params, true, false);
   check_adam_matrix("exp_avg", exp_avg, params, false, true);
   check_adam_matrix("exp_avg_sq", exp_avg_sq, params, false, true);
-  check_adam_vector("step", step, at::kLong, params);
-  check_adam_vector("lr", lr, at::kDouble, params);
-  check_adam_vector("active", active, at::kBool, params);
-  FASTEDIT_CHECK(params.size(0) <= 1 || step.stride(0) != 0, op, "rows of step do not share memory",
-                 "step=", shown(step.strides()));
-  FASTEDIT_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op, "betas lie in [0, 1)", "betas=(", shown(beta1),
-                 ", ", shown(beta2), ")");
-  check_not_negative("eps", eps);
-  check_not_negative("weight_decay", weight_decay);
-  check_not_negative("clip", clip);
-  check_not_negative("radius", radius);
+  check_adam_settings(op, params, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius);
   const void *first = params.const_data_ptr(), *second = exp_avg.const_data_ptr();
   const void* third = exp_avg_sq.const_data_ptr();
   FASTEDIT_CHECK(params.numel() == 0 || (first != second && first != third && second != third), op,
                  "params, exp_avg and exp_avg_sq do not share memory", "params=", shown(params.sizes()));
+}
+
+// One part of adam_step_outer_: matrices of all edits, and the outer products that their gradients are the sums of.
+inline void check_outer_part(const at::Tensor& params, const at::Tensor& inputs, const at::Tensor& grads,
+                             const at::Tensor& offsets, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                             const at::Tensor& first) {
+  constexpr const char* op = "adam_step_outer_";
+  const Named features = {
+      {"params", &params}, {"inputs", &inputs}, {"grads", &grads}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}};
+  const Named all = {{"params", &params},   {"inputs", &inputs},   {"grads", &grads},
+                     {"offsets", &offsets}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}};
+  const Named written = {{"params", &params}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}};
+  bool fits = params.dim() == 3 && inputs.dim() == 2 && grads.dim() == 2 && offsets.dim() == 1;
+  fits = fits && params.size(0) == first.size(0) && offsets.size(0) == params.size(0) + 1;
+  fits = fits && inputs.size(1) == params.size(2) && grads.size(1) == params.size(1) && grads.size(0) == inputs.size(0);
+  FASTEDIT_CHECK(fits && exp_avg.sizes() == params.sizes() && exp_avg_sq.sizes() == params.sizes(), op,
+                 "params, exp_avg and exp_avg_sq are (B, o, i), inputs (T, i), grads (T, o), offsets (B + 1,)",
+                 shapes(all), ", B=", first.size(0));
+  const at::ScalarType dtype = first.scalar_type();
+  bool same = (dtype == at::kFloat || dtype == at::kDouble) && offsets.scalar_type() == at::kLong;
+  FASTEDIT_CHECK(same && params.scalar_type() == dtype && one_dtype(features), op,
+                 "all are float32 or all are float64, offsets int64", dtypes(all));
+  FASTEDIT_CHECK(params.device() == first.device() && one_device(all), op, "all are on one device", devices(all));
+  const int64_t o = params.size(1), i = params.size(2);
+  for (const auto& [name, matrix] : written) {
+    const bool dense = (i <= 1 || matrix->stride(2) == 1) && (o <= 1 || matrix->stride(1) == i);
+    FASTEDIT_CHECK(dense && (params.size(0) <= 1 || matrix->stride(0) >= o * i), op,
+                   std::string("matrices of ") + name + " are contiguous and do not share memory", name, "=",
+                   shown(matrix->strides()));
+  }
+}
+
+inline void check_adam_step_outer(at::TensorList params, at::TensorList inputs, at::TensorList grads,
+                                  at::TensorList offsets, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+                                  const at::Tensor& step, const at::Tensor& lr, const at::Tensor& active, double beta1,
+                                  double beta2, double eps, double weight_decay, std::optional<double> clip,
+                                  std::optional<double> radius) {
+  constexpr const char* op = "adam_step_outer_";
+  const std::array<size_t, 6> lengths{params.size(),  inputs.size(),  grads.size(),
+                                      offsets.size(), exp_avg.size(), exp_avg_sq.size()};
+  bool alike = lengths[0] > 0;
+  for (size_t length : lengths) alike = alike && length == lengths[0];
+  FASTEDIT_CHECK(alike, op, "there is at least one part, and every list has one entry per part", "params=", lengths[0],
+                 ", inputs=", lengths[1], ", grads=", lengths[2], ", offsets=", lengths[3], ", exp_avg=", lengths[4],
+                 ", exp_avg_sq=", lengths[5]);
+  FASTEDIT_CHECK(params[0].dim() == 3, op, "params are (B, o, i)", "params=", shown(params[0].sizes()));
+  for (size_t s = 0; s < lengths[0]; ++s) {
+    check_outer_part(params[s], inputs[s], grads[s], offsets[s], exp_avg[s], exp_avg_sq[s], params[0]);
+  }
+  check_adam_settings(op, params[0], step, lr, active, beta1, beta2, eps, weight_decay, clip, radius);
+  std::vector<const void*> begins;
+  for (const at::TensorList& list : {params, exp_avg, exp_avg_sq}) {
+    for (const at::Tensor& tensor : list) {
+      if (tensor.numel() > 0) begins.push_back(tensor.const_data_ptr());
+    }
+  }
+  std::sort(begins.begin(), begins.end());
+  FASTEDIT_CHECK(std::adjacent_find(begins.begin(), begins.end()) == begins.end(), op,
+                 "params, exp_avg and exp_avg_sq do not share memory", "params=", shown(params[0].sizes()));
 }
 
 }  // namespace fastedit

@@ -260,3 +260,31 @@ def adam_step_inputs(
         lr.to(device),
         active.to(device),
     )
+
+
+def adam_step_outer_inputs(
+    lengths: Sequence[Sequence[int]],
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[Any]:
+    """Return the arguments of ``adam_step_outer_`` before its settings: a token count per part and edit, an (o, i) a
+    part; every third edit is done."""
+    make = torch.Generator().manual_seed(seed)
+    edits = len(lengths[0])
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=make, dtype=dtype).to(device)
+
+    totals = [sum(counts) for counts in lengths]
+    params = [random(edits, *shape) for shape in shapes]
+    inputs = [random(total, i) for total, (_, i) in zip(totals, shapes, strict=True)]
+    grads = [random(total, o) * 0.1 for total, (o, _) in zip(totals, shapes, strict=True)]
+    first = [random(edits, *shape) * 0.1 for shape in shapes]
+    second = [random(edits, *shape).abs() * 0.1 for shape in shapes]
+    step, lr = torch.arange(edits) * 3, 0.01 * (1.0 + torch.arange(edits, dtype=torch.float64))
+    ends = [offsets(counts, device) for counts in lengths]
+    active = torch.arange(edits) % 3 != 2
+    return [params, inputs, grads, ends, first, second, step.to(device), lr.to(device), active.to(device)]

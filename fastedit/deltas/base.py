@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fastedit.deltas.gate import gate
 from fastedit.deltas.room import check_room
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import workspace
+
+if TYPE_CHECKING:
+    from fastedit.deltas.full import Factored
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,14 @@ class StackedDelta(Protocol):
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own."""
 
-    def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
+    def begin_step(self, *, outer: bool = False) -> None:
+        """Forget the gradients of the step before; ``outer``: the step's may be left as outer products."""
 
     def end_step(self) -> None:
-        """After the backward pass: ``grad`` is complete from here on."""
+        """After the backward pass: ``grad`` is complete from here on, or ``factored`` gives it."""
+
+    def factored(self) -> Factored | None:
+        """After ``end_step``: the step's gradient as outer products, where ``grad`` has it not."""
 
 
 class FlatStack:
@@ -282,7 +288,7 @@ class FlatStack:
         else:
             self.part_grads[name].add_(grad)
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, outer: bool = False) -> None:
         """Forget the gradients of the step before."""
         self._fresh = dict.fromkeys(self.shapes, True)
         self._pending = []
@@ -295,6 +301,10 @@ class FlatStack:
         for grad in self._pending:
             self.grad.add_(grad)
         self._pending = []
+
+    def factored(self) -> Factored | None:
+        """None: ``grad`` has all."""
+        return None
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own (copied to host memory)."""

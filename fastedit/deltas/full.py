@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +13,37 @@ from torch import Tensor
 from fastedit.backbone.cpu_linear import choose_linear, onednn_product
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
 from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.ops import implementations
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A step's gradient of all parts, each a sum over an edit's tokens of ``grads_t inputs_t^T``.
+
+    Args:
+        inputs: one (T, i) per part. grads: one (T, o) per part. offsets: one (B + 1,) int64 per part, tokens by edit.
+    """
+
+    inputs: list[Tensor]
+    grads: list[Tensor]
+    offsets: list[Tensor]
+
+    def matrices(self, rows: Tensor) -> list[Tensor]:
+        """Views (B, o, i) of rows (B, P), one per part."""
+        shapes = [(y.shape[1], x.shape[1]) for x, y in zip(self.inputs, self.grads, strict=True)]
+        parts = torch.split(rows, [o * i for o, i in shapes], 1)
+        return [part.view(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class FullDelta(FlatStack):
     """One (d_out, d_in) matrix per edit and site, zero at the start: ``y += x @ delta.T``.
 
-    Parts: ``"{layer}.{name}:delta"`` of shape (B, d_out, d_in).
+    Parts: ``"{layer}.{name}:delta"`` of shape (B, d_out, d_in). An edit has fewer tokens than a matrix has rows, so its
+    gradient is kept as the outer products that it is the sum of (``factored``), where an op takes them so.
     """
+
+    #: Whether gradients may stay outer products: not where something reads or changes ``grad`` after the backward pass.
+    keeps_outer = True
 
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
@@ -27,6 +51,11 @@ class FullDelta(FlatStack):
         shapes = {f"{site.layer}.{site.name}:delta": (site.d_out, site.d_in) for site in spec.sites}
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
         self.products = _OneDnn if choose_linear("auto", dtype, self.flat.device) == "onednn" else _Torch
+        served = implementations()["adam_step_outer_"].get(self.flat.device.type) not in (None, "reference")
+        self._keeps = trainable and self.keeps_outer and served and dtype in (torch.float32, torch.float64)
+        self._left_outer = False
+        #: Part -> inputs, gradients and offsets of its only use in this step.
+        self._outer: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
@@ -37,6 +66,50 @@ class FullDelta(FlatStack):
             changed: Tensor = _PerEditLinear.apply(self.anchor, x, self, name, offsets)  # type: ignore[no-untyped-call]
             return changed
         return self.products.outputs(x, self.parts[name], offsets)
+
+    def add_outer(self, name: str, inputs: Tensor, grads: Tensor, offsets: list[int]) -> None:
+        """Take the gradient of a part from one use of it: inputs (T, i) and the gradients of its outputs (T, o)."""
+        if self._left_outer and self._fresh[name]:
+            self._fresh[name] = False
+            self._outer[name] = (inputs.detach(), grads, offsets)
+            return
+        first = self.first_gradient(name)
+        self.products.outer(grads, inputs, offsets, self.part_grads[name], add=not first)
+
+    def _write_outer(self) -> None:
+        """Write what is kept as outer products into ``grad``."""
+        for name, (inputs, grads, offsets) in self._outer.items():
+            self.products.outer(grads, inputs, offsets, self.part_grads[name], add=False)
+        self._outer = {}
+
+    def first_gradient(self, name: str) -> bool:
+        """Whether part ``name`` has no gradient in this step yet; the caller must store one if so."""
+        self._write_outer()
+        return super().first_gradient(name)
+
+    def begin_step(self, *, outer: bool = False) -> None:
+        """Forget the gradients of the step before; ``outer``: the step's may be left as outer products."""
+        super().begin_step()
+        self._outer, self._left_outer = {}, outer and self._keeps
+
+    def end_step(self) -> None:
+        """After the backward pass: ``grad`` is complete from here on, unless all of it are outer products."""
+        if self._pending or (self._outer and len(self._outer) + sum(self._fresh.values()) < len(self.shapes)):
+            self._write_outer()
+        if not self._outer:
+            super().end_step()
+
+    def factored(self) -> Factored | None:
+        """The step's gradient as outer products; None where ``grad`` has it."""
+        if not self._outer:
+            return None
+        parts = []
+        for name, (d_out, d_in) in self.shapes.items():
+            unused = self.flat.new_empty(0, d_in), self.flat.new_empty(0, d_out), [0] * (self.size + 1)
+            inputs, grads, offsets = self._outer.get(name, unused)
+            parts.append((inputs, grads, torch.tensor(offsets, device=self.flat.device)))
+        inputs_of, grads_of, offsets_of = zip(*parts, strict=True)
+        return Factored(list(inputs_of), list(grads_of), list(offsets_of))
 
 
 class _Torch:
@@ -121,8 +194,7 @@ class _PerEditLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         stack, offsets = ctx.stack, ctx.offsets
         grad = grad.contiguous()
-        first = stack.first_gradient(ctx.name)
-        stack.products.outer(grad, x, offsets, stack.part_grads[ctx.name], add=not first)
+        stack.add_outer(ctx.name, x, grad, offsets)
         grad_x = stack.products.inputs(grad, stack.parts[ctx.name], offsets) if ctx.needs_input_grad[1] else None
         return None, grad_x, None, None, None
 

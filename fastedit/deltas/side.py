@@ -43,6 +43,9 @@ class SideDelta(FullDelta):
         ValueError: not exactly one site.
     """
 
+    # The mask is applied to them
+    keeps_outer = False
+
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
     ) -> None:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastedit.deltas import StackedDelta
 from fastedit.objectives import Losses
-from fastedit.ops import adam_step_, workspace
+from fastedit.ops import adam_step_, adam_step_outer_, workspace
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
         active = loop.check(problem, losses)
         if active is None:
             continue
-        stacked.begin_step()
+        stacked.begin_step(outer=True)
         with problem.phase("backward"):
             # Not indexed: a GPU need not be waited for. Losses of other slots may be anything.
             torch.where(active, losses.total, 0.0).sum().backward()  # type: ignore[no-untyped-call]
@@ -229,22 +229,22 @@ class _Slots:
 
     def step(self, active: Tensor) -> None:
         """One AdamW step of the slots at work; none where the gradient is not finite."""
+        config, flat, factored = self.config, self.stacked.flat, self.stacked.factored()
+        settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        settings |= {"clip": config.clip, "radius": config.radius}
+        if factored is not None:
+            params, first, second = (factored.matrices(rows) for rows in (flat, self.first, self.second))
+            inputs, grads, offsets = factored.inputs, factored.grads, factored.offsets
+            self.norms = adam_step_outer_(
+                params, inputs, grads, offsets, first, second, self.steps, config.lr, active, **settings
+            )
+            self.broken = active & ~self.norms.isfinite()
+            return
         # The sum of a row tells it, in one pass that waits for nothing
         finite = self.stacked.grad.sum(1).isfinite()
-        self.broken = active & ~finite
+        self.broken, stepping = active & ~finite, active & finite
         self.norms = adam_step_(
-            self.stacked.flat,
-            self.stacked.grad,
-            self.first,
-            self.second,
-            self.steps,
-            self.config.lr,
-            active & finite,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            clip=self.config.clip,
-            radius=self.config.radius,
+            flat, self.stacked.grad, self.first, self.second, self.steps, config.lr, stepping, **settings
         )
 
     def count(self, problem: Problem) -> None:

@@ -6,7 +6,8 @@ for offsets, segments and labels, that would wait for it: its kernels stay withi
 Under torch.autocast ``low_rank`` and ``key_value``, which multiply matrices, cast all features and
 parameters but float64 to autocast's dtype, as torch's own products do. ``risk``, ``mmd2``, ``nearest_keys`` and
 ``topk_agreement``, whose results are float32 in any case, take their two features to the wider dtype of them where they
-disagree. ``adam_step_`` and ``workspace`` are as without. Gradients come in the dtypes of what was given.
+disagree. ``adam_step_``, ``adam_step_outer_`` and ``workspace`` are as without. Gradients come in the dtypes of what
+was given.
 
 torch.func differentiates through the public functions, once.
 """
@@ -14,6 +15,7 @@ torch.func differentiates through the public functions, once.
 from fastedit import _native as _native  # registers the compiled kernels
 from fastedit.ops._library import implementations
 from fastedit.ops.adam_step import adam_step_
+from fastedit.ops.adam_step_outer import adam_step_outer_
 from fastedit.ops.key_value import Activation, key_value
 from fastedit.ops.low_rank import low_rank
 from fastedit.ops.mmd2 import mmd2
@@ -26,6 +28,7 @@ __all__ = [
     "Activation",
     "Kind",
     "adam_step_",
+    "adam_step_outer_",
     "implementations",
     "keep_freed_memory",
     "key_value",

@@ -78,15 +78,19 @@ def adam_step_(
     Raises:
         ValueError: shapes, dtypes or devices disagree, a setting is out of its range.
     """
-    rows = params.shape[0] if params.dim() else 0
-    if isinstance(lr, Tensor):
-        if lr.shape != (rows,) or lr.device != params.device:
-            fail(_OP, f"lr is a number or of shape ({rows},) beside params", lr=f"{tuple(lr.shape)} {lr.device}")
-        rates = lr.detach().to(torch.float64)
-    else:
-        rates = torch.full((rows,), float(lr), dtype=torch.float64, device=params.device)
+    rates = rates_of(_OP, lr, params)
     with torch.no_grad():
         norm: Tensor = torch.ops.fastedit.adam_step_.default(
             params, grads, exp_avg, exp_avg_sq, step, rates, active, *betas, eps, weight_decay, clip, radius
         )
     return norm
+
+
+def rates_of(op: str, lr: float | Tensor, params: Tensor) -> Tensor:
+    """Return the learning rate of every edit (B,), float64, beside tensors (B, ...)."""
+    rows = params.shape[0] if params.dim() else 0
+    if not isinstance(lr, Tensor):
+        return torch.full((rows,), float(lr), dtype=torch.float64, device=params.device)
+    if lr.shape != (rows,) or lr.device != params.device:
+        fail(op, f"lr is a number or of shape ({rows},) beside params", lr=f"{tuple(lr.shape)} {lr.device}")
+    return lr.detach().to(torch.float64)

@@ -209,6 +209,24 @@ def check_adam_step(
         # grads alone are only read
         if name != "grads" and rows > 1 and tensor.stride(0) < size:
             fail(op, f"rows of {name} do not share memory", **{name: tensor.stride()})
+    check_adam_settings(op, params, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius)
+
+
+def check_adam_settings(
+    op: str,
+    params: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    active: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: float | None,
+    radius: float | None,
+) -> None:
+    """Check what a step of edits (B, ...) needs besides matrices."""
+    rows = params.shape[0]
     for name, tensor, dtype in (("step", step, torch.int64), ("lr", lr, torch.float64), ("active", active, torch.bool)):
         if tensor.shape != (rows,) or tensor.dtype != dtype or tensor.device != params.device:
             got = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"

@@ -49,13 +49,12 @@ def test_without_a_baseline_there_is_nothing_to_check(tiny: Case, model: Editabl
 
 
 def test_an_optimiser_that_steps_too_far_is_refused(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = solver.adam_step_
-
-    def further(*args: Any, **options: Any) -> Any:
+    def further(step: Callable[..., Any], rate: int) -> Callable[..., Any]:
         # One part in a million more
-        return step(*args[:5], args[5] * (1 + 1e-6), *args[6:], **options)
+        return lambda *args, **options: step(*args[:rate], args[rate] * (1 + 1e-6), *args[rate + 1 :], **options)
 
-    monkeypatch.setattr(solver, "adam_step_", further)
+    for name, rate in (("adam_step_", 5), ("adam_step_outer_", 7)):
+        monkeypatch.setattr(solver, name, further(getattr(solver, name), rate))
     with pytest.raises(GateError, match="engine and plain_loop do not fit the same delta in float64: edit 0, part"):
         gate.check_exact(tiny)
 

@@ -10,6 +10,7 @@ import torch
 from fastedit.ops import implementations
 from fastedit.testing import (
     adam_step_inputs,
+    adam_step_outer_inputs,
     key_value_inputs,
     low_rank_inputs,
     mmd2_inputs,
@@ -78,6 +79,11 @@ def _adam_cases(rows, size, dtype, clip):
     yield "adam_step_", [*adam_step_inputs(rows, size, dtype), *settings]
 
 
+def _adam_outer_cases(lengths, shapes, dtype, clip):
+    settings = [0.9, 0.999, 1e-8, 0.01, clip, None]
+    yield "adam_step_outer_", [*adam_step_outer_inputs(lengths, shapes, dtype), *settings]
+
+
 @functools.cache
 def _cases():
     """Return (id, op, arguments) of everything that is right; odd, empty and size-one shapes among them."""
@@ -92,6 +98,8 @@ def _cases():
         _key_value_cases((2, 1), 4, 3, 2, "relu", short, gated=False),
         _mmd2_cases((3, 1), (2, 2), 5, 2, single), _mmd2_cases((2, 0), (0, 2), 3, 1, short),
         _adam_cases(3, 37, single, 1.0), _adam_cases(2, 5, short, None), _adam_cases(0, 5, single, 1.0),
+        _adam_outer_cases(((2, 0, 3), (1, 4, 2)), ((5, 4), (3, 7)), single, 1.0),
+        _adam_outer_cases(((3, 1),), ((1, 6),), torch.float64, None),
         [("nearest_keys", [*nearest_keys_inputs(3, 20, 7, single), 4, "cosine"])],
         [("nearest_keys", [*nearest_keys_inputs(10, 9, 5, short), 9, "l2"])],
         [("nearest_keys", [*nearest_keys_inputs(0, 9, 5, single), 2, "dot"])],
@@ -180,7 +188,11 @@ def _wrong_arguments(name, inputs):
             str(argument.type).replace("SymInt", "int") if "List" in str(argument.type) else str(argument.type),
             inputs[place],
         )
-        if isinstance(value, torch.Tensor):
+        if kind == "List[Tensor]":
+            each = [(k, wrong) for k, one in enumerate(value) for wrong in _wrong_tensors(one)]
+            changes = [(f"{k}: {what}", [*value[:k], one, *value[k + 1 :]]) for k, (what, one) in each]
+            changes += [("none", []), ("one less", value[1:]), ("one more", [*value, value[0]])]
+        elif isinstance(value, torch.Tensor):
             changes = list(_wrong_tensors(value))
             if kind.startswith("Optional"):
                 changes.append(("None", None))
@@ -199,6 +211,8 @@ def _fresh(inputs, device=None):
     """Return arguments that a call may write to, strides kept."""
 
     def copied(one):
+        if isinstance(one, list):
+            return [copied(each) for each in one]
         if not isinstance(one, torch.Tensor) or one.layout != torch.strided:
             return one
         if device is not None:
@@ -210,6 +224,12 @@ def _fresh(inputs, device=None):
     return [copied(one) for one in inputs]
 
 
+def _tensors(inputs):
+    """Return the tensors among arguments, those in lists too."""
+    lists = [one if isinstance(one, (list, tuple)) else [one] for one in inputs]
+    return [one for each in lists for one in each if isinstance(one, torch.Tensor)]
+
+
 def _outcome(function, inputs):
     """Return (the error's class and words, None), or (None, all tensors that come out or are written)."""
     try:
@@ -218,7 +238,7 @@ def _outcome(function, inputs):
         return f"{type(error).__name__}: {error}", None
     return None, [
         *(results if isinstance(results, tuple) else (results,)),
-        *(t for t in inputs if isinstance(t, torch.Tensor)),
+        *_tensors(inputs),
     ]
 
 
@@ -249,7 +269,7 @@ def _differences(name, function, what, inputs, goal_inputs, meta):
         return f"{what}: {error} where the reference says {expected}" if both and error != expected else ""
     if name == "workspace":
         results, goal = [t.new_zeros(t.shape) for t in results], [t.new_zeros(t.shape) for t in goal]
-    loose = any(isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16) for t in inputs)
+    loose = any(t.dtype in (torch.bfloat16, torch.float16) for t in _tensors(inputs))
     pairs = list(zip(results, goal, strict=True))
     if f"{name}_backward" in STATS:
         del pairs[2]
