@@ -140,7 +140,7 @@ def edit(
         check_conflicts(edits)
     timer = PhaseTimer(model.device)
     if isinstance(batch_size, str):
-        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=ledger is None)
+        batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=ledger is None, mode=mode)
     job = EditJob(model, edits, plan, spec, solver, source, () if pool is None else pool, trained, seed, bind)
     run = RunState(job, EndedEdits(timer), timer)
     described = partial(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import held_inputs
-from fastedit.deltas import EditDelta, Rows, company, installed, split_point, stack
+from fastedit.deltas import EditDelta, Rows, installed, split_point
+from fastedit.deltas.growing import Beneath
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.questions import QUESTIONS
 from fastedit.engine.apply import AS_FITTED, fitted_as
@@ -25,28 +26,25 @@ from fastedit.methods.base import Method, is_computed
 from fastedit.objectives import Role, beside_roles
 
 
-def make_deltas(
-    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
-) -> None:
-    """Turn waiting edits into deltas on top of the committed ones; those that are finished leave the queue.
+def make_deltas(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, on_finished: OnFinished) -> None:
+    """Turn waiting edits into deltas on top of what acts already; those that are finished leave the queue.
 
     Args:
         run: that they belong to. waiting: their numbers. slots: how many at a time.
-        committed: deltas that act while they are made.
+        beneath: what acts while they are made.
         on_finished: gets the number, the delta and the outcome of every edit, while no delta acts.
     """
-    named = _named(run, committed, on_finished)
+    named = _named(run, beneath.company, on_finished)
     if is_computed(run.job.plan.method):
-        _compute(run, waiting, slots, committed, named)
+        _compute(run, waiting, slots, beneath, named)
     else:
-        _fit(run, waiting, slots, committed, named)
+        _fit(run, waiting, slots, beneath, named)
 
 
-def _named(run: RunState, committed: Sequence[EditDelta], on_finished: OnFinished) -> OnFinished:
+def _named(run: RunState, fitted_on: tuple[str, ...], on_finished: OnFinished) -> OnFinished:
     """Hand over a delta with the names of its model, edit and company, and what the method adds once it is fitted."""
     job = run.job
     model = job.model
-    fitted_on = company(committed)
     as_fitted = {} if job.bind == "content" else {AS_FITTED: fitted_as(model)}
 
     def named(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
@@ -70,9 +68,7 @@ def _finite(delta: EditDelta, outcome: FitOutcome) -> tuple[EditDelta, FitOutcom
     return replace(delta, tensors=nothing), replace(outcome, status="diverged")
 
 
-def _compute(
-    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
-) -> None:
+def _compute(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, on_finished: OnFinished) -> None:
     job, timer = run.job, run.timer
     model = job.model
     while waiting:
@@ -83,9 +79,8 @@ def _compute(
         # Changed questions have no rows on the frozen model that would be of use
         rows = prepare(model, job.spec, views, timer) if job.spec.sites else []
         with ExitStack() as entered:
-            for earlier in committed:
-                stacked = stack([earlier], device=model.device)
-                entered.enter_context(installed(model, stacked, Rows(), route=False))
+            for earlier in beneath.stacks:
+                entered.enter_context(installed(model, earlier, Rows(), route=False))
             with timer.phase("compute"):
                 computed = job.plan.method.compute(model, job.plan.config, run.shared, requests, rows)
         for number, each in zip(numbers, computed, strict=True):
@@ -95,9 +90,7 @@ def _compute(
             on_finished(number, delta, FitOutcome("computed", 0, math.nan, math.nan))
 
 
-def _fit(
-    run: RunState, waiting: deque[int], slots: int, committed: Sequence[EditDelta], on_finished: OnFinished
-) -> None:
+def _fit(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, on_finished: OnFinished) -> None:
     job, timer, method = run.job, run.timer, run.job.plan.method
     model, spec = job.model, job.spec
     objective = job.plan.build_objective(job.solver.steps)
@@ -122,8 +115,8 @@ def _fit(
     with ExitStack() as entered:
         held = entered.enter_context(held_inputs(model, *split_point(spec)))
         holders = [entered.enter_context(installed(model, stacked, Rows(), route=False))]
-        stacked.earlier = [stack([delta], device=model.device) for delta in committed]
-        for earlier in stacked.earlier:
+        stacked.earlier = beneath.stacks
+        for earlier in beneath.stacks:
             holders.append(entered.enter_context(installed(model, earlier, Rows(), route=False)))
         problem = FitProblem(
             ActiveDeltas(model, stacked, holders, held),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from fastedit.deltas import EditDelta, stack
+from fastedit.deltas import EditDelta, accumulate, company, stack
+from fastedit.deltas.growing import Beneath, GrowingSum, grows
 from fastedit.engine.checks import question_of
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.fitting import make_deltas
@@ -48,7 +50,7 @@ def run_single(run: RunState, batch_size: int, evaluate: bool, show: bool | None
             scored.recall()
         while waiting:
             with room.trial(min(room.size, len(waiting))):
-                make_deltas(run, waiting, room.trying, (), take)
+                make_deltas(run, waiting, room.trying, Beneath(), take)
             # Those that were at work begin anew
             waiting = deque(number for number in every if number not in ended.outcomes)
         if scored is not None:
@@ -127,7 +129,7 @@ def run_sequential(run: RunState, batch_size: int, evaluate: bool, show: bool | 
         for place, number in enumerate([*timeline, *waiting]):
             if place >= len(timeline):
                 assert number is not None
-                sequence.add(number, _next(run, number, sequence.committed))
+                sequence.add(number, _next(run, number, sequence))
             else:
                 # Not read where it stays in the store
                 sequence.add(number, None if sequence.is_stored else before[place])
@@ -143,19 +145,27 @@ def run_sequential(run: RunState, batch_size: int, evaluate: bool, show: bool | 
 class InSequence:
     """What acts of a sequence as it grows, and the scores of its edits.
 
+    Where edits simply add up, their sum stays on the device and takes up one after another; the deltas are put together
+    on the host only where they cannot be added up there, or when they are scored.
+
     Args:
         run: that the edits belong to. batch_size: edits that are scored together. show: progress lines.
     """
 
     def __init__(self, run: RunState, batch_size: int, show: bool | None) -> None:
         self.run, self.batch_size, self.show = run, batch_size, show
+        #: Deltas that act, where they are held as such.
         self.committed: list[EditDelta] = []
         #: Of the run's edits, in the order in which they were made.
         self.numbers: list[int] = []
         method = run.job.plan.method
-        self._is_plain = method.sequence == "route" and method.combine is Method.combine
+        plain = method.combine is Method.combine
+        self._is_plain = method.sequence == "route" and plain
         #: Whether what acts is what the store has, one delta an edit: none of it is held in memory then.
         self.is_stored = self._is_plain and run.ended.store is not None
+        #: What acts beneath the next edit, and whether that is all that acts; None where edits do not simply add up.
+        self._sum = GrowingSum(run.job.model.device) if method.sequence == "accumulate" and plain else None
+        self._sum_is_all = True
         self._places = 0
 
     def add(self, number: int | None, new: EditDelta | None) -> None:
@@ -164,14 +174,44 @@ class InSequence:
         if number is not None:
             self.numbers.append(number)
         if new is not None:
-            self.committed = once_more(self.run.job.model, partial(self._combined, new), "adding up {} edit")
+            once_more(self.run.job.model, partial(self._take_up, new), "adding up {} edit")
 
-    def _combined(self, new: EditDelta) -> list[EditDelta]:
+    def _take_up(self, new: EditDelta) -> None:
+        job = self.run.job
         if self._is_plain:
             # In place: a copy for every edit would make a long sequence quadratic
             self.committed.append(new)
-            return self.committed
-        return self.run.job.plan.method.combine(self.run.job.plan.config, self.committed, new)
+            return
+        if self._sum is not None and not self.committed:
+            beneath = job.plan.method.active_while_fitting(job.plan.config, [new], "")
+            # One that does not add up with those before it is refused there
+            if all(grows(delta) for delta in beneath) or len(self._sum):
+                self._sum_is_all = self._sum_is_all and len(beneath) == 1 and beneath[0] is new
+                for delta in beneath:
+                    self._sum.add(delta, new.id)
+                return
+        self.committed = job.plan.method.combine(job.plan.config, self.committed, new)
+
+    def beneath(self, number: int) -> Beneath:
+        """What acts while an edit of the run is made (closed memories of a method do not)."""
+        job = self.run.job
+        if self._sum is not None and not self.committed:
+            return Beneath((self._sum,), self._sum.company) if len(self._sum) else Beneath()
+        question = question_of(job.edits[number])
+        acting = job.plan.method.active_while_fitting(job.plan.config, self.committed, question)
+        return Beneath([stack([delta], device=job.model.device) for delta in acting], company(acting))
+
+    def _acting(self) -> Any:
+        """All that acts, stacked."""
+        run, device = self.run, self.run.job.model.device
+        store = run.ended.store
+        if self._sum is not None and not self.committed:
+            if self._sum_is_all:
+                return self._sum
+            made = run.ended.deltas_of(self.numbers) if store is None else store.acting(self._places)
+            return stack([accumulate(list(made))], device=device)
+        acting = self.committed if store is None or not self.is_stored else store.acting(self._places)
+        return stack(acting, device=device)
 
     def scores(self) -> dict[int, EditScores]:
         """Scores of all edits so far, with what acts now."""
@@ -182,9 +222,8 @@ class InSequence:
         missing = [number for number in self.numbers if number not in known]
         if not missing:
             return found
-        acting = self.committed if store is None or not self.is_stored else store.acting(self._places)
         with run.timer.phase("evaluation"):
-            stacked = once_more(model, lambda: stack(acting, device=model.device), f"stacking {len(acting)} deltas")
+            stacked = once_more(model, self._acting, f"stacking {self._places} deltas")
         evaluator = Evaluator(model, run.job.spec, run.timer)
         with progress(f"scoring after edit {len(self.numbers)}", len(missing), self.show) as line:
             for start in range(0, len(missing), self.batch_size):
@@ -197,15 +236,14 @@ class InSequence:
         return found
 
 
-def _next(run: RunState, index: int, committed: Sequence[EditDelta]) -> EditDelta:
-    """The delta of one edit, made on top of the newest committed one (closed memories of a method do not act)."""
-    question = question_of(run.job.edits[index])
-    acting = run.job.plan.method.active_while_fitting(run.job.plan.config, committed, question)
+def _next(run: RunState, number: int, sequence: InSequence) -> EditDelta:
+    """The delta of one edit, made on top of those before it."""
     fitted: list[EditDelta] = []
 
-    def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
+    def take(_number: int, delta: EditDelta, outcome: FitOutcome) -> None:
         run.ended.keep(number, delta, outcome)
         fitted.append(delta)
 
-    once_more(run.job.model, lambda: make_deltas(run, deque([index]), 1, acting, take), "in a sequence")
+    beneath = once_more(run.job.model, lambda: sequence.beneath(number), "stacking what acts")
+    once_more(run.job.model, lambda: make_deltas(run, deque([number]), 1, beneath, take), "in a sequence")
     return fitted[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,24 @@ def test_sequential_scores_are_those_of_the_joint_delta(model: EditableModel, ed
         answers = [model.answer(edit.image, edit.prompt, max_new_tokens=48) for edit in edits[:3]]
     scored = [next(a["after"] for a in s.answers if a["score"] == "reliability") for s in result.edit_scores]
     assert scored == answers
+
+
+@pytest.mark.parametrize("method", ["lora", "ft"])
+def test_a_sequence_is_never_put_together_on_the_host(
+    exact_model: EditableModel, edits: list[EditRequest], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(deltas: Sequence[EditDelta]) -> EditDelta:
+        raise AssertionError(f"{len(deltas)} deltas are copied for the next edit")
+
+    settings: dict[str, Any] = {"mode": "sequential", "steps": 4, "stop_loss": None}
+    with monkeypatch.context() as patched:
+        patched.setattr("fastedit.methods.base.accumulate", refused)
+        made = run(exact_model, edits[:3], method, **settings)
+    # As where all before it are one delta on the host
+    monkeypatch.setattr("fastedit.engine.schedule.grows", lambda _delta: False)
+    again = run(exact_model, edits[:3], method, **settings)
+    assert largest_difference(list(made.deltas), list(again.deltas)) < 1e-8
+    assert [delta.fitted_on for delta in made.deltas[:2]] == [delta.fitted_on for delta in again.deltas[:2]]
 
 
 def test_a_run_comes_back_from_disk(model: EditableModel, edits: list[EditRequest], tmp_path: Path) -> None:

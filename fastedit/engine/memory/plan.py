@@ -12,6 +12,7 @@ import torch
 from fastedit.backbone import EditableModel
 from fastedit.backbone.settings import checked_device, settled_dtype
 from fastedit.backbone.synthetic.skeleton import skeleton, weight_bytes
+from fastedit.deltas.growing import sum_bytes
 from fastedit.engine.memory.footprint import Sizes, delta_parameters, held_parts, phase_parts
 from fastedit.engine.memory.limits import available_bytes, process_bytes
 from fastedit.engine.memory.workload import Workload, measure_workload
@@ -91,6 +92,7 @@ class _Run:
     device: torch.device
     evaluate: bool
     keep_deltas: bool
+    in_sequence: bool
     budget: int
 
     def of_batch(self, batch_size: int) -> MemoryPlan:
@@ -107,6 +109,7 @@ class _Run:
             locality=locality,
             on_cpu=on_cpu,
         )
+        held["earlier edits"] = self._earlier_bytes() if self.in_sequence else 0
         phases = phase_parts(
             self.model,
             self.sizes,
@@ -118,6 +121,13 @@ class _Run:
             on_cpu=on_cpu,
         )
         return MemoryPlan(held, phases, available_bytes(self.device), str(self.device), batch_size)
+
+    def _earlier_bytes(self) -> int:
+        """What edits that add up keep on the device for those behind them."""
+        method, spec = self.plan.method, self.plan.method.spec(self.model, self.plan.config)
+        if method.sequence != "accumulate":
+            return 0
+        return sum_bytes(spec, self.work.edits or 1, 8 if self.model.dtype == torch.float64 else 4)
 
 
 def plan_memory(
@@ -132,6 +142,7 @@ def plan_memory(
     evaluate: bool = True,
     tokens_per_row: int | None = None,
     keep_deltas: bool = True,
+    mode: str = "single",
     image_cache_mib: int = 1024,
     **overrides: Any,
 ) -> MemoryPlan:
@@ -148,6 +159,7 @@ def plan_memory(
         evaluate: whether the edits are scored.
         tokens_per_row: instead of what the edits say.
         keep_deltas: whether fitted deltas stay in memory (no ledger).
+        mode: as ``fastedit.edit`` takes it; in "sequential" what earlier edits add up to is there too.
         image_cache_mib: as ``fastedit.load`` takes it.
         overrides: fields of the method's and the objective's config.
     Raises:
@@ -156,6 +168,8 @@ def plan_memory(
     plan = resolve(method, overrides)
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"plan_memory: batch_size is at least 1, or 'auto' (got batch_size={batch_size!r})")
+    if mode not in ("single", "sequential"):
+        raise ValueError(f"plan_memory: mode is 'single' or 'sequential' (got mode={mode!r})")
     if edits is not None and not edits:
         raise ValueError("plan_memory: at least one edit, or None (got edits=[])")
     place = checked_device(device)
@@ -174,6 +188,7 @@ def plan_memory(
         evaluate=evaluate,
         tokens_per_row=tokens_per_row,
         keep_deltas=keep_deltas,
+        in_sequence=mode == "sequential",
         budget=image_cache_mib << 20,
     )
     if isinstance(batch_size, int):
@@ -188,12 +203,13 @@ def largest_batch(
     *,
     evaluate: bool = True,
     keep_deltas: bool = True,
+    mode: str = "single",
 ) -> int:
     """Return the most edits, up to all of them and ``MOST_EDITS``, that fit together in ``SHARE`` of the memory.
 
     Args:
         model: loaded. plan: of the method. edits: of the run. evaluate: whether they are scored.
-        keep_deltas: whether fitted deltas stay in memory.
+        keep_deltas: whether fitted deltas stay in memory. mode: of the run.
     Returns:
         At least 1, also where not even that fits by the plan.
     """
@@ -208,6 +224,7 @@ def largest_batch(
         evaluate=evaluate,
         tokens_per_row=None,
         keep_deltas=keep_deltas,
+        in_sequence=mode == "sequential",
         budget=model.image_features.budget_bytes,
     )
     return _largest(run, len(edits))

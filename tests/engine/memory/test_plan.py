@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastedit
-from fastedit import load, plan_memory
+from fastedit import EditRequest, load, plan_memory
 from fastedit.backbone.synthetic.skeleton import weight_bytes
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory import footprint, limits
@@ -125,6 +125,24 @@ def test_more_views_and_scoring_need_more() -> None:
     assert plan(method="lora", edits=edits, batch_size=16).phases["fit"]["prefix states"] > 2 * 16 * 576 * 4096 * 2
     longer = plan(method="lora", edits=edits, batch_size=16, tokens_per_row=5000)
     assert longer.total_bytes > plan(method="lora", edits=edits, batch_size=16).total_bytes
+
+
+@pytest.mark.parametrize("method", ["lora", "ft", "tpatcher"])
+def test_in_sequence_what_earlier_edits_add_up_to_is_counted(method: str) -> None:
+    edits = [EditRequest(f"what is this, {number}?", "left") for number in range(1000)]
+    alone, few, many = (
+        plan(method=method, edits=edits[:count], mode=mode, evaluate=False)
+        for count, mode in ((1000, "single"), (1, "sequential"), (1000, "sequential"))
+    )
+    assert "earlier edits" not in alone.parts
+    held = few.parts["earlier edits"], many.parts["earlier edits"]
+    if method == "ft":
+        # One float32 matrix of each of two sites, however many edits they are
+        assert held[0] == held[1] == 2 * 4096 * 11008 * 4
+    else:
+        assert held[0] < held[1] < 1000 * held[0]
+    with pytest.raises(ValueError, match=r"mode is 'single' or 'sequential' \(got mode='both'\)"):
+        plan(mode="both")
 
 
 def test_a_run_of_unknown_length_fills_its_caches() -> None:

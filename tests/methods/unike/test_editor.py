@@ -13,7 +13,8 @@ from torch import Tensor
 import fastedit
 from fastedit import EditRequest
 from fastedit.backbone import EditableModel
-from fastedit.deltas import EditDelta
+from fastedit.deltas import Rows, accumulate, stack
+from fastedit.deltas.attention_memory import without_memory
 from fastedit.deltas.key_value import part_prefix
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine import schedule
@@ -146,16 +147,24 @@ def test_directions_are_the_artifacts_or_drawn(model: EditableModel, artifact: A
         of("truthfulness", dataclasses.replace(artifact, tensors=tensors))
 
 
+def change_of(stacked: Any) -> Tensor:
+    """What the neurons at the first of their sites add to a token of ones."""
+    number = next(number for number, site in enumerate(stacked.spec.sites) if site.name == "down")
+    token = torch.ones(1, stacked.spec.sites[number].d_out, dtype=torch.float64)
+    return stacked.delta(number, token, Rows()).detach()  # type: ignore[no-any-return]
+
+
 def in_sequence(
     model: EditableModel, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, **settings: Any
-) -> tuple[Any, list[list[EditDelta]]]:
-    """A run of three edits, and what acted while each was fitted."""
-    beneath: list[list[EditDelta]] = []
+) -> tuple[Any, list[list[tuple[set[str], Tensor]]]]:
+    """A run of three edits; while each was fitted, by what acted: names of its sites, and what its neurons added."""
+    beneath: list[list[tuple[set[str], Tensor]]] = []
     plain = schedule.make_deltas
 
-    def seen(work: Any, waiting: Any, places: int, committed: Sequence[EditDelta], take: Any) -> None:
-        beneath.append(list(committed))
-        plain(work, waiting, places, committed, take)
+    def seen(work: Any, waiting: Any, places: int, acting: Any, take: Any) -> None:
+        # Now: a sum takes up the next edit in place
+        beneath.append([({site.name for site in each.spec.sites}, change_of(each)) for each in acting.stacks])
+        plain(work, waiting, places, acting, take)
 
     monkeypatch.setattr(schedule, "make_deltas", seen)
     settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, **settings}
@@ -179,11 +188,11 @@ def test_in_sequence_neurons_act_beneath_the_next_and_entries_do_not(
     # Without a direction, which is laid into the values of neurons side by side
     run, beneath = in_sequence(model, artifact, monkeypatch, zeta="none")
     assert [len(acting) for acting in beneath] == [0, 1, 1]
-    for number, (delta,) in enumerate(beneath[1:], start=1):
-        assert {site.name for site in delta.spec.sites} == {"down"}
-        place = part_prefix(delta.spec.sites[0])
-        laid = torch.cat([own.tensors[f"{place}values"] for own in run.deltas[:number]])
-        torch.testing.assert_close(delta.tensors[f"{place}values"], laid)
+    for number, ((names, change),) in enumerate(beneath[1:], start=1):
+        assert names == {"down"}
+        neurons = stack([without_memory(accumulate(run.deltas[:number]))])
+        torch.testing.assert_close(change, change_of(neurons))
+        assert bool(change.any())
     assert run.scores["strict"]["reliability"].n == 3
     # Alone they are the same up to the first, which has nothing beneath it
     settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, "zeta": "none"}
@@ -211,7 +220,7 @@ def test_what_is_beneath_follows_what_an_edit_has(
     names: list[Any],
 ) -> None:
     _, beneath = in_sequence(model, artifact, monkeypatch, **settings)
-    assert [{site.name for site in delta.spec.sites} for acting in beneath for delta in acting] == names
+    assert [sites for acting in beneath for sites, _ in acting] == names
 
 
 def test_in_context_text_comes_with_the_delta(model: EditableModel) -> None:
