@@ -56,11 +56,12 @@ class Gradient {
 
   int64_t stride() const { return columns_; }
 
-  // Rows [row, row + rows), at most tile_rows().
-  const A* rows(int64_t row, int64_t rows) {
+  // Rows [row, row + rows), at most tile_rows(); what is needed next comes into the cache meanwhile.
+  const A* rows(int64_t row, int64_t rows, const Ahead& ahead = {}) {
     if (m_.n == 0) return tile_.data();
     FASTEDIT_SIMD(transpose, (A), m_.y + row, m_.o, m_.n, rows, turned_.data(), m_.n);
-    FASTEDIT_SIMD(gemm, (A), turned_.data(), m_.n, rows, packed_.data(), m_.i, m_.n, tile_.data(), columns_);
+    FASTEDIT_SIMD(gemm_ahead, (A), turned_.data(), m_.n, rows, packed_.data(), m_.i, m_.n, tile_.data(), columns_,
+                  ahead);
     return tile_.data();
   }
 
@@ -117,7 +118,11 @@ void update(const Matrix<A>& m, int64_t begin, int64_t end, const AdamScalars<A>
   Gradient<A> gradient(m);
   for (int64_t row = begin; row < end; row += m.tile_rows()) {
     const int64_t rows = std::min(m.tile_rows(), end - row);
-    const A* tile = gradient.rows(row, rows);
+    // the matrix and its moments wait in memory: with a product of their own they need not be waited for
+    const int64_t start = row * m.i;
+    const Ahead here{
+        3, {m.param + start, m.first + start, m.second + start}, rows * m.i * static_cast<int64_t>(sizeof(A))};
+    const A* tile = gradient.rows(row, rows, here);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * m.i;
       FASTEDIT_SIMD(adam_update, (A, A, A), m.param + at, tile + r * gradient.stride(), m.first + at, m.second + at,

@@ -91,6 +91,22 @@ def test_equals_reference(provider, dtype, settings_, available):
 
 
 @pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
+def test_second_moments_of_any_size(provider, available):
+    available(provider)
+    params, grads, first, second, *rest = adam_step_inputs(2, 64, torch.float32, device=provider.device)
+    sizes = torch.tensor([0.0, 1e-45, 1e-40, 2e-38, 1e-30, 1e-16, 1.0, 1e20, 1e38, 3.3e38]).to(second.device)
+    second[:, :60] = sizes.repeat_interleave(6)
+    grads[:, :60:2] = 0.0
+    inputs = (params, grads, first, second, *rest)
+    written = _run(provider.function(), inputs)[1:]
+    goals = _run(reference.adam_step_, [t.double() if t.is_floating_point() else t for t in inputs])[1:]
+    for name, one, other in zip(("params", "exp_avg", "exp_avg_sq"), written, goals, strict=False):
+        assert one.isfinite().all()
+        relative = (one.double() - other).abs() / other.abs().clamp(min=1e-37)
+        assert relative.max() < 4e-6, name
+
+
+@pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_at_rest_keep_every_bit(provider, dtype, available):
     available(provider)

@@ -15,6 +15,15 @@ static constexpr int64_t padded(int64_t n) {
   return (n + kPanelPadding - 1) / kPanelPadding * kPanelPadding;
 }
 
+// What is needed next and lies in memory, as many bytes at each beginning: brought into the cache while a product is
+// made, whose operands are there already.
+struct Ahead {
+  static constexpr int kMost = 3;
+  int count;
+  const void* begins[kMost];
+  int64_t bytes;
+};
+
 #define FASTEDIT_DECLARE_GEMM(isa)                                                                                    \
   namespace isa {                                                                                                     \
   /* Pack b (rows, K), rows ldb apart, for a product with its transpose; out holds padded(rows) * K, zeros beyond. */ \
@@ -27,6 +36,10 @@ static constexpr int64_t padded(int64_t n) {
      of kRowPadding rows: it must have room for padded(columns) and the rows. */                                      \
   template <class A>                                                                                                  \
   void gemm(const A* a, int64_t lda, int64_t rows, const A* packed, int64_t columns, int64_t K, A* c, int64_t ldc);   \
+  /* the same, with what is needed next */                                                                            \
+  template <class A>                                                                                                  \
+  void gemm_ahead(const A* a, int64_t lda, int64_t rows, const A* packed, int64_t columns, int64_t K, A* c,           \
+                  int64_t ldc, const Ahead& ahead);                                                                   \
   }
 
 FASTEDIT_DECLARE_GEMM(avx2)

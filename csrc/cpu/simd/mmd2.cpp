@@ -1,5 +1,7 @@
 #include "cpu/simd/mmd2.h"
 
+#include <type_traits>
+
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 
@@ -182,13 +184,20 @@ void finish(const A* row, const A* w, int64_t count, const A* product, int64_t d
 
 template <class A>
 void transpose(const A* a, int64_t a_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
-  // squares of one cache line a side
-  constexpr int64_t step = 64 / sizeof(A);
-  for (int64_t i0 = 0; i0 < rows; i0 += step) {
-    for (int64_t j0 = 0; j0 < columns; j0 += step) {
-      for (int64_t i = i0; i < least(i0 + step, rows); ++i) {
-        for (int64_t j = j0; j < least(j0 + step, columns); ++j) out[j * out_stride + i] = a[i * a_stride + j];
+  // squares of one cache line of float64 a side
+  constexpr int64_t step = 8;
+  for (int64_t i = 0; i < rows; i += step) {
+    for (int64_t j = 0; j < columns; j += step) {
+      const int64_t high = least(step, rows - i), wide = least(step, columns - j);
+      const A* from = a + i * a_stride + j;
+      A* to = out + j * out_stride + i;
+      if constexpr (std::is_same_v<A, float>) {
+        if (high == step && wide == step) {
+          turn8(from, a_stride, to, out_stride);
+          continue;
+        }
       }
+      turn(from, a_stride, high, wide, to, out_stride);
     }
   }
 }

@@ -107,6 +107,9 @@ struct Vec<float> {
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+  // relative error 2^-14
+  friend Vec rough_inverse_sqrt(Vec a) { return {_mm512_rsqrt14_ps(a.v)}; }
+  friend Vec rough_inverse(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
   friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -217,6 +220,9 @@ struct Vec<float> {
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+  // relative error 2^-11
+  friend Vec rough_inverse_sqrt(Vec a) { return {_mm256_rsqrt_ps(a.v)}; }
+  friend Vec rough_inverse(Vec a) { return {_mm256_rcp_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
   friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -301,5 +307,33 @@ struct Accumulate<double> {
 };
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
+
+// The transpose of a (rows, columns).
+template <class A>
+FASTEDIT_INLINE void turn(const A* a, int64_t a_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = a[i * a_stride + j];
+  }
+}
+
+// The transpose of eight rows and columns of float32.
+FASTEDIT_INLINE void turn8(const float* a, int64_t a_stride, float* out, int64_t out_stride) {
+  __m256 row[8], pair[8], quad[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(a + i * a_stride);
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
+    pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      quad[4 * i + 2 * j] = _mm256_shuffle_ps(pair[4 * i + j], pair[4 * i + 2 + j], 0x44);
+      quad[4 * i + 2 * j + 1] = _mm256_shuffle_ps(pair[4 * i + j], pair[4 * i + 2 + j], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x20));
+    _mm256_storeu_ps(out + (4 + i) * out_stride, _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x31));
+  }
+}
 
 }  // namespace fastedit::FASTEDIT_ISA
