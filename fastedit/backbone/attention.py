@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .branches import read_elsewhere
 from .packed import KeyValue, PackedState, first_tokens, token_indices, token_rows
 
 #: What `flash_attn.flash_attn_varlen_func` is, or stands for it.
@@ -43,7 +44,9 @@ class AttentionPlan:
     Args:
         rows: R. queries, keys: padded widths. capacity: places that a row of stored keys has, at least `keys`.
         query_slots: (Tq,), int64, index into R * queries; None where rows are full and nothing needs moving.
-        key_slots: (T,), int64, index into R * capacity; None likewise.
+        key_slots: (T,), int64, index into R * capacity; None likewise. Behind those of the keys there are (S,) of
+            ``repeated``.
+        repeated: (S,), int64, the keys that other rows read as well; None where each row has its own.
         mask: (R, 1, queries, keys), bool; None is the causal mask over rows whose queries are their keys.
         present: (R,), int64, of all rows those that are meant here, where others have no tokens; None is all.
         packed: the same for a kernel that takes packed tokens; None where the queries are not the last of their rows'
@@ -59,6 +62,7 @@ class AttentionPlan:
     mask: Tensor | None
     present: Tensor | None = None
     packed: PackedLayout | None = None
+    repeated: Tensor | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
         """Return the plan for queries and keys on a device."""
@@ -66,7 +70,7 @@ class AttentionPlan:
             return self
         moved = {
             name: part.to(device)
-            for name in ("query_slots", "key_slots", "mask", "present")
+            for name in ("query_slots", "key_slots", "mask", "present", "repeated")
             if (part := getattr(self, name)) is not None
         }
         packed = None if self.packed is None else self.packed.to(device)
@@ -91,6 +95,11 @@ def plan_attention(
     causal = chosen is None and not any(state.starts) and (window is None or window >= keys)
     row, place = token_rows(state.counts, device), token_indices(state, device)
     key_slots = None if full else row * (keys if capacity is None else capacity) + place
+    elsewhere = read_elsewhere(state, keys)
+    if elsewhere is not None:
+        if capacity is not None or key_slots is None:
+            raise ValueError(f"attention: keys that rows share are not stored (got capacity={capacity!r})")
+        key_slots = torch.cat([key_slots, elsewhere[1]])
     row_q, place_q = (row, place) if chosen is None else (row[chosen], place[chosen])
     rank = torch.arange(len(row_q), device=device) - first_tokens(counts, device)[row_q]
     present = None
@@ -113,7 +122,8 @@ def plan_attention(
     if capacity is None and not any(state.starts) and _are_last(place_q, state.counts, counts, row_q):
         starts = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (counts, ends)]
         packed = PackedLayout(starts[0], starts[1], width, keys, window)
-    return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present, packed)
+    repeated = None if elsewhere is None else elsewhere[0]
+    return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present, packed, repeated)
 
 
 def _are_last(place: Tensor, counts: Sequence[int], asking: Sequence[int], row: Tensor) -> bool:
@@ -240,6 +250,8 @@ def attend(
     if varlen is not None and past is None and plan.packed is not None:
         return _attend_packed(query, key, value, plan.packed, scale, varlen)
     if past is None:
+        if plan.repeated is not None:
+            key, value = (torch.cat([part, part.index_select(0, plan.repeated)]) for part in (key, value))
         key, value = (padded(part, plan.key_slots, plan.rows, plan.keys) for part in (key, value))
     else:
         key, value = past.extend(layer, plan, key, value)

@@ -32,7 +32,7 @@ class PackedState:
         position_ids: (A, T), int64.
         rotary: cosine and sine tables (T, d_head), or None for learned positions.
         counts: tokens of each row here.
-        starts: tokens of each row before those, which are constant; the first token here has that place.
+        starts: tokens of each row before those, constant or another row's; the first token here has that place.
         wanted: (M,), int64, rising. The tokens whose final hidden states are asked for (those that carry labels).
         wanted_counts: how many of each row.
         layer, stage: where the decoder continues.
@@ -42,6 +42,7 @@ class PackedState:
         image: (T,), bool, the tokens of images; None where there are none.
         seen: at the stage "vision", what the vision tower puts out for each row's image, None without; else ().
         behind: of rows that go on behind prompts, how many tokens behind its prompt's last one each begins; () is 0.
+        back: how many rows before a row the one stands whose first `starts` tokens are its own too; 0 is none, () is 0.
         entries: what a stock decoder is handed of each row, where that is what is walked; None of a row without tokens.
     """
 
@@ -60,6 +61,7 @@ class PackedState:
     image: Tensor | None = None
     seen: tuple[Tensor | None, ...] = ()
     behind: tuple[int, ...] = ()
+    back: tuple[int, ...] = ()
     entries: tuple[Row | None, ...] = ()
     # Attention plans and the like, made at the first use
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -102,6 +104,7 @@ class PackedState:
             live=None if self.live is None else self.live[a:b],
             image=None if self.image is None else self.image[a:b],
             seen=self.seen[row : row + 1],
+            back=self.back[row : row + 1],
             entries=self.entries[row : row + 1],
             memory={},
         )
@@ -176,6 +179,7 @@ class PackedState:
             live=_cat_marks(states, "live", True),
             image=_cat_marks(states, "image", False),
             seen=tuple(part for state in states for part in state.seen),
+            back=_cat_back(states),
             entries=tuple(entry for state in states for entry in state.entries),
             memory={},
         )
@@ -250,6 +254,12 @@ def _cat_marks(states: Sequence[PackedState], name: str, absent: bool) -> Tensor
             for state, marks in zip(states, found, strict=True)
         ]
     )
+
+
+def _cat_back(states: Sequence[PackedState]) -> tuple[int, ...]:
+    if not any(any(state.back) for state in states):
+        return ()
+    return tuple(back for state in states for back in state.back or (0,) * len(state))
 
 
 def _cat_pairs(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:

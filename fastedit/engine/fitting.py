@@ -20,7 +20,7 @@ from fastedit.engine.apply import AS_FITTED, fitted_as
 from fastedit.engine.checks import question_of
 from fastedit.engine.fit_problem import ActiveDeltas, FitProblem, OnFinished, WaitingEdits
 from fastedit.engine.run_state import RunState
-from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.prepared import EditRows, can_branch, prepare
 from fastedit.fitting.solver import FitOutcome, fit
 from fastedit.methods.base import Method, is_computed
 from fastedit.objectives import Role, beside_roles
@@ -95,11 +95,12 @@ def _fit(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, on_fi
     model, spec = job.model, job.spec
     objective = job.plan.build_objective(job.solver.steps)
     beside = beside_roles(objective)
+    share = all(can_branch(model, each) for each in (spec, *(earlier.spec for earlier in beneath.stacks)))
 
     def prepared(numbers: Sequence[int]) -> list[EditRows]:
         with timer.phase("encode"):
             views = [job.views.views(number, objective.roles) for number in numbers]
-        return prepare(model, spec, views, timer, beside=beside)
+        return prepare(model, spec, views, timer, beside=beside, share=share)
 
     def start(numbers: Sequence[int], rows: Sequence[EditRows]) -> Sequence[Mapping[str, Tensor]]:
         requests = [job.edits[number] for number in numbers]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.branches import branched, branches
 from fastedit.backbone.context import outside_inference_mode
 from fastedit.backbone.generic.adapter import generic
 from fastedit.backbone.packed_forward import hold_constant, packed_prefix, packed_start, packed_tail
@@ -58,6 +59,7 @@ def prepare(
     timer: Phases,
     *,
     beside: Sequence[Role] = (),
+    share: bool = False,
 ) -> list[EditRows]:
     """Encode the views of some edits, run the frozen prefix once, keep the unedited logits of the locality views.
 
@@ -67,6 +69,7 @@ def prepare(
         model: frozen. spec: of the deltas. views: by edit. timer: gets the phases.
         beside: roles of views without loss: they have no labels and no reference, and of their rows there is what a
             delta compares (its option ``tokens``).
+        share: what rephrased views begin with as their edit does is there once (``can_branch``).
     """
     caches = model.caches
     flat = [view for vs in views for view in vs]
@@ -84,6 +87,8 @@ def prepare(
             labels = encoded.labels[encoded.label_mask]
         with timer.phase("prefix"):
             state = packed_start(model, encoded)
+            if share:
+                state = branched(state, branches(encoded, leaders([flat[number].role for number in missing])))
             state = watched(model, state, encoded) if point[1] == VISION else packed_prefix(model, state, *point[:2])
             if spec.positions != "all":
                 state = hold_constant(model, replace(state, live=token_layout(state).acting(spec.positions)))
@@ -117,6 +122,22 @@ def prepare(
             )
         )
     return rows
+
+
+def can_branch(model: EditableModel, spec: DeltaSpec) -> bool:
+    """Whether rows of an edit may share what they begin with: no delta tells rows apart, and no token looks ahead."""
+    by_token = spec.kind in ("full", "low_rank") or (spec.kind == "side" and spec.options.get("tokens") == "last")
+    in_decoder = bool(spec.sites) and split_point(spec)[1] != VISION and generic(model.adapter) is None
+    return by_token and in_decoder and spec.positions == "all"
+
+
+def leaders(roles: Sequence[Role]) -> list[int]:
+    """By row, the row that it may branch off: the edit's own, before rephrased views; else itself."""
+    found, edit = [], 0
+    for row, role in enumerate(roles):
+        edit = row if role == Role.EDIT else edit
+        found.append(edit if role in (Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE) else row)
+    return found
 
 
 def _ends_before_the_last(model: EditableModel, point: tuple[int, str, str]) -> bool:

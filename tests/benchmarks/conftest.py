@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.cases import Case, made_up_edits
+from benchmarks.gate import full_norms
 from fastedit.backbone import EditableModel, load
 from fastedit.requests import EditRequest
 
 
 @pytest.fixture(scope="session")
-def exact() -> EditableModel:
-    """A tiny model in float64."""
-    return load("random:qwen2vl-tiny", dtype="float64")
+def exact() -> Iterator[EditableModel]:
+    """A tiny model in float64, its norms too."""
+    model = load("random:qwen2vl-tiny", dtype="float64")
+    with full_norms(model):
+        yield model
 
 
 @pytest.fixture(scope="session")

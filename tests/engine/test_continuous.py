@@ -78,11 +78,11 @@ class Refills:
         self.sizes: list[int] = []
         real = fitting.prepare
 
-        def prepared(model: Any, spec: Any, views: Any, timer: Any) -> Any:
+        def prepared(model: Any, spec: Any, views: Any, timer: Any, **settings: Any) -> Any:
             self.sizes.append(len(views))
             if len(self.sizes) == fail_at:
                 raise torch.OutOfMemoryError("no room for more")
-            return real(model, spec, views, timer)
+            return real(model, spec, views, timer, **settings)
 
         monkeypatch.setattr(fitting, "prepare", prepared)
 

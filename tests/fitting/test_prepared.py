@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 import fastedit
-from fastedit.backbone import EditableModel
+from fastedit.backbone import EditableModel, PackedState, branches
+from fastedit.backbone.branches import branched
 from fastedit.backbone.token_layout import token_layout
+from fastedit.engine import fitting
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting import prepared
-from fastedit.fitting.prepared import EditRows, prepare
+from fastedit.fitting.prepared import EditRows, can_branch, leaders, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import resolve
 from fastedit.objectives import Role, beside_roles
@@ -69,6 +73,61 @@ def test_edits_are_those_of_whole_rows(
     model.forget()
     whole = fastedit.edit(model, edits, "wise", batch_size=2, **settings)  # type: ignore[arg-type]
     assert largest_difference(list(found.deltas), list(whole.deltas)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    # Norms of the others compute in float32, where a gradient that is added up before or behind one differs
+    [("random:blip2-tiny", 1e-12), ("random:qwen2vl-tiny", 1e-6), ("random:llava-tiny", 1e-6)],
+)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("wise", {"layer": 0}),
+        ("odedit+lora", {"layers": 2, "names": ("q", "v")}),
+        ("kl+ft", {"layers": 1, "kl_rephrases": True}),
+    ],
+)
+def test_edits_are_those_of_rows_apart(
+    name: str, tolerance: float, method: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "FEWEST", 2)
+    model = fastedit.load(name, dtype="float64")
+    settings = {"steps": 4, "stop_loss": None, "evaluate": False, "batch_size": 2, **options}
+    edits, tokens = make_edits(3), []
+
+    def walked(state: PackedState, off: Mapping[int, tuple[int, int]]) -> PackedState:
+        found = branched(state, off)
+        tokens.append((state.hidden.shape[0], found.hidden.shape[0]))
+        return found
+
+    monkeypatch.setattr(prepared, "branched", walked)
+    found = fastedit.edit(model, edits, method, **settings)  # type: ignore[arg-type]
+    assert all(shared < apart for apart, shared in tokens)
+    assert tokens
+    monkeypatch.setattr(fitting, "can_branch", lambda *_: False)
+    model.forget()
+    count = len(tokens)
+    apart = fastedit.edit(model, edits, method, **settings)  # type: ignore[arg-type]
+    assert len(tokens) == count
+    assert largest_difference(list(found.deltas), list(apart.deltas)) < tolerance
+    assert max(delta.norm for delta in found.deltas) > 0
+
+
+def test_deltas_that_tell_rows_apart_have_whole_rows(model: EditableModel) -> None:
+    def of(method: str, **options: object) -> bool:
+        plan = resolve(method, options)
+        return can_branch(model, plan.method.spec(model, plan.config))
+
+    assert all(of(method) for method in ("ft", "lora", "wise"))
+    assert not any(of(method) for method in ("grace", "tpatcher", "ft-vision"))
+    assert not of("wise", tokens="all")
+    assert not of("lora", positions="after_image")
+
+
+def test_rephrased_views_branch_off_their_own_edit() -> None:
+    roles = [Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE, Role.TEXT_LOCALITY, Role.EDIT, Role.IMAGE_REPHRASE]
+    assert leaders(roles) == [0, 0, 0, 3, 4, 4]
 
 
 def test_rows_of_a_view_with_and_without_loss_are_kept_apart(model: EditableModel) -> None:

@@ -17,6 +17,7 @@ norms, activations, the loss and the optimiser are not: they are overhead here, 
   that the causal mask, or the window, lets through.
 * A delta that acts behind the image alone, or from the end of the prompt on: positions before never depend on it. All
   of their products are prefix, and no gradient goes to them.
+* Rows of an edit that begin alike: what they share once. Their last tokens attend to it, each for itself.
 * Views without loss, which a delta compares the prompts of: their prefix, up to the end of the prompt.
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fastedit.backbone import EditableModel, Encoded, Site
@@ -91,10 +93,11 @@ class _Tally:
     """Where a product goes: constant inputs count once, others at every evaluation, gradients at every step.
 
     Args:
-        first: positions before this one are constant.
+        first: positions before this one are constant. begin: positions before this one are another row's.
     """
 
     first: int = 0
+    begin: int = 0
     prefix: int = 0
     forward: int = 0
     backward: int = 0
@@ -129,27 +132,28 @@ class FlopCounter:
             {site.name: site for site in model.sites([layer], names)} for layer in range(model.n_layers)
         ]
         self._vision: dict[tuple[Any, ...], int] = {}
-        self._rows: dict[tuple[int, tuple[int, ...], int], RowFlops] = {}
+        self._rows: dict[tuple[int, tuple[int, ...], int, int], RowFlops] = {}
 
-    def row(self, tokens: int, labels: Sequence[int], first: int = 0) -> RowFlops:
+    def row(self, tokens: int, labels: Sequence[int], first: int = 0, begin: int = 0) -> RowFlops:
         """Operations of one row.
 
         Args:
             tokens: length, padding not counted.
             labels: positions that carry loss, rising, below ``tokens``.
             first: the first position at which the delta acts; those before it are constant.
+            begin: the first position that is the row's own; another row has those before it.
         Raises:
             ValueError: no label, or one outside the row.
         """
-        key = (tokens, tuple(labels), first)
+        key = (tokens, tuple(labels), first, begin)
         if not labels or min(labels) < 0 or max(labels) >= tokens:
             raise ValueError(f"flops: labels lie in 0 to tokens - 1 (got tokens={tokens}, labels={list(labels)!r})")
         if key not in self._rows:
-            self._rows[key] = self._row(max(labels) + 1, key[1], first)
+            self._rows[key] = self._row(max(labels) + 1, key[1], first, begin)
         return self._rows[key]
 
-    def _row(self, seen: int, labels: tuple[int, ...], first: int) -> RowFlops:
-        tally = _Tally(first)
+    def _row(self, seen: int, labels: tuple[int, ...], first: int, begin: int) -> RowFlops:
+        tally = _Tally(first, begin)
         dirty = False
         for layer in range(self.model.n_layers):
             dirty = self._layer(tally, layer, seen, labels, dirty)
@@ -162,8 +166,8 @@ class FlopCounter:
         """Add one layer; return whether the residual stream after it depends on the delta."""
         last = layer == self.model.n_layers - 1
         # Positions of queries and of everything after them, as positions themselves.
-        queries = labels if last else tuple(range(seen))
-        everywhere = tuple(range(seen))
+        everywhere = tuple(range(tally.begin, seen))
+        queries = labels if last else everywhere
         live = {name: self._map(tally, layer, name, everywhere, dirty) for name in _KEYS_VALUES}
         live["q"] = self._map(tally, layer, "q", queries, dirty)
         scores = live["q"] or live["k"]
@@ -252,6 +256,7 @@ class FlopCounter:
         outcomes: Sequence[FitOutcome],
         reference_rows: Sequence[int] = (),
         beside_rows: Sequence[int] = (),
+        begins: Mapping[int, int] = MappingProxyType({}),
     ) -> NecessaryFlops:
         """Operations of a batch of edits that ended as they did.
 
@@ -261,6 +266,7 @@ class FlopCounter:
             outcomes: of the edits. A fit that stopped early evaluated its loss once more than it stepped.
             reference_rows: rows whose unedited logits are needed once (locality views).
             beside_rows: rows without loss, whose prompts are compared.
+            begins: by row, tokens that it begins with as an earlier row does.
         """
         lengths = encoded.lengths.tolist()
         rows = []
@@ -270,7 +276,7 @@ class FlopCounter:
                 prefix = self.row(labels[0] + 1, labels[:1], self._acts_from(encoded, number)).prefix
                 rows.append(RowFlops(prefix, 0, 0, 0))
                 continue
-            rows.append(self.row(int(lengths[number]), labels, self._acts_from(encoded, number)))
+            rows.append(self.row(int(lengths[number]), labels, self._acts_from(encoded, number), begins.get(number, 0)))
         evaluations = [outcome.steps + int(outcome.status not in ("max_steps", "diverging")) for outcome in outcomes]
         return NecessaryFlops(
             vision=self.vision(encoded),

@@ -10,9 +10,11 @@ from functools import partial
 import torch
 
 from fastedit.backbone import EditableModel
+from fastedit.backbone.branches import branches
 from fastedit.backbone.cpu_linear import choose_linear, onednn_product
 from fastedit.deltas import DeltaSpec
 from fastedit.engine.profiling.flops import FlopCounter, NecessaryFlops, Peak
+from fastedit.fitting.prepared import can_branch, leaders
 from fastedit.fitting.solver import FitOutcome
 from fastedit.fitting.views import ViewSource
 from fastedit.objectives import Role
@@ -110,5 +112,7 @@ def necessary_flops(
         compared = [row for row, (_, view) in enumerate(views) if view.role in beside]
         out = [row for row, (_, view) in enumerate(views) if view.role >= Role.TEXT_LOCALITY]
         reference = [row for row in out if row not in compared]
-        total = total + counter.batch(encoded, [edit for edit, _ in views], ended, reference, compared)
+        off = branches(encoded, leaders([view.role for _, view in views])) if can_branch(model, spec) else {}
+        begins = {row: shared for row, (_, shared) in off.items()}
+        total = total + counter.batch(encoded, [edit for edit, _ in views], ended, reference, compared, begins)
     return total

@@ -155,6 +155,19 @@ def test_rows_without_loss_have_a_prefix_to_the_end_of_the_prompt(model: Editabl
     assert alone.prefix < counter.batch(encoded, [0], ended).prefix
 
 
+def test_what_another_row_has_is_not_counted(model: EditableModel) -> None:
+    counter = FlopCounter(model, feed_forward(model, [1]), causal=False)
+    whole, some, fewer = (counter.row(20, [17, 19], begin=begin) for begin in (0, 4, 8))
+    for part in ("prefix", "forward", "backward"):
+        counts = [getattr(row, part) for row in (whole, some, fewer)]
+        assert counts[0] - counts[1] == counts[1] - counts[2] > 0
+    encoded, ended = encode(model, images=2), [FitOutcome("max_steps", 3, 1.0, 1.0)]
+    counter, labels = FlopCounter(model, feed_forward(model, [1])), labels_of(encoded)
+    found = counter.batch(encoded, [0, 0], ended, begins={1: 3})
+    row = counter.row(max(labels) + 1, labels)
+    assert found.prefix == row.prefix + counter.row(max(labels) + 1, labels, begin=3).prefix
+
+
 def test_an_entry_begins_at_the_end_of_the_prompt(model: EditableModel) -> None:
     encoded = encode(model)
     spec = DeltaSpec("codebook", tuple(model.sites([1], ("down",))), {"positions": "answer"})
