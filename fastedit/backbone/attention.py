@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -51,6 +51,7 @@ class AttentionPlan:
         present: (R,), int64, of all rows those that are meant here, where others have no tokens; None is all.
         packed: the same for a kernel that takes packed tokens; None where the queries are not the last of their rows'
             keys, or where some of those are kept elsewhere.
+        folded: by how many heads share keys, the mask for all of their queries, made at the first use.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class AttentionPlan:
     present: Tensor | None = None
     packed: PackedLayout | None = None
     repeated: Tensor | None = None
+    folded: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> AttentionPlan:
         """Return the plan for queries and keys on a device."""
@@ -74,7 +76,29 @@ class AttentionPlan:
             if (part := getattr(self, name)) is not None
         }
         packed = None if self.packed is None else self.packed.to(device)
-        return replace(self, **moved, packed=packed)
+        return replace(self, **moved, packed=packed, folded={})
+
+    def move_on(self, passed: Tensor, place: Tensor, keys: int, *, window: int | None) -> None:
+        """Let a plan of one query a row and of stored keys serve the tokens behind those that it was made for.
+
+        Args:
+            passed: (Tq,), int64, how far each row has moved. place: (Tq,), int64, where its query stands now.
+            keys: padded width from now on. window: see ``plan_attention``.
+        """
+        assert self.key_slots is not None
+        device = self.key_slots.device
+        self.key_slots, self.keys, self.folded = self.key_slots + passed.to(device), keys, {}
+        asked = padded(place.to(device), self.query_slots, self.rows, self.queries)[:, None, :, None]
+        self.mask = _seen(asked, keys, window)
+
+    def folded_mask(self, share: int) -> Tensor:
+        """(R, 1, share * queries, keys), the mask for heads that share keys as so many more queries; made once."""
+        assert self.mask is not None
+        if self.queries == 1:
+            return self.mask
+        if share not in self.folded:
+            self.folded[share] = self.mask.repeat(1, 1, share, 1)
+        return self.folded[share]
 
 
 def plan_attention(
@@ -114,16 +138,19 @@ def plan_attention(
     if not causal:
         places = torch.zeros(rows * width, dtype=torch.long, device=device)
         places[row_q * width + rank] = place_q
-        asked, known = places.view(rows, 1, width, 1), torch.arange(keys, device=device)
-        mask = known <= asked
-        if window is not None:
-            mask = mask & (known > asked - window)
+        mask = _seen(places.view(rows, 1, width, 1), keys, window)
     packed = None
     if capacity is None and not any(state.starts) and _are_last(place_q, state.counts, counts, row_q):
         starts = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (counts, ends)]
         packed = PackedLayout(starts[0], starts[1], width, keys, window)
     repeated = None if elsewhere is None else elsewhere[0]
     return AttentionPlan(rows, width, keys, capacity or keys, query_slots, key_slots, mask, present, packed, repeated)
+
+
+def _seen(asked: Tensor, keys: int, window: int | None) -> Tensor:
+    """(R, 1, queries, keys), bool: which places queries at the places asked (R, 1, queries, 1) see."""
+    known = torch.arange(keys, device=asked.device)
+    return known <= asked if window is None else (known <= asked) & (known > asked - window)
 
 
 def _are_last(place: Tensor, counts: Sequence[int], asking: Sequence[int], row: Tensor) -> bool:
@@ -267,7 +294,7 @@ def attend(
     elif share > 1:
         # Heads that share keys are so many more queries of one head: nothing is repeated
         folded = spread.reshape(plan.rows, groups, share * plan.queries, -1)
-        mixed = sdpa(folded, key, value, attn_mask=plan.mask.repeat(1, 1, share, 1), scale=scale)
+        mixed = sdpa(folded, key, value, attn_mask=plan.folded_mask(share), scale=scale)
         mixed = mixed.reshape(plan.rows, heads, plan.queries, -1)
     else:
         mixed = sdpa(spread, key, value, attn_mask=plan.mask, scale=scale)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import StoredPast
+from .decoding import write_answers
 from .generic.adapter import GenericAdapter, generic
 from .packed import PackedState, token_rows
 from .packed_forward import packed_prefix, packed_start, packed_tail
@@ -58,6 +59,11 @@ class Reader:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def axes(self) -> int:
+        """Numbers that a position has: 1, or 3 where positions have a time, a height and a width."""
+        return self._state.position_ids.shape[0]
+
     def read_below(self, layer: int, stage: str) -> None:
         """Walk the prompts up to a point; every `read` starts there."""
         if (layer, stage) == (0, VISION):
@@ -96,8 +102,7 @@ class Reader:
             return packed_tail(model, self._further(self._generic, tokens, behind), self.past)
         ids = torch.tensor([[token for row in rows for token in tokens[row]]], device=device)
         ahead = torch.tensor([behind[row] + number for row in rows for number in range(counts[row])], device=device)
-        axes = self._state.position_ids.shape[0]
-        position_ids = (self.places[token_rows(counts, device)] + ahead).expand(1, axes, -1)
+        position_ids = (self.places[token_rows(counts, device)] + ahead).expand(1, self.axes, -1)
         hidden = text.enter(text.embed(ids), position_ids)
         tables = text.rotary(hidden, position_ids)
         state = PackedState(
@@ -143,8 +148,16 @@ class Reader:
             By row the tokens of the answer, those already written included, the end token not. It ends as well where
             the logits are not finite; `broken` says whose.
         """
-        model, ends = self.model, set(self.model.end_token_ids)
         answers = {row: list((written or {}).get(row, ())) for row in first}
+        if self._generic is None:
+            write_answers(self, first, most, answers)
+        else:
+            self._decode_by_row(first, most, answers)
+        return answers
+
+    def _decode_by_row(self, first: Mapping[int, int], most: Sequence[int], answers: dict[int, list[int]]) -> None:
+        """The same where a stock decoder is handed the tokens of each row."""
+        model, ends = self.model, set(self.model.end_token_ids)
         coming = dict(first)
         while coming:
             going: dict[int, list[int]] = {}
@@ -161,7 +174,6 @@ class Reader:
                 chosen, sound = likeliest(model.head(hidden))
             self.broken |= {row for row, good in zip(going, sound, strict=True) if not good}
             coming = {row: token for row, token in zip(going, chosen, strict=True) if row not in self.broken}
-        return answers
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:

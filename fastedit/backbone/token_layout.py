@@ -26,6 +26,8 @@ class TokenLayout:
         wanted: (M,), int64, the tokens that carry labels, or end a prompt; None is all.
         wanted_counts: how many of each row; not used where all are.
         behind: see `PackedState`.
+        steps_now: (T,), int64, what ``steps`` is at the token that is read now, where a layout serves one token after
+            another; None where ``steps`` says it.
     """
 
     counts: tuple[int, ...]
@@ -33,6 +35,7 @@ class TokenLayout:
     wanted: Tensor | None = None
     wanted_counts: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
+    steps_now: Tensor | None = None
 
     @cached_property
     def prompts(self) -> tuple[int, ...]:

@@ -149,6 +149,10 @@ class TokenSpans:
         """(tokens,) int64, how far each token is behind the last one of its prompt; None where that is not known."""
         if self.layout is None:
             return None
+        if self.layout.steps_now is not None:
+            # Another at every token: not remembered
+            now = self.layout.steps_now.to(device)
+            return now if self.order is None else now[self.order.to(device)]
         if "steps" not in self.memory:
             found = torch.tensor(self.layout.steps, dtype=torch.long)
             self.memory["steps"] = (found if self.order is None else found[self.order]).to(device)
