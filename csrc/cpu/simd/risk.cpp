@@ -171,6 +171,11 @@ TokenRisk<A> token_risk(const T* z, const T* r, int64_t label, int64_t V) {
     auto block = Sums<kind, A>::zero();
     int64_t i = 0;
     for (; i + Lanes::width <= n; i += Lanes::width) {
+      // of the next block, which the search for its maximum would wait for
+      _mm_prefetch(reinterpret_cast<const char*>(z + k + i + kBlock), _MM_HINT_T0);
+      if constexpr (kind != RiskKind::ce) {
+        _mm_prefetch(reinterpret_cast<const char*>(r + k + i + kBlock), _MM_HINT_T0);
+      }
       const Lanes own = load<A>(z + k + i);
       Sums<kind, A>::add(block, own, kind == RiskKind::ce ? own : load<A>(r + k + i), max_lanes, c_lanes);
     }
@@ -268,6 +273,8 @@ void token_gradient(const T* z, const T* r, int64_t label, int64_t V, const Risk
     i = i < V ? i : V;
     if (i > 0) partial(0, i);
     for (; i + Lanes::width <= V; i += Lanes::width) {
+      _mm_prefetch(reinterpret_cast<const char*>(z + i + kBlock), _MM_HINT_T0);
+      if constexpr (kind != RiskKind::ce) _mm_prefetch(reinterpret_cast<const char*>(r + i + kBlock), _MM_HINT_T0);
       const Lanes own = load<A>(z + i);
       G::at(g, own, kind == RiskKind::ce ? own : load<A>(r + i)).stream(out + i);
     }

@@ -112,9 +112,10 @@ struct Vec<float> {
   friend Vec rough_inverse(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
-  friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a 2^b for integral b, exact and gradual at the ends
-  friend Vec scale(Vec a, Vec b) { return {_mm512_scalef_ps(a.v, b.v)}; }
+  // the last eight bits as an exponent: 2^(b - 127) for bits b
+  friend Vec last_bits_as_exponent(Vec a) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+  }
   // b where the lane is below n, a elsewhere
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm512_mask_mov_ps(a.v, first16(n), b.v)}; }
   // a where x >= bound (or x is NaN), 0 elsewhere
@@ -145,8 +146,6 @@ struct Vec<double> {
   friend Vec sqrt(Vec a) { return {_mm512_sqrt_pd(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
-  friend Vec round(Vec a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  friend Vec scale(Vec a, Vec b) { return {_mm512_scalef_pd(a.v, b.v)}; }
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm512_mask_mov_pd(a.v, first8(n), b.v)}; }
   friend double sum(Vec a) { return _mm512_reduce_add_pd(a.v); }
   friend double largest(Vec a) { return _mm512_reduce_max_pd(a.v); }
@@ -225,15 +224,9 @@ struct Vec<float> {
   friend Vec rough_inverse(Vec a) { return {_mm256_rcp_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-  friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a 2^b for integral b in [-252, 254], in two factors so that both ends are gradual
-  friend Vec scale(Vec a, Vec b) {
-    const __m256i power = _mm256_cvtps_epi32(b.v);
-    const __m256i half_power = _mm256_srai_epi32(power, 1);
-    const __m256i bias = _mm256_set1_epi32(127);
-    const __m256i one = _mm256_slli_epi32(_mm256_add_epi32(half_power, bias), 23);
-    const __m256i other = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(power, half_power), bias), 23);
-    return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(one)), _mm256_castsi256_ps(other))};
+  // the last eight bits as an exponent: 2^(b - 127) for bits b
+  friend Vec last_bits_as_exponent(Vec a) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
   }
   // b where the lane is below n, a elsewhere
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(first8(n)))}; }
@@ -273,16 +266,6 @@ struct Vec<double> {
   friend Vec sqrt(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
-  friend Vec round(Vec a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a 2^b for integral b in [-2044, 2046]
-  friend Vec scale(Vec a, Vec b) {
-    const __m256i power = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(b.v));
-    const __m256i half_power = _mm256_cvtepi32_epi64(_mm_srai_epi32(_mm256_cvtpd_epi32(b.v), 1));
-    const __m256i bias = _mm256_set1_epi64x(1023);
-    const __m256i one = _mm256_slli_epi64(_mm256_add_epi64(half_power, bias), 52);
-    const __m256i other = _mm256_slli_epi64(_mm256_add_epi64(_mm256_sub_epi64(power, half_power), bias), 52);
-    return {_mm256_mul_pd(_mm256_mul_pd(a.v, _mm256_castsi256_pd(one)), _mm256_castsi256_pd(other))};
-  }
   friend Vec first(Vec a, Vec b, int64_t n) { return {_mm256_blendv_pd(a.v, b.v, _mm256_castsi256_pd(first4(n)))}; }
   friend double sum(Vec a) {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
