@@ -435,7 +435,8 @@ def test_the_plan_chooses_a_batch(
 ) -> None:  # fmt: skip
     asked: list[tuple[int, bool, bool]] = []
 
-    def largest(model: Any, plan: Any, edits: Any, *, evaluate: bool, keep_deltas: bool) -> int:
+    def largest(model: Any, plan: Any, edits: Any, *, evaluate: bool, keep_deltas: bool, mode: str) -> int:
+        assert mode == "single"
         asked.append((len(edits), evaluate, keep_deltas))
         return 2
 
