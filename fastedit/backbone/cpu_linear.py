@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastedit import _native
 
+from .patches import PatchProduct
+
 LINEAR: tuple[str, ...] = ("auto", "torch", "onednn")
 
 # Below so many rows the weights are read once either way, and oneDNN's set-up shows.
@@ -126,12 +128,13 @@ def use_onednn(root: nn.Module) -> int:
 
 @contextmanager
 def torch_products(root: nn.Module) -> Iterator[None]:
-    """Inside the block torch multiplies the linear maps under a module, as in the stock model."""
-    changed: list[nn.Module] = [module for module in root.modules() if type(module) is OneDnnLinear]
-    for module in changed:
-        module.__class__ = nn.Linear
+    """Inside the block torch multiplies and convolves under a module, as in the stock model."""
+    stock: dict[type[nn.Module], type[nn.Module]] = {OneDnnLinear: nn.Linear, PatchProduct: nn.Conv3d}
+    changed = [(module, type(module)) for module in root.modules() if type(module) in stock]
+    for module, kind in changed:
+        module.__class__ = stock[kind]
     try:
         yield
     finally:
-        for module in changed:
-            module.__class__ = OneDnnLinear
+        for module, kind in changed:
+            module.__class__ = kind

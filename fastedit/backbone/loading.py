@@ -20,6 +20,7 @@ from .device_map import DeviceMap, checked_map, offloading
 from .generic.kinds import auto_class
 from .model import EditableModel
 from .opening import RANDOM_PREFIX, open_model, resolve_name
+from .patches import use_products
 from .placement import look_up_late
 from .prompts import check_template
 from .quantization import QUANTIZATIONS, Quantizer
@@ -144,6 +145,8 @@ def _editable(
     multiplied_by = choose_linear(linear, _float_dtype(hf), place)
     if multiplied_by == "onednn":
         use_onednn(hf)
+    if linear != "torch":
+        use_products(hf)
     # What reading and quantizing weights left behind
     release_workspaces()
     return EditableModel(
