@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,17 +181,26 @@ def hold_constant(model: EditableModel, state: PackedState) -> PackedState:
     if after.stage == "ffn" and after.layer == model.n_layers - 1:
         return after
     none = torch.empty(0, dtype=torch.long, device=state.hidden.device)
-    before = replace(state, wanted=none, wanted_counts=(0,) * len(state)).only(~state.live)
+    before = _ends_wanted(replace(state, wanted=none, wanted_counts=(0,) * len(state)).only(~state.live))
     collected = _Collected()
     attention = Attention(model, before, collected, None)
-    hidden, first = before.hidden, before.layer
+    hidden, first, last = before.hidden, before.layer, model.n_layers - 1
     with running(before):
         if before.stage == "ffn":
             hidden = _fed(model, first, hidden, before.deep)
             first += 1
-        for index in range(first, model.n_layers):
+        for index in range(first, last):
             hidden = _fed(model, index, _attended(model, index, hidden, attention), before.deep)
+        # Of the last layer keys and values are all that later tokens see: one query a row, since some there must be
+        _attended(model, last, hidden, Attention(model, before, collected, before.wanted))
     return replace(after, starts=before.counts, constant=collected.found)
+
+
+def _ends_wanted(state: PackedState) -> PackedState:
+    """The state with the last token of each row wanted, of rows that have any."""
+    ends = [end - 1 for end, count in zip(accumulate(state.counts), state.counts, strict=True) if count]
+    wanted = torch.tensor(ends, dtype=torch.long, device=state.hidden.device)
+    return replace(state, wanted=wanted, wanted_counts=tuple(min(count, 1) for count in state.counts))
 
 
 class _Collected:

@@ -239,6 +239,26 @@ def test_constants_stand_for_tokens_that_are_not_live(name: str) -> None:
         assert max(largest_gap(*pair) for pair in zip(found, wanted, strict=True)) < 1e-10, (layer, stage)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_of_the_last_layer_are_its_keys_and_values(name: str) -> None:
+    model = exact(name)
+    state = packed_prefix(model, packed_start(model, model.encode(mixed_queries(), answers=True)), 1, "attention")
+    seen: dict[str, int] = {}
+    handles = [
+        model.module(site).register_forward_hook(
+            lambda _module, args, _output, name=site.name: seen.update({name: args[0].shape[-2]})
+        )
+        for site in model.sites([model.n_layers - 1], ["q", "k", "down"])
+    ]
+    try:
+        held = hold_constant(model, state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = sum(start > 0 for start in held.starts)
+    assert seen == {"q": rows, "k": sum(held.starts)}
+
+
 @pytest.mark.parametrize("name", ["random:llava-tiny", "random:qwen3vl-tiny", "random:blip2-tiny"])
 def test_rows_with_constants_join_rows_without(name: str) -> None:
     """Text-only questions that were prepared by themselves hold no constants at all."""
