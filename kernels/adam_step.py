@@ -1,4 +1,7 @@
-"""adam_step_ in Triton: the sums of squares of a gradient's parts and what its row's step needs, then the update."""
+"""adam_step_ in Triton: the sums of squares of a gradient's parts and what its row's step needs, then the update.
+
+A row whose norm is not finite gets no update, and no step is counted.
+"""
 
 import math
 from typing import Any
@@ -25,9 +28,9 @@ def _prepare_kernel(
     grads, step, lr, active, table, sums, norm, P, parts, size, grads_b, step_b, lr_b, active_b,
     beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64,
     eps: tl.float64, weight_decay: tl.float64, clip: tl.float64, radius: tl.float64,
-    SQUARES: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+    TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # a row's first program counts its step and fills the table; where SQUARES, every one leaves its part's in sums
+    # a row's first program fills the table for the step to come; every one leaves its part's sum of squares
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     live = tl.load(active + row * active_b).to(tl.int32)
@@ -41,7 +44,6 @@ def _prepare_kernel(
         own = table + row * 9
         # an interpreter would store a number of its own as float32
         zero = tl.zeros((), dtype=tl.float64)
-        tl.store(step + row * step_b, count)
         tl.store(own, rate / (1.0 - tl.exp(done * log_beta1)))
         tl.store(own + 1, 1.0 - rate * weight_decay)
         tl.store(own + 2, 1.0 / tl.sqrt(1.0 - tl.exp(done * log_beta2)))
@@ -51,15 +53,14 @@ def _prepare_kernel(
         tl.store(own + 6, zero + eps)
         tl.store(own + 7, zero + clip)
         tl.store(own + 8, zero + radius)
-    if SQUARES:
-        begin = part.to(tl.int64) * size
-        end = tl.minimum(begin + size, P)
-        place = tl.arange(0, TILE)
-        total = tl.zeros((TILE,), dtype=ACC)
-        for start in range(begin, end, TILE):
-            g = tl.load(grads + row * grads_b + start + place, mask=place < end - start, other=0.0).to(ACC)
-            total += g * g
-        tl.store(sums + row * parts + part, tl.sum(total, axis=0))
+    begin = part.to(tl.int64) * size
+    end = tl.minimum(begin + size, P)
+    place = tl.arange(0, TILE)
+    total = tl.zeros((TILE,), dtype=ACC)
+    for start in range(begin, end, TILE):
+        g = tl.load(grads + row * grads_b + start + place, mask=place < end - start, other=0.0).to(ACC)
+        total += g * g
+    tl.store(sums + row * parts + part, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -70,13 +71,21 @@ def _norm(sums, row, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def _update_kernel(
-    params, grads, first, second, active, table, sums, norm, P, parts, size,
-    params_b, grads_b, first_b, second_b, active_b,
-    CLIP: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+    params, grads, first, second, step, active, table, sums, norm, P, parts, size,
+    params_b, grads_b, first_b, second_b, step_b, active_b,
+    PARTS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     if tl.load(active + row * active_b).to(tl.int32) == 0:
+        return
+    length = _norm(sums, row, parts, PARTS)
+    finite = length < float("inf")
+    if part == 0:
+        tl.store(norm + row, length)
+        if finite:
+            tl.store(step + row * step_b, tl.load(step + row * step_b) + 1)
+    if not finite:
         return
     own = table + row * 9
     rate = tl.load(own)
@@ -87,17 +96,12 @@ def _update_kernel(
     beta2_rest = tl.load(own + 5)
     eps = tl.load(own + 6)
     radius = tl.load(own + 8)
-    if CLIP:
-        # the coefficient of torch.nn.utils.clip_grad_norm_; a NaN stays one
-        length = _norm(sums, row, parts, PARTS)
-        scale = tl.load(own + 7) / (length + 1e-6)
-        scale = tl.where(scale > 1.0, 1.0, scale)
-        if part == 0:
-            tl.store(norm + row, length)
+    # the coefficient of torch.nn.utils.clip_grad_norm_; 1 where clip is infinite
+    scale = tl.load(own + 7) / (length + 1e-6)
+    scale = tl.where(scale > 1.0, 1.0, scale)
     begin = part.to(tl.int64) * size
     end = tl.minimum(begin + size, P)
     place = tl.arange(0, TILE)
-    total = tl.zeros((TILE,), dtype=ACC)
     for start in range(begin, end, TILE):
         inside = place < end - start
         p_at = params + row * params_b + start + place
@@ -107,10 +111,7 @@ def _update_kernel(
         p = tl.load(p_at, mask=inside, other=0.0).to(ACC)
         m = tl.load(m_at, mask=inside, other=0.0)
         v = tl.load(v_at, mask=inside, other=0.0)
-        if CLIP:
-            g = g * scale
-        else:
-            total += g * g
+        g = g * scale
         m = m + (g - m) * beta1_rest
         v = v * beta2 + beta2_rest * g * g
         p = p * decay - rate * m / (tl.sqrt(v) * inverse + eps)
@@ -118,16 +119,6 @@ def _update_kernel(
         tl.store(p_at, p.to(params.dtype.element_ty), mask=inside)
         tl.store(m_at, m, mask=inside)
         tl.store(v_at, v, mask=inside)
-    if not CLIP:
-        tl.store(sums + row * parts + part, tl.sum(total, axis=0))
-
-
-@triton.jit
-def _norm_kernel(sums, active, norm, parts, active_b, PARTS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(active + row * active_b).to(tl.int32) != 0:
-        tl.store(norm + row, _norm(sums, row, parts, PARTS))
-
 
 def _parts(P: int) -> tuple[int, int]:
     """Return the parts of a row and their size; they depend on P alone, so a row's norm is the same in any batch."""
@@ -162,23 +153,19 @@ def adam_step_(
     table = exp_avg.new_empty((rows, COLUMNS))
     sums = exp_avg.new_empty((rows, parts))
     shared = {"TILE": TILE, "ACC": tl.float64 if exp_avg.dtype == torch.float64 else tl.float32, "num_warps": WARPS}
-    length = {"PARTS": triton.next_power_of_2(parts)}
     # exp(-1e4) is 0
     logs = [math.log(beta) if beta else -1e4 for beta in (beta1, beta2)]
     limits = [math.inf if limit is None else limit for limit in (clip, radius)]
-    before = parts if clip is not None else 1
-    _prepare_kernel[(rows * before,)](
-        grads, step, lr, active, table, sums, norm, P, before, size,
+    _prepare_kernel[(rows * parts,)](
+        grads, step, lr, active, table, sums, norm, P, parts, size,
         grads.stride(0), step.stride(0), lr.stride(0), active.stride(0),
-        beta1, beta2, *logs, eps, weight_decay, *limits, SQUARES=clip is not None, **shared,
+        beta1, beta2, *logs, eps, weight_decay, *limits, **shared,
     )  # fmt: skip
     _update_kernel[(rows * parts,)](
-        params, grads, exp_avg, exp_avg_sq, active, table, sums, norm, P, parts, size,
-        params.stride(0), grads.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), active.stride(0),
-        CLIP=clip is not None, **length, **shared,
+        params, grads, exp_avg, exp_avg_sq, step, active, table, sums, norm, P, parts, size,
+        params.stride(0), grads.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), step.stride(0), active.stride(0),
+        PARTS=triton.next_power_of_2(parts), **shared,
     )  # fmt: skip
-    if clip is None:
-        _norm_kernel[(rows,)](sums, active, norm, parts, active.stride(0), **length)
     return norm
 
 
@@ -191,13 +178,8 @@ def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]
     types |= dict.fromkeys(doubles, "fp64")
     shared = {"TILE": TILE, "ACC": tl.float64 if dtype == "fp64" else tl.float32}
     found = []
-    for clip in (True, False):
-        for kernel, constants in (
-            (_prepare_kernel, {"SQUARES": clip, **shared}),
-            (_update_kernel, {"CLIP": clip, "PARTS": MOST, **shared}),
-            (_norm_kernel, {"PARTS": MOST}),
-        ):
-            names = kernel.arg_names
-            signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
-            found.append((kernel, signature, constants))
+    for kernel, constants in ((_prepare_kernel, shared), (_update_kernel, {"PARTS": MOST, **shared})):
+        names = kernel.arg_names
+        signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+        found.append((kernel, signature, constants))
     return found

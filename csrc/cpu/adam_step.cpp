@@ -1,5 +1,5 @@
-// adam_step_ on the CPU: bound by memory, so every tensor is read and written once. A row is cut into pieces that stay
-// in the first cache between the pass for the norm and the update; the norm adds the pieces in order, whoever made
+// adam_step_ on the CPU: bound by memory, so every tensor is read and written once, gradients twice: the norm comes
+// before the update, which a row whose norm is not finite does not get. The norm adds the pieces in order, whoever made
 // them.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -37,7 +37,7 @@ struct Row {
   A *first, *second;
   AdamScalars<A> scalars;
   double lr;
-  int64_t step;
+  int64_t* step;
   A* norm;
 
   // Sums of squares of the pieces [begin, end).
@@ -56,7 +56,7 @@ struct Row {
   }
 
   void prepare(const Settings& s) {
-    const double count = static_cast<double>(step);
+    const double count = static_cast<double>(*step + 1);
     scalars.grad_scale = 1;
     scalars.beta1_rest = static_cast<A>(1.0 - s.beta1);
     scalars.beta2 = static_cast<A>(s.beta2);
@@ -68,15 +68,18 @@ struct Row {
     scalars.radius = static_cast<A>(s.radius.value_or(std::numeric_limits<double>::infinity()));
   }
 
-  // The coefficient of torch.nn.utils.clip_grad_norm_; a NaN norm stays one.
-  void finish_norm(const std::vector<double>& pieces, const Settings& s) {
+  // Whether the row makes a step, which is counted. The coefficient is that of torch.nn.utils.clip_grad_norm_.
+  bool starts(const std::vector<double>& pieces, const Settings& s) {
     double total = 0;
     for (double piece : pieces) total += piece;
     *norm = static_cast<A>(std::sqrt(total));
+    if (!std::isfinite(*norm)) return false;
     if (s.clip) {
       const A scale = static_cast<A>(*s.clip) / (*norm + static_cast<A>(1e-6));
       scalars.grad_scale = scale > 1 ? 1 : scale;
     }
+    *step += 1;
+    return true;
   }
 };
 
@@ -86,13 +89,10 @@ void by_pieces(std::vector<R>& rows, int64_t size, const Settings& s) {
   const int64_t count = (size + kPiece - 1) / kPiece;
   std::vector<double> sums(count);
   for (R& row : rows) {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      row.sums(size, begin, end, sums.data());
-      // without a clip the update need not wait for the norm: it runs while the gradients are at hand
-      if (!s.clip) row.update(size, begin, end);
-    });
-    row.finish_norm(sums, s);
-    if (s.clip) at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { row.update(size, begin, end); });
+    at::parallel_for(0, count, 1,
+                     [&](int64_t begin, int64_t end) { row.sums(size, begin, end, sums.data()); });
+    if (!row.starts(sums, s)) continue;
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { row.update(size, begin, end); });
   }
 }
 
@@ -103,17 +103,8 @@ void by_rows(std::vector<R>& rows, int64_t size, const Settings& s) {
   at::parallel_for(0, static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(count);
     for (int64_t r = begin; r < end; ++r) {
-      if (s.clip) {
-        rows[r].sums(size, 0, count, sums.data());
-        rows[r].finish_norm(sums, s);
-        rows[r].update(size, 0, count);
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          rows[r].sums(size, i, i + 1, sums.data());
-          rows[r].update(size, i, i + 1);
-        }
-        rows[r].finish_norm(sums, s);
-      }
+      rows[r].sums(size, 0, count, sums.data());
+      if (rows[r].starts(sums, s)) rows[r].update(size, 0, count);
     }
   });
 }
@@ -127,14 +118,13 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
   std::vector<Row<T, G, A>> rows;
   for (int64_t b = 0; b < params.size(0); ++b) {
     if (!active_of[b]) continue;
-    step_of[b] += 1;
     Row<T, G, A> row{data<T>(params) + b * params.stride(0),
                      data<const G>(grads) + b * grads.stride(0),
                      data<A>(first) + b * first.stride(0),
                      data<A>(second) + b * second.stride(0),
                      {},
                      lr_of[b],
-                     step_of[b],
+                     &step_of[b],
                      data<A>(norm) + b};
     row.prepare(s);
     rows.push_back(row);

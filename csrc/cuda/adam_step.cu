@@ -1,5 +1,4 @@
-// adam_step_ on NVIDIA: bound by memory, every tensor is read and written once; gradients twice where they are clipped.
-// Scalars are computed on the device, nothing waits for it.
+// adam_step_ on NVIDIA: bound by memory, every tensor is read and written once; gradients twice. Scalars are computed on the device, nothing waits for it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -22,7 +21,7 @@ using at::Tensor;
 
 template <class T, class G, class A>
 void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Tensor& step, const Tensor& lr,
-         const Tensor& active, const AdamSettings& settings, bool clips, Tensor& norm) {
+         const Tensor& active, const AdamSettings& settings, Tensor& norm) {
   AdamRows<T, G, A> in{};
   in.rows = params.size(0);
   in.size = params.size(1);
@@ -47,7 +46,7 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
   in.norm = data<A>(norm);
   in.scalars = reinterpret_cast<AdamScalars<A>*>(data<A>(scalars));
   in.squares = data<double>(squares);
-  run_adam_step(in, settings, clips, current_stream());
+  run_adam_step(in, settings, current_stream());
 }
 
 [[maybe_unused]] Tensor adam_step_(Tensor& params, const Tensor& grads, Tensor& exp_avg, Tensor& exp_avg_sq,
@@ -62,7 +61,7 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
   dispatch(params.scalar_type(), "adam_step_", [&]<class T, class A>() {
     const bool same = grads.scalar_type() == params.scalar_type();
     const auto go = [&]<class G>() {
-      run<T, G, A>(params, grads, exp_avg, exp_avg_sq, step, lr, active, settings, clip.has_value(), norm);
+      run<T, G, A>(params, grads, exp_avg, exp_avg_sq, step, lr, active, settings, norm);
     };
     if constexpr (std::is_same_v<T, A>) {
       go.template operator()<T>();

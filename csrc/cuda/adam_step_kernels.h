@@ -1,6 +1,6 @@
-// The kernels of adam_step_ and the order they run in. Rows are cut into pieces of fixed size, a block for each. With a
-// clip: sums of squares by pieces, a row's norm and scalars, the update. Without, gradients are read once: scalars, the
-// update that adds up squares by the way, norms. Pieces are added in order, so a norm has the same bits every time.
+// The kernels of adam_step_ and the order they run in. Rows are cut into pieces of fixed size, a block for each: sums of
+// squares by pieces, a row's norm and scalars, the update of rows whose norm is finite. Pieces are added in order, so a
+// norm has the same bits every time.
 #pragma once
 
 #include "cuda/adam_step_math.h"
@@ -65,15 +65,13 @@ struct AdamPiece {
     return sum;
   }
 
-  // The same, and updates the thread's elements.
-  __device__ A update(const AdamScalars<A>& scalars) const {
-    A sum = 0;
+  // Updates the thread's elements.
+  __device__ void update(const AdamScalars<A>& scalars) const {
     walk(
         [&](auto whole, int64_t i) {
           const Pack<G, N> g = get_constant<whole.value>(grads + i);
           Pack<A, N> m = get<whole.value>(first + i), v = get<whole.value>(second + i);
           Pack<T, N> p = get<whole.value>(params + i);
-          add_squares(sum, g);
           step(scalars, p, g, m, v);
           put<whole.value>(params + i, p);
           put<whole.value>(first + i, m);
@@ -83,13 +81,11 @@ struct AdamPiece {
           const Pack<G, 1> g{grads[i]};
           Pack<A, 1> m{first[i]}, v{second[i]};
           Pack<T, 1> p{params[i]};
-          add_squares(sum, g);
           step(scalars, p, g, m, v);
           params[i] = p.at[0];
           first[i] = m.at[0];
           second[i] = v.at[0];
         });
-    return sum;
   }
 
  private:
@@ -168,57 +164,49 @@ __global__ void __launch_bounds__(kThreads) adam_squares(AdamRows<T, G, A> in) {
   if (threadIdx.x == 0) in.squares[blockIdx.x] = sum[0];
 }
 
-template <class T, class G, class A, bool squares>
-__global__ void __launch_bounds__(kThreads) adam_pieces(AdamRows<T, G, A> in) {
-  const int64_t row = blockIdx.x / in.pieces;
-  if (!in.active[row * in.active_row]) return;
-  const AdamScalars<A> scalars = in.scalars[row];
-  double sum[1] = {AdamPiece<T, G, A>(in, row, blockIdx.x % in.pieces * kPiece).update(scalars)};
-  if constexpr (squares) {
-    block_sums(sum);
-    if (threadIdx.x == 0) in.squares[blockIdx.x] = sum[0];
-  }
+template <class A>
+__device__ inline bool is_finite(A x) {
+  return x - x == A(0);
 }
 
-// One block for every row: its norm, where its squares are there; its step and scalars, where they are not set yet.
-template <class T, class G, class A, bool norm, bool scalars>
+template <class T, class G, class A>
+__global__ void __launch_bounds__(kThreads) adam_pieces(AdamRows<T, G, A> in) {
+  const int64_t row = blockIdx.x / in.pieces;
+  if (!in.active[row * in.active_row] || !is_finite(in.norm[row])) return;
+  const AdamScalars<A> scalars = in.scalars[row];
+  AdamPiece<T, G, A>(in, row, blockIdx.x % in.pieces * kPiece).update(scalars);
+}
+
+// One block for every row: its norm; its step and scalars, where it makes a step.
+template <class T, class G, class A>
 __global__ void __launch_bounds__(kThreads) adam_rows(AdamRows<T, G, A> in, AdamSettings settings) {
   const int64_t row = blockIdx.x;
   if (!in.active[row * in.active_row]) {
-    if (norm && threadIdx.x == 0) in.norm[row] = 0;
+    if (threadIdx.x == 0) in.norm[row] = 0;
     return;
   }
   double sum[1] = {0};
-  if constexpr (norm) {
-    for (int64_t i = threadIdx.x; i < in.pieces; i += kThreads) sum[0] += in.squares[row * in.pieces + i];
-    block_sums(sum);
-  }
+  for (int64_t i = threadIdx.x; i < in.pieces; i += kThreads) sum[0] += in.squares[row * in.pieces + i];
+  block_sums(sum);
   if (threadIdx.x != 0) return;
   const A length = static_cast<A>(::sqrt(sum[0]));
-  if constexpr (norm) in.norm[row] = length;
-  if constexpr (scalars) {
-    const int64_t step = in.step[row * in.step_row] + 1;
-    AdamScalars<A> set = adam_scalars<A>(settings, step, in.lr[row * in.lr_row]);
-    if constexpr (norm) set.grad_scale = clip_scale(length, settings.clip);
-    in.step[row * in.step_row] = step;
-    in.scalars[row] = set;
-  }
+  in.norm[row] = length;
+  if (!is_finite(length)) return;
+  const int64_t step = in.step[row * in.step_row] + 1;
+  AdamScalars<A> set = adam_scalars<A>(settings, step, in.lr[row * in.lr_row]);
+  set.grad_scale = clip_scale(length, settings.clip);
+  in.step[row * in.step_row] = step;
+  in.scalars[row] = set;
 }
 
 // launch(kernel, blocks, arguments...) runs blocks of kThreads.
 template <class T, class G, class A, class Launch>
-void run_adam_step(const AdamRows<T, G, A>& in, const AdamSettings& settings, bool clips, const Launch& launch) {
+void run_adam_step(const AdamRows<T, G, A>& in, const AdamSettings& settings, const Launch& launch) {
   if (in.rows == 0) return;
   const int64_t blocks = in.rows * in.pieces;
-  if (clips) {
-    if (blocks > 0) launch(adam_squares<T, G, A>, blocks, in);
-    launch(adam_rows<T, G, A, true, true>, in.rows, in, settings);
-    if (blocks > 0) launch(adam_pieces<T, G, A, false>, blocks, in);
-  } else {
-    launch(adam_rows<T, G, A, false, true>, in.rows, in, settings);
-    if (blocks > 0) launch(adam_pieces<T, G, A, true>, blocks, in);
-    launch(adam_rows<T, G, A, true, false>, in.rows, in, settings);
-  }
+  if (blocks > 0) launch(adam_squares<T, G, A>, blocks, in);
+  launch(adam_rows<T, G, A>, in.rows, in, settings);
+  if (blocks > 0) launch(adam_pieces<T, G, A>, blocks, in);
 }
 
 }  // namespace fastedit::gpu

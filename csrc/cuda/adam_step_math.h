@@ -39,7 +39,7 @@ __device__ inline AdamScalars<A> adam_scalars(const AdamSettings& s, int64_t ste
   return scalars;
 }
 
-// The coefficient of torch.nn.utils.clip_grad_norm_; a NaN norm stays one.
+// The coefficient of torch.nn.utils.clip_grad_norm_; 1 where clip is infinite.
 template <class A>
 __device__ inline A clip_scale(A norm, double clip) {
   const A scale = static_cast<A>(clip) / (norm + A(1e-6));

@@ -140,7 +140,7 @@ int emulate_adam_step(int dtype, int wide_grads, const Matrix* matrices, const i
       in.scalars = reinterpret_cast<AdamScalars<A>*>(scalars.data());
       in.squares = squares.data();
       const AdamSettings s{settings[0], settings[1], settings[2], settings[3], settings[4], settings[5]};
-      run_adam_step(in, s, settings[4] < std::numeric_limits<double>::infinity(), launch);
+      run_adam_step(in, s, launch);
     };
     wide_grads ? go.template operator()<A>() : go.template operator()<T>();
   });

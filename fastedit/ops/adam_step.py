@@ -60,7 +60,8 @@ def adam_step_(
     AdamW with decoupled weight decay, arXiv 1711.05101, algorithm 2, in the form of torch.optim.AdamW after
     torch.nn.utils.clip_grad_norm_ of each row by itself: nothing is reduced across rows, so a batch of B edits equals B
     single edits. ``radius`` keeps the values in an l_inf ball around zero (FT-L, arXiv 2012.00363, on a delta). Rows
-    not active keep every bit, their step included. Gradients are read only.
+    not active, and rows whose gradient norm is not finite, keep every bit, their step included. Gradients are read
+    only.
 
     Args:
         params: (B, P), float32 | bfloat16 | float16 | float64. One edit's parameters a row, unit stride along P.
@@ -74,7 +75,8 @@ def adam_step_(
         clip: largest gradient norm of a row; None does not clip.
         radius: largest absolute value after the step; None does not clamp.
     Returns:
-        norms (B,), dtype of exp_avg: gradient norm of every row before clipping, 0 where not active.
+        norms (B,), dtype of exp_avg: gradient norm of every row before clipping, 0 where not active; one that is
+        not finite is of a row that made no step.
     Raises:
         ValueError: shapes, dtypes or devices disagree, a setting is out of its range.
     """

@@ -22,14 +22,19 @@ def adam_step_(
     clip: float | None,
     radius: float | None,
 ) -> Tensor:
-    """Update params, moments (B, P) and step (B,) in place; return the gradient norms (B,), 0 where not active."""
+    """Update params, moments (B, P) and step (B,) in place; return the gradient norms (B,), 0 where not active.
+
+    Rows whose norm is not finite stay as they are.
+    """
     check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius)
     check_adam_step_memory(params, exp_avg, exp_avg_sq)
     rows = active.nonzero()[:, 0]
     norm = exp_avg.new_zeros(params.shape[0])
-    step[rows] += 1
     grad = widen(grads[rows]).to(exp_avg.dtype)
     norm[rows] = torch.linalg.vector_norm(grad, dim=1)
+    finite = norm[rows].isfinite()
+    rows, grad = rows[finite], grad[finite]
+    step[rows] += 1
     if clip is not None:
         # the coefficient of torch.nn.utils.clip_grad_norm_, row by row
         grad = grad * (clip / (norm[rows, None] + 1e-6)).clamp(max=1.0)

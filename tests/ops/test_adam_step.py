@@ -149,7 +149,7 @@ def test_rows_of_a_wider_buffer(provider, available):
 
 @pytest.mark.parametrize("provider", [p for p in providers("adam_step_") if p.id.startswith("triton")], ids=str)
 def test_parts_of_a_row(provider, available, monkeypatch):
-    """However a row is cut, and whether the norm is there before the update or after it."""
+    """However a row is cut."""
     available(provider)
     module = importlib.import_module("fastedit.kernels.adam_step")
     inputs = adam_step_inputs(2, 1000, torch.float32, device=provider.device)
@@ -167,16 +167,25 @@ def test_parts_of_a_row(provider, available, monkeypatch):
 
 @pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_nan_stays_nan(provider, clip, available):
-    """A NaN in a gradient breaks its own entry, under a clip its row, and no other row; no radius hides it."""
+@pytest.mark.parametrize("spoiled", ["nan", "inf", "opposite", "overflow"])
+def test_a_row_without_a_finite_norm_keeps_every_bit(provider, clip, spoiled, available):
+    """Its norm says so; the others make their step."""
     available(provider)
-    inputs = adam_step_inputs(2, 50, torch.float32, device=provider.device)
-    inputs[1][0, 7] = float("nan")
-    norm, params, first, second, _ = _run(provider.function(), inputs, clip=clip, radius=0.5)
-    assert norm.isnan().tolist() == [True, False]
-    for written in (params, first, second):
-        assert written.isnan().sum(1).tolist() == [1 if clip is None else 50, 0]
-        assert written[0, 7].isnan()
+    inputs = adam_step_inputs(3, 5000, torch.float32, device=provider.device)
+    inputs[6][:] = True
+    goal = _run(provider.function(), inputs, clip=clip, radius=0.5)
+    grads = inputs[1][1]
+    if spoiled == "overflow":
+        # Finite numbers whose squares are not
+        grads[4100] = 1e30
+    else:
+        grads[4100] = float("nan" if spoiled == "nan" else "inf")
+        grads[7] = -grads[4100] if spoiled == "opposite" else grads[7]
+    got = _run(provider.function(), inputs, clip=clip, radius=0.5)
+    assert got[0].isfinite().tolist() == [True, False, True]
+    for one, before, other in zip(got[1:], (inputs[0], *inputs[2:5]), goal[1:], strict=True):
+        assert torch.equal(one[1], before[1])
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
 
 
 @pytest.mark.parametrize("provider", providers("adam_step_"), ids=str)
