@@ -169,6 +169,7 @@ def check_fit(owner: str, config: Any) -> None:
     check_ranges(
         "solver",
         config,
+        at_least={"check_every": 1} if "check_every" in has else {},
         positive=[name for name in ("lr", "clip", "radius") if name in has],
         not_negative=[name for name in ("steps", "weight_decay", "stop_loss") if name in has],
     )

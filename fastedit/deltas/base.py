@@ -16,7 +16,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, Site
 from fastedit.deltas.gate import gate
 from fastedit.deltas.room import check_room
-from fastedit.deltas.rows import Rows, TokenSpans
+from fastedit.deltas.rows import Rows, TokenSpans, slices_of
 from fastedit.ops import workspace
 
 if TYPE_CHECKING:
@@ -256,13 +256,12 @@ class FlatStack:
 
     def restart(self, edits: Sequence[int]) -> None:
         """Give these rows the values of a fresh delta, which changes nothing."""
-        for name, part in self.parts.items():
-            value = self.initial(name)
-            for edit in edits:
-                _ = part[edit].copy_(value) if isinstance(value, Tensor) else part[edit].fill_(value)
-        for tensor in self.fixed.values():
-            for edit in edits:
-                tensor[edit].zero_()
+        for span in slices_of(edits):
+            for name, part in self.parts.items():
+                value = self.initial(name)
+                _ = part[span].copy_(value) if isinstance(value, Tensor) else part[span].fill_(value)
+            for tensor in self.fixed.values():
+                tensor[span].zero_()
 
     def differentiable(self, name: str) -> Tensor:
         """Part ``name`` (B, ...) as an input of the graph; its gradient lands in ``part_grads[name]``."""

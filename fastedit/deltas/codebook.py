@@ -81,7 +81,7 @@ class CodebookDelta(FlatStack):
         # Keys and radii of edits that enter are written after the rows are known: not to be kept
         key, radius = self.fixed[f"{self.prefix}key"], self.fixed[f"{self.prefix}radius"][:, 0]
         distance = torch.linalg.vector_norm(x[marks.last].to(key.dtype) - key[marks.owner], dim=1)
-        held: Tensor = in_scope(self.row_roles, x.device) | (distance <= radius[marks.owner])
+        held: Tensor = in_scope(self.row_roles, rows, x.device) | (distance <= radius[marks.owner])
         return held[marks.row]
 
 

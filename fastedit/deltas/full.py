@@ -56,6 +56,7 @@ class FullDelta(FlatStack):
         self._left_outer = False
         #: Part -> inputs, gradients and offsets of its only use in this step.
         self._outer: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
+        self._ends: dict[tuple[int, ...], Tensor] = {}
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
@@ -107,9 +108,18 @@ class FullDelta(FlatStack):
         for name, (d_out, d_in) in self.shapes.items():
             unused = self.flat.new_empty(0, d_in), self.flat.new_empty(0, d_out), [0] * (self.size + 1)
             inputs, grads, offsets = self._outer.get(name, unused)
-            parts.append((inputs, grads, torch.tensor(offsets, device=self.flat.device)))
+            parts.append((inputs, grads, self._on_device(offsets)))
         inputs_of, grads_of, offsets_of = zip(*parts, strict=True)
         return Factored(list(inputs_of), list(grads_of), list(offsets_of))
+
+    def _on_device(self, offsets: list[int]) -> Tensor:
+        """Offsets (B + 1,) int64 beside the parameters; those of the last batches are there already."""
+        key = tuple(offsets)
+        if key not in self._ends:
+            while len(self._ends) >= 8:
+                del self._ends[next(iter(self._ends))]
+            self._ends[key] = torch.tensor(offsets, device=self.flat.device)
+        return self._ends[key]
 
 
 class _Torch:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ class LocalizedDelta(FlatStack):
         if size:
             self.parts["down"].copy_(self._drawn)
         self._chosen: list[list[tuple[int, int]]] | None = None
+        #: Counts the times at which that was forgotten.
+        self._version = 0
 
     def initial(self, name: str) -> Tensor | float:
         """The drawn first factors; zero for the second ones."""
@@ -73,17 +77,21 @@ class LocalizedDelta(FlatStack):
     def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
         """Write parts or fixed tensors of one edit."""
         super().set(edit, values)
-        self._chosen = None
+        self._forget()
 
     def restart(self, edits: Sequence[int]) -> None:
         """Give these rows the values of a fresh delta, which has chosen nothing."""
         super().restart(edits)
-        self._chosen = None
+        self._forget()
 
     def copy_from(self, deltas: Sequence[EditDelta]) -> None:
         """Fill row b from ``deltas[b]``."""
         super().copy_from(deltas)
+        self._forget()
+
+    def _forget(self) -> None:
         self._chosen = None
+        self._version += 1
 
     def chosen(self, site: int) -> list[tuple[int, int]]:
         """(edit, slot) of the pairs that stand beside a site, edits rising.
@@ -108,22 +116,28 @@ class LocalizedDelta(FlatStack):
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
-        offsets = rows.token_offsets(x.shape[0], self.size)
-        busy = [(edit, slot) for edit, slot in self.chosen(site) if offsets[edit + 1] > offsets[edit]]
         # Half-precision tokens are taken as they are; sums and factors are float32 all the same
         narrow = x.dtype in (torch.bfloat16, torch.float16) and self.flat.dtype == torch.float32
         x = x if narrow else x.to(self.flat.dtype)
-        if not busy:
+        found = self._acting(site, rows, x)
+        if found is None:
             return x.new_zeros(x.shape[0], self.d_out)
-        edits, slots = (torch.tensor(part, device=x.device) for part in zip(*busy, strict=True))
-        down, up = (self._pairs(name, edits, slots) for name in ("down", "up"))
-        sizes = [offsets[edit + 1] - offsets[edit] for edit, _ in busy]
-        bounds = torch.tensor([0, *sizes], device=x.device).cumsum(0)
-        if sum(sizes) == x.shape[0]:
-            return low_rank(x, down, up * self.scale, bounds)
-        tokens = torch.cat([torch.arange(offsets[edit], offsets[edit + 1]) for edit, _ in busy]).to(x.device)
-        changed = low_rank(x[tokens], down, up * self.scale, bounds)
-        return x.new_zeros(x.shape[0], self.d_out).index_copy(0, tokens, changed)
+        down, up = (self._pairs(name, found.edits, found.slots) for name in ("down", "up"))
+        if found.tokens is None:
+            return low_rank(x, down, up * self.scale, found.offsets)
+        changed = low_rank(x.index_select(0, found.tokens), down, up * self.scale, found.offsets)
+        return x.new_zeros(x.shape[0], self.d_out).index_copy(0, found.tokens, changed)
+
+    def _acting(self, site: int, rows: Rows | TokenSpans, x: Tensor) -> _Acting | None:
+        """The pairs that stand beside a site and have tokens, worked out once per batch; None without any."""
+        memory = rows.memory if isinstance(rows, TokenSpans) else {}
+        key = ("localized", self, self._version, site, x.device)
+        if key not in memory:
+            offsets = rows.token_offsets(x.shape[0], self.size)
+            busy = [(edit, slot) for edit, slot in self.chosen(site) if offsets[edit + 1] > offsets[edit]]
+            memory[key] = _acting(busy, offsets, x.device) if busy else None
+        found: _Acting | None = memory[key]
+        return found
 
     def _pairs(self, name: str, edits: Tensor, slots: Tensor) -> Tensor:
         """Factors (n, ...) of n (edit, slot); their gradient lands in ``part_grads[name]``."""
@@ -131,6 +145,30 @@ class LocalizedDelta(FlatStack):
             return self.parts[name][edits, slots]
         taken: Tensor = _Taken.apply(self.anchor, self, name, edits, slots)  # type: ignore[no-untyped-call]
         return taken
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """n pairs beside one site.
+
+    Args:
+        edits, slots: (n,) int64, whose they are and which of an edit's.
+        offsets: (n + 1,) int64, of their tokens. tokens: (T,) int64, which those are; None is all of a batch.
+    """
+
+    edits: Tensor
+    slots: Tensor
+    offsets: Tensor
+    tokens: Tensor | None
+
+
+def _acting(busy: Sequence[tuple[int, int]], offsets: Sequence[int], device: torch.device) -> _Acting:
+    """Of (edit, slot) with tokens, edits rising."""
+    edits, slots = (torch.tensor(part, device=device) for part in zip(*busy, strict=True))
+    sizes = [offsets[edit + 1] - offsets[edit] for edit, _ in busy]
+    tokens = [token for edit, _ in busy for token in range(offsets[edit], offsets[edit + 1])]
+    chosen = None if len(tokens) == offsets[-1] else torch.tensor(tokens, device=device)
+    return _Acting(edits, slots, torch.tensor([0, *accumulate(sizes)], device=device), chosen)
 
 
 class _Taken(torch.autograd.Function):

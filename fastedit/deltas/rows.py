@@ -62,6 +62,17 @@ class Rows:
         return torch.tensor(self.token_offsets(tokens, n_edits), device=device)
 
 
+def slices_of(edits: Sequence[int]) -> list[slice]:
+    """Rows as few slices: what is written to some rows of a device needs no list of them there."""
+    found: list[slice] = []
+    for edit in sorted(edits):
+        if found and found[-1].stop == edit:
+            found[-1] = slice(found[-1].start, edit + 1)
+        else:
+            found.append(slice(edit, edit + 1))
+    return found
+
+
 class TokenSpans:
     """Which packed tokens belong to which edit: what rows are to padded activations.
 

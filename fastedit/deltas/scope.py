@@ -70,6 +70,11 @@ def _marks(
     return RowMarks(made[0], made[1], made[2], live)
 
 
-def in_scope(row_roles: Sequence[int], device: torch.device) -> Tensor:
-    """(R,) bool: rows of the edit itself and of its rephrases."""
-    return torch.tensor([role in IN_SCOPE for role in row_roles], dtype=torch.bool, device=device)
+def in_scope(row_roles: Sequence[int], rows: Rows | TokenSpans, device: torch.device) -> Tensor:
+    """(R,) bool: rows of the edit itself and of its rephrases, made once per batch."""
+    memory = rows.memory if isinstance(rows, TokenSpans) else {}
+    key = ("scope", tuple(row_roles))
+    if key not in memory:
+        memory[key] = torch.tensor([role in IN_SCOPE for role in row_roles], dtype=torch.bool, device=device)
+    inside: Tensor = memory[key]
+    return inside

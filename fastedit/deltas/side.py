@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class SideDelta(FullDelta):
         for name, width in FIXED.items():
             self.fixed[f"{self.prefix}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
         self._distance: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor, RowMarks, Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor, _Sides] | None = None
 
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, output: Tensor | None = None) -> Tensor:
         """Change of the output (tokens, d_out) for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
@@ -72,32 +72,33 @@ class SideDelta(FullDelta):
         if marks is None:
             return
         assert isinstance(rows, TokenSpans)
-        counted = rows.memory.get("counted")
-        if counted is None:
-            counted = rows.memory["counted"] = marks.counted(self.options.tokens).nonzero()[:, 0]
-        total = change[counted]
+        sides: _Sides | None = rows.memory.get("sides")
+        if sides is None:
+            sides = rows.memory["sides"] = _sides(
+                marks, in_scope(self.row_roles, rows, x.device), self.options.tokens, self.size
+            )
+        counted = sides.tokens
+        total = change.index_select(0, counted)
+        frozen = output.index_select(0, counted)
         for earlier in self.earlier:
             # All tokens: those of an edit that is fitted on top of others
-            total = total + earlier.delta(0, x[counted], Rows(), output[counted]).to(total.dtype)
-        self._distance = row_means(moved(output[counted], total), marks.row[counted], len(marks.owner))
-        self._seen = (x, output, marks, counted)
+            total = total + earlier.delta(0, x.index_select(0, counted), Rows(), frozen).to(total.dtype)
+        self._distance = _means(moved(frozen, total), sides.row, sides.row_sizes)
+        self._seen = (x, output, sides)
 
     def extra_loss(self) -> Tensor | None:
         """(B,) the margins of the last forward pass, in units; None before any."""
         if self._distance is None or self._seen is None:
             return None
-        marks, options, device = self._seen[2], self.options, self._distance.device
-        inside = in_scope(self.row_roles, device)
+        sides, options = self._seen[2], self.options
         unit = self.fixed[f"{self.prefix}unit"][:, 0].clamp(min=torch.finfo(self.flat.dtype).tiny)
-        distance = self._distance / unit[marks.owner]
-        near, far = distance[inside], distance[~inside]
-        own_near, own_far = marks.owner[inside], marks.owner[~inside]
-        loss = row_means((options.beta - near).relu(), own_near, self.size)
-        loss = loss + row_means((far - options.alpha).relu(), own_far, self.size)
-        # Every row of the edit against every other row of it
-        a, b = (own_near[:, None] == own_far[None]).nonzero(as_tuple=True)
+        distance = self._distance / unit.index_select(0, sides.owner)
+        near, far = distance.index_select(0, sides.near), distance.index_select(0, sides.far)
+        loss = _means((options.beta - near).relu(), sides.owner_of_near, sides.near_sizes)
+        loss = loss + _means((far - options.alpha).relu(), sides.owner_of_far, sides.far_sizes)
         self._distance = None
-        loss = loss + row_means((far[b] - near[a] + options.gamma).relu(), own_near[a], self.size)
+        apart = far.index_select(0, sides.pair_far) - near.index_select(0, sides.pair_near)
+        loss = loss + _means((apart + options.gamma).relu(), sides.owner_of_pair, sides.pair_sizes)
         return options.weight * loss
 
     def end_step(self) -> None:
@@ -114,13 +115,14 @@ class SideDelta(FullDelta):
     @torch.no_grad()
     def _measure(self, index: int) -> None:
         assert self._seen is not None
-        x, output, marks, counted = self._seen
-        wanted = (marks.owner == index) & in_scope(self.row_roles, x.device)
-        tokens = counted[wanted[marks.row[counted]]]
+        x, output, sides = self._seen
+        wanted = (sides.owner == index) & sides.inside
+        chosen = wanted[sides.row]
+        tokens, row = sides.tokens[chosen], sides.row[chosen]
         if not len(tokens):
             return
         distance = self.distances(index, x[tokens], output[tokens], self.earlier)
-        means = row_means(distance, marks.row[tokens], len(marks.owner))
+        means = row_means(distance, row, len(sides.owner))
         self.fixed[f"{self.prefix}threshold"][index] = self.options.share * means[wanted].min()
 
     def distances(self, edit: int, x: Tensor, output: Tensor, earlier: Sequence[StackedDelta] = ()) -> Tensor:
@@ -129,6 +131,50 @@ class SideDelta(FullDelta):
         for other in earlier:
             change = change + other.delta(0, x, Rows(), output).to(change.dtype)
         return moved(output, change)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What must move and what must not, of R rows of B edits: worked out once per batch.
+
+    Args:
+        inside: (R,) bool, rows of an edit's scope. owner: (R,) int64, the edit of each row.
+        tokens: (n,) int64, tokens that count. row: (n,) their rows. row_sizes: (R,) tokens that count, at least 1.
+        near, far: numbers of rows inside and outside. owner_of_near, owner_of_far: their edits. near_sizes, far_sizes:
+            (B,) rows of an edit, at least 1.
+        pair_near, pair_far: numbers among ``near`` and ``far`` of every row of an edit against every other row of it.
+            owner_of_pair, pair_sizes: alike.
+    """
+
+    inside: Tensor
+    owner: Tensor
+    tokens: Tensor
+    row: Tensor
+    row_sizes: Tensor
+    near: Tensor
+    far: Tensor
+    owner_of_near: Tensor
+    owner_of_far: Tensor
+    near_sizes: Tensor
+    far_sizes: Tensor
+    pair_near: Tensor
+    pair_far: Tensor
+    owner_of_pair: Tensor
+    pair_sizes: Tensor
+
+
+def _sides(marks: RowMarks, inside: Tensor, tokens: str, size: int) -> _Sides:
+    counted = marks.counted(tokens).nonzero()[:, 0]
+    row = marks.row[counted]
+    near, far = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
+    owner_of_near, owner_of_far = marks.owner[near], marks.owner[far]
+    pair_near, pair_far = (owner_of_near[:, None] == owner_of_far[None]).nonzero(as_tuple=True)
+    owner_of_pair = owner_of_near[pair_near]
+    sizes = [_sizes(owner, size) for owner in (owner_of_near, owner_of_far, owner_of_pair)]
+    return _Sides(
+        inside, marks.owner, counted, row, _sizes(row, len(marks.owner)), near, far, owner_of_near, owner_of_far,
+        sizes[0], sizes[1], pair_near, pair_far, owner_of_pair, sizes[2],
+    )  # fmt: skip
 
 
 #: Widths of the fixed tensors by name.
@@ -149,8 +195,17 @@ def moved(output: Tensor, change: Tensor) -> Tensor:
 
 def row_means(values: Tensor, number: Tensor, count: int) -> Tensor:
     """(count,) means of the values (T,) that have each number (T,), 0 where there are none."""
-    total = values.new_zeros(count).index_add(0, number, values)
-    return total / torch.bincount(number, minlength=count).clamp(min=1)
+    return _means(values, number, _sizes(number, count))
+
+
+def _means(values: Tensor, number: Tensor, sizes: Tensor) -> Tensor:
+    """The same where it is known how many have each number."""
+    return values.new_zeros(len(sizes)).index_add(0, number, values) / sizes
+
+
+def _sizes(number: Tensor, count: int) -> Tensor:
+    """(count,) how many have each number (T,), at least 1."""
+    return torch.bincount(number, minlength=count).clamp(min=1)
 
 
 def accumulate_side(deltas: Sequence[EditDelta]) -> EditDelta:

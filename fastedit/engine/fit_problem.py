@@ -17,7 +17,8 @@ from fastedit.deltas.install import RowsHolder
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import FitOutcome
-from fastedit.objectives import Losses, Objective, TokenBatch
+from fastedit.objectives import BatchLayout, Losses, Objective, TokenBatch
+from fastedit.objectives.roles import KL_ROLES
 
 #: Share of the slots that must be free before others enter (they are encoded together), and of the rows that must
 #: have ended before they are taken out: both rearrange everything.
@@ -96,6 +97,8 @@ class FitProblem:
         self.on_finished, self.on_step = on_finished, on_step
         #: By slot, the number of its edit and its rows, in order of the slots.
         self.working: dict[int, tuple[int, EditRows]] = {}
+        #: By slot, the optimiser steps that its edit has taken, as long as it is at work.
+        self._taken: dict[int, int] = {}
         self._ended: set[int] = set()
         self._tokens: _Tokens | None = None
 
@@ -107,12 +110,14 @@ class FitProblem:
         """Losses of all slots; one without rows has no tokens."""
         model, stacked = self.active.model, self.active.stacked
         if self.on_step is not None:
-            self.on_step(sum(int(steps[slot]) for slot in self.working if slot not in self._ended))
+            self.on_step(sum(self._taken.values()))
         with self.timer.phase("tail_forward"):
             if self._tokens is None:
                 self._tokens = self._assembled()
             tokens = self._tokens
             hidden = packed_tail(model, tokens.state)
+            if tokens.order is not None:
+                hidden = hidden.index_select(0, tokens.order)
             logits = model.head(hidden)
         with self.timer.phase("objective"):
             batch = TokenBatch(
@@ -124,7 +129,10 @@ class FitProblem:
                 n_edits=stacked.size,
                 reference=tokens.reference,
                 flat=stacked.parameters_as_input(),
+                layout=tokens.layout,
+                taken=frozenset(self._taken.values()),
             )
+            self._taken = {slot: taken + 1 for slot, taken in self._taken.items()}
             losses = self.objective(batch, steps)
             extra = stacked.extra_loss()
             return losses if extra is None else replace(losses, total=losses.total + extra)
@@ -135,6 +143,7 @@ class FitProblem:
             with self.timer.phase("store"):
                 delta = self.active.stacked.unstack(slot)
             self._ended.add(slot)
+            del self._taken[slot]
             with self.active.paused():
                 self.on_finished(self.working[slot][0], delta, outcome)
 
@@ -165,6 +174,7 @@ class FitProblem:
         for slot, number, rows in zip(slots, chosen, prepared, strict=True):
             numbers.popleft()
             self.working[slot] = (number, rows)
+            self._taken[slot] = 0
         self.working = dict(sorted(self.working.items()))
         self._tokens = None
         return slots
@@ -187,23 +197,38 @@ class FitProblem:
         active.stacked.row_roles = tuple(role for _, rows in self.working.values() for role in rows.row_roles)
         parts = [rows for _, rows in self.working.values()]
         references = [rows.reference for rows in parts if rows.reference is not None]
-        sizes = torch.tensor([len(rows.labels) for rows in parts])
-        edit = torch.repeat_interleave(torch.tensor(list(self.working)), sizes)
+        edit = [slot for slot, (_, rows) in self.working.items() for _ in range(len(rows.labels))]
+        role = [
+            role
+            for rows in parts
+            for role, count in zip(rows.row_roles, rows.state.wanted_counts, strict=True)
+            for _ in range(count)
+        ]
+        # What must change before what must stay: their logits are parts of one matrix then, and need no copies
+        order = sorted(range(len(role)), key=lambda token: role[token] in KL_ROLES)
+        edit, role = ([values[token] for token in order] for values in (edit, role))
+        device, labels = active.model.device, torch.cat([rows.labels for rows in parts])
+        is_sorted = order == list(range(len(order)))
+        numbers = None if is_sorted else torch.tensor(order).to(device)
         return _Tokens(
             state=PackedState.cat([rows.state for rows in parts]),
-            labels=torch.cat([rows.labels for rows in parts]),
-            role=torch.cat([rows.role for rows in parts]),
-            edit=edit.to(active.model.device),
+            labels=labels if numbers is None else labels.index_select(0, numbers),
+            role=torch.tensor(role, dtype=torch.long).to(device),
+            edit=torch.tensor(edit, dtype=torch.long).to(device),
             reference=torch.cat(references) if references else None,
+            order=numbers,
+            layout=BatchLayout(edit, role, active.stacked.size, device),
         )
 
 
 @dataclass
 class _Tokens:
-    """Everything of a step that the step before had too."""
+    """Everything of a step that the step before had too; ``order`` puts the tail's tokens as these stand."""
 
     state: PackedState
     labels: Tensor
     role: Tensor
     edit: Tensor
     reference: Tensor | None
+    order: Tensor | None
+    layout: BatchLayout

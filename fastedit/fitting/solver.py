@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastedit.deltas import StackedDelta
+from fastedit.deltas.rows import slices_of
 from fastedit.objectives import Losses
 from fastedit.ops import adam_step_, adam_step_outer_, workspace
 
@@ -29,6 +30,9 @@ class SolverConfig:
         radius: clamp every entry of the delta to [-radius, radius] after each step; None is off.
         stop_loss: an edit stops when its target NLL is below this and every target token is the argmax; None never
             stops.
+        check_every: the host asks every so many steps which edits have ended. A GPU need not be waited for in
+            between. An edit's parameters and numbers are those of the step at which it ended, whatever this is; the
+            steps until that is seen are computed and not made.
     """
 
     steps: int = 20
@@ -39,8 +43,11 @@ class SolverConfig:
     eps: float = 1e-8
     radius: float | None = None
     stop_loss: float | None = 0.02
+    check_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.check_every < 1:
+            raise ValueError(f"solver: check_every is at least 1 (got check_every={self.check_every!r})")
         if self.steps < 0:
             raise ValueError(f"solver: steps is not negative (got steps={self.steps!r})")
         if not self.lr > 0:
@@ -112,7 +119,7 @@ class Problem(Protocol):
     """What the loop asks of the edits: B slots, each with one edit in it or free."""
 
     def losses(self, steps: Tensor) -> Losses:
-        """Losses (B,) at the current parameters; ``steps`` (B,) int64 on the CPU: taken so far. Free ones: anything."""
+        """Losses (B,) at the current parameters; ``steps`` (B,) int64: taken so far. Free ones: anything."""
 
     def ended(self, outcomes: Mapping[int, FitOutcome]) -> None:
         """The edits in these slots have ended; their parameters stay untouched until the slot is filled again."""
@@ -140,36 +147,43 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
     """
     loop = _Slots(stacked, config, problem)
     while loop.fill(problem):
-        losses = problem.losses(torch.tensor(loop.taken))
-        active = loop.check(problem, losses)
-        if active is None:
+        losses = problem.losses(loop.steps)
+        if not loop.evaluated(problem, losses):
             continue
         stacked.begin_step(outer=True)
         with problem.phase("backward"):
             # Not indexed: a GPU need not be waited for. Losses of other slots may be anything.
-            torch.where(active, losses.total, 0.0).sum().backward()  # type: ignore[no-untyped-call]
+            losses.total.backward(loop.running.to(losses.total.dtype))  # type: ignore[no-untyped-call]
             stacked.end_step()
         with problem.phase("optimiser"), torch.no_grad():
-            loop.step(active)
+            loop.step()
         loop.count(problem)
 
 
 class _Slots:
-    """The optimiser's state of every slot, and who is where."""
+    """The optimiser's state of every slot, and who is where.
+
+    The device knows which slots make a step (``running``) and leaves those alone that have ended, from that very step
+    on. What it saw is kept in a log, which the host reads now and then to learn who has ended, and how.
+    """
 
     def __init__(self, stacked: StackedDelta, config: SolverConfig, problem: Problem) -> None:
         self.stacked, self.config = stacked, config
+        #: As the host knows them: an edit that has ended is active until the log is read.
         self.active = [False] * stacked.size
         self.taken = [0] * stacked.size
         self.courses = [_Course() for _ in range(stacked.size)]
-        self._mask: Tensor | None = None
+        self._log: list[tuple[Tensor, dict[int, int]]] = []
         with problem.phase("setup"):
-            self.first = workspace(stacked.flat, stacked.flat.shape).zero_()
-            self.second = workspace(stacked.flat, stacked.flat.shape).zero_()
-            self.steps = torch.zeros(stacked.size, dtype=torch.long, device=stacked.flat.device)
-            #: Places whose last gradient was not finite, and which made no step for it.
-            self.broken = torch.zeros(stacked.size, dtype=torch.bool, device=stacked.flat.device)
-            self.norms = stacked.flat.new_zeros(stacked.size)
+            flat = stacked.flat
+            self.first = workspace(flat, flat.shape).zero_()
+            self.second = workspace(flat, flat.shape).zero_()
+            #: (B,) steps made, int64; slots that make one, bool; gradient norms of the last one.
+            self.steps = torch.zeros(stacked.size, dtype=torch.long, device=flat.device)
+            self.running = torch.zeros(stacked.size, dtype=torch.bool, device=flat.device)
+            self.norms = flat.new_zeros(stacked.size)
+            self._never = torch.zeros_like(self.running)
+            self._rates = torch.full((stacked.size,), config.lr, dtype=torch.float64, device=flat.device)
 
     def fill(self, problem: Problem) -> bool:
         """Let waiting edits enter; whether there is anything to do."""
@@ -188,96 +202,101 @@ class _Slots:
 
     def _restart(self, slots: Sequence[int]) -> None:
         self.stacked.restart(slots)
+        for span in slices_of(slots):
+            for state in (self.first, self.second, self.steps, self.norms):
+                state[span].zero_()
+            self.running[span] = self.config.steps > 0
         for slot in slots:
-            self.first[slot].zero_()
-            self.second[slot].zero_()
-            self.steps[slot] = 0
             self.taken[slot] = 0
             self.courses[slot] = _Course()
             self.active[slot] = self.config.steps > 0
-        self.broken[list(slots)] = False
-        self._mask = None
 
-    @property
-    def mask(self) -> Tensor:
-        """(B,) bool, the slots at work."""
-        if self._mask is None:
-            self._mask = torch.tensor(self.active, device=self.steps.device)
-        return self._mask
+    def evaluated(self, problem: Problem, losses: Losses) -> bool:
+        """Stop the slots that are done or broken; whether there is a step to make, as far as the host knows."""
+        total, nll, stop = losses.total.detach(), losses.nll, self.config.stop_loss
+        done = self._never if stop is None else losses.correct & (nll < stop)
+        # (5, B); the norm is that of the step before, which was not made where it is not finite
+        table = torch.stack([total, nll, self.norms, losses.correct, done])
+        # A number that is not finite less itself is none; of booleans, > is "and not"
+        self.running.logical_and_((table - table).sum(0) == 0).gt_(done)
+        self._log.append((table, {slot: self.taken[slot] for slot, busy in enumerate(self.active) if busy}))
+        # Where a slot will have made all its steps after this one, the log is read behind it
+        last = any(busy and self.taken[slot] + 1 >= self.config.steps for slot, busy in enumerate(self.active))
+        if len(self._log) >= self.config.check_every and not last:
+            values = torch.stack([table for table, _ in self._log]).tolist()
+            self._end(problem, self._replayed(values))
+        return any(self.active)
 
-    def check(self, problem: Problem, losses: Losses) -> Tensor | None:
-        """Take out the edits that are done or broken; return the slots (B,) bool that make a step, None for none."""
-        total, stop = losses.total.detach(), self.config.stop_loss
-        done = torch.zeros_like(losses.correct) if stop is None else losses.correct & (losses.nll < stop)
-        # The one value of a step that the host reads
-        columns = (total, losses.nll, losses.correct, done, self.broken)
-        table = torch.stack([column.double() for column in columns], 1).tolist()
+    def _replayed(self, tables: Sequence[Sequence[Sequence[float]]]) -> dict[int, FitOutcome]:
+        """The edits that ended within the log, whose tables as the host has read them these are; the log is empty."""
         ended: dict[int, FitOutcome] = {}
-        for slot, (value, nll, is_correct, is_done, is_broken) in enumerate(table):
-            if not self.active[slot]:
-                continue
-            if is_broken:
-                ended[slot] = self._broke(slot)
-                continue
-            self.courses[slot].note(value, nll, bool(is_correct))
-            if not (math.isfinite(value) and math.isfinite(nll)):
-                ended[slot] = self._outcome(slot, "diverged")
-            elif is_done:
-                ended[slot] = self._outcome(slot, "converged")
-        self._end(problem, ended)
-        return self.mask if any(self.active) else None
+        for table, (_, taken) in zip(tables, self._log, strict=True):
+            for slot, steps in taken.items():
+                value, nll, norm, is_correct, is_done = (row[slot] for row in table)
+                if slot in ended:
+                    continue
+                if not math.isfinite(norm):
+                    ended[slot] = self._outcome(slot, "diverged", steps - 1)
+                    continue
+                self.courses[slot].note(value, nll, bool(is_correct))
+                if not (math.isfinite(value) and math.isfinite(nll)):
+                    ended[slot] = self._outcome(slot, "diverged", steps)
+                elif is_done:
+                    ended[slot] = self._outcome(slot, "converged", steps)
+        self._log.clear()
+        return ended
 
-    def step(self, active: Tensor) -> None:
-        """One AdamW step of the slots at work; none where the gradient is not finite."""
+    def step(self) -> None:
+        """One AdamW step of the running slots; none where the gradient is not finite."""
         config, flat, factored = self.config, self.stacked.flat, self.stacked.factored()
         settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         settings |= {"clip": config.clip, "radius": config.radius}
-        if factored is not None:
-            params, first, second = (factored.matrices(rows) for rows in (flat, self.first, self.second))
-            inputs, grads, offsets = factored.inputs, factored.grads, factored.offsets
-            self.norms = adam_step_outer_(
-                params, inputs, grads, offsets, first, second, self.steps, config.lr, active, **settings
-            )
-            self.broken = active & ~self.norms.isfinite()
+        shared = (self.steps, self._rates, self.running)
+        if factored is None:
+            self.norms = adam_step_(flat, self.stacked.grad, self.first, self.second, *shared, **settings)
             return
-        # The sum of a row tells it, in one pass that waits for nothing
-        finite = self.stacked.grad.sum(1).isfinite()
-        self.broken, stepping = active & ~finite, active & finite
-        self.norms = adam_step_(
-            flat, self.stacked.grad, self.first, self.second, self.steps, config.lr, stepping, **settings
-        )
+        params, first, second = (factored.matrices(rows) for rows in (flat, self.first, self.second))
+        inputs, grads, offsets = factored.inputs, factored.grads, factored.offsets
+        self.norms = adam_step_outer_(params, inputs, grads, offsets, first, second, *shared, **settings)
 
     def count(self, problem: Problem) -> None:
         """One more step was taken; take out the edits that have had all theirs."""
         self.taken = [taken + int(busy) for taken, busy in zip(self.taken, self.active, strict=True)]
         full = [p for p, busy in enumerate(self.active) if busy and self.taken[p] >= self.config.steps]
-        if full:
-            broken, norms = self.broken.tolist(), self.norms.tolist()
-            self._end(problem, {p: self._broke(p) if broken[p] else self._full(p, norms[p]) for p in full})
+        if not full:
+            return
+        largest = [torch.linalg.vector_norm(self.stacked.flat[slot], math.inf) for slot in full]
+        logged = [table.flatten() for table, _ in self._log]
+        values = torch.cat([*logged, self.norms, torch.stack(largest)]).tolist()
+        width, size = 5 * self.stacked.size, self.stacked.size
+        tables = [values[at : at + width] for at in range(0, width * len(logged), width)]
+        ended = self._replayed([[table[at : at + size] for at in range(0, width, size)] for table in tables])
+        norms, of_full = values[width * len(logged) :][:size], values[-len(full) :]
+        for slot, most in zip(full, of_full, strict=True):
+            if slot not in ended:
+                ended[slot] = self._full(slot, norms[slot], most)
+        self._end(problem, ended)
 
-    def _full(self, slot: int, gradient: float) -> FitOutcome:
-        """How an edit ended that has had all its steps."""
-        largest = float(torch.linalg.vector_norm(self.stacked.flat[slot], math.inf))
+    def _full(self, slot: int, gradient: float, largest: float) -> FitOutcome:
+        """How an edit ended that has had all its steps: with that gradient norm, and parameters as large as that."""
+        if not math.isfinite(gradient):
+            return self._outcome(slot, "diverged", self.taken[slot] - 1)
         if not math.isfinite(largest):
-            return self._outcome(slot, "diverged")
+            return self._outcome(slot, "diverged", self.taken[slot])
         diverging = self.courses[slot].is_diverging(largest, gradient)
-        return self._outcome(slot, "diverging" if diverging else "max_steps")
+        return self._outcome(slot, "diverging" if diverging else "max_steps", self.taken[slot])
 
-    def _broke(self, slot: int) -> FitOutcome:
-        """How an edit ended whose last step was not made."""
-        self.taken[slot] -= 1
-        return self._outcome(slot, "diverged")
-
-    def _outcome(self, slot: int, status: str) -> FitOutcome:
+    def _outcome(self, slot: int, status: str, steps: int) -> FitOutcome:
         course = self.courses[slot]
-        return FitOutcome(status, self.taken[slot], course.loss, course.nll, course.first_nll, course.best_nll)
+        return FitOutcome(status, steps, course.loss, course.nll, course.first_nll, course.best_nll)
 
     def _end(self, problem: Problem, ended: Mapping[int, FitOutcome]) -> None:
         if not ended:
             return
+        for span in slices_of(sorted(ended)):
+            self.running[span] = False
         for slot in ended:
             self.active[slot] = False
-        self._mask = None
         problem.ended(ended)
 
 

@@ -30,6 +30,7 @@ class FTConfig:
         positions: "all", or "after_image": the delta acts on the tokens behind the image only, in edits and answers
             alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
     """
 
     layers: int | tuple[int, ...] = 1
@@ -41,6 +42,7 @@ class FTConfig:
     radius: float | None = None
     positions: str = "all"
     stop_loss: float | None = 0.02
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         check_fit("ft", self)
@@ -81,6 +83,7 @@ class FTVisionConfig:
         weight_decay: on the delta.
         radius: largest absolute value of an entry of the delta; None is off.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
     """
 
     names: tuple[str, ...] | None = None
@@ -90,6 +93,7 @@ class FTVisionConfig:
     weight_decay: float = 0.0
     radius: float | None = None
     stop_loss: float | None = 0.02
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         check_fit("ft-vision", self)
@@ -120,4 +124,5 @@ def _adamw(model: EditableModel, config: FTConfig | FTVisionConfig) -> SolverCon
         weight_decay=config.weight_decay,
         radius=config.radius,
         stop_loss=config.stop_loss,
+        check_every=config.check_every,
     )

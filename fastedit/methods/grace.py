@@ -46,6 +46,7 @@ class GRACEConfig:
         lr: of AdamW, the paper's.
         clip: largest gradient norm of an edit; None is off.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
     """
 
     layer: int | None = None
@@ -57,6 +58,7 @@ class GRACEConfig:
     lr: float = 1.0
     clip: float | None = None
     stop_loss: float | None = 0.02
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         check_fit("grace", self)
@@ -79,7 +81,13 @@ class GRACE(Method):
     @staticmethod
     def solver(model: EditableModel, config: GRACEConfig) -> SolverConfig:
         """AdamW per edit."""
-        return SolverConfig(steps=config.steps, lr=config.lr, clip=config.clip, stop_loss=config.stop_loss)
+        return SolverConfig(
+            steps=config.steps,
+            lr=config.lr,
+            clip=config.clip,
+            stop_loss=config.stop_loss,
+            check_every=config.check_every,
+        )
 
     @staticmethod
     def setup(model: EditableModel, config: GRACEConfig, resources: Resources) -> float | None:

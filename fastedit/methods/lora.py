@@ -30,6 +30,7 @@ class LoRAConfig:
         positions: "all", or "after_image": the delta acts on the tokens behind the image only, in edits and answers
             alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
         seed: of the first factor, the same for every edit.
     """
 
@@ -43,6 +44,7 @@ class LoRAConfig:
     weight_decay: float = 0.0
     positions: str = "all"
     stop_loss: float | None = 0.02
+    check_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,4 +80,5 @@ class LoRA(Method):
             clip=config.clip,
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
+            check_every=config.check_every,
         )

@@ -49,6 +49,7 @@ class TPatcherConfig:
         weight_decay: on the neurons.
         positions: "all", "after_image" or "answer" (from the last token of the prompt on): where the neurons act.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
     """
 
     layers: int | tuple[int, ...] = 1
@@ -65,6 +66,7 @@ class TPatcherConfig:
     weight_decay: float = 0.0
     positions: str = "all"
     stop_loss: float | None = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         check_fit("tpatcher", self)
@@ -133,6 +135,7 @@ class TPatcher(Method):
             clip=config.clip,
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
+            check_every=config.check_every,
         )
 
     @staticmethod

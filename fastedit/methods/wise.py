@@ -53,6 +53,7 @@ class WISEConfig:
         radius: largest absolute value of an entry of the change.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax, whatever its margins;
             None never stops.
+        check_every: the host asks every so many steps which edits have ended; the deltas are the same.
         seed: of the masks.
     """
 
@@ -74,6 +75,7 @@ class WISEConfig:
     clip: float | None = 1.0
     radius: float | None = 1.0
     stop_loss: float | None = 0.02
+    check_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class WISE(Method):
             clip=config.clip,
             radius=config.radius,
             stop_loss=config.stop_loss,
+            check_every=config.check_every,
         )
 
     @staticmethod

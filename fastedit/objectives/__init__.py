@@ -2,12 +2,14 @@
 
 from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch, beside_roles
 from fastedit.objectives.invariant import InvariantConfig, InvariantObjective
+from fastedit.objectives.layout import BatchLayout
 from fastedit.objectives.nll import KLObjective, NLLObjective
 from fastedit.objectives.tripartite import PENALTY_MODES, EnvironmentTable, tripartite
 
 __all__ = [
     "PENALTY_MODES",
     "ROLES",
+    "BatchLayout",
     "Direction",
     "EnvironmentTable",
     "InvariantConfig",

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fastedit.objectives.layout import BatchLayout
+from fastedit.objectives.roles import CE_ROLES, KL_ROLES, ROLES, Role
 from fastedit.ops import risk
 
+__all__ = [
+    "CE_ROLES",
+    "KL_ROLES",
+    "ROLES",
+    "Direction",
+    "Losses",
+    "Objective",
+    "Role",
+    "TokenBatch",
+    "all_correct",
+    "losses_by_role",
+]
 
-class Role(IntEnum):
-    """What a training view is for (ODEdit, arXiv 2601.19700, section 3: IN, SE and OUT prompt groups)."""
-
-    EDIT = 0  # IN: the edit itself
-    TEXT_REPHRASE = 1  # SE: another wording
-    IMAGE_REPHRASE = 2  # SE: another picture of the same
-    TEXT_LOCALITY = 3  # OUT: an unrelated text-only question
-    IMAGE_LOCALITY = 4  # OUT: an unrelated question about an image
-
-
-ROLES = tuple(Role)
 # Of a KL: KL(unedited || edited) or KL(edited || unedited)
 Direction = Literal["forward_kl", "reverse_kl"]
-CE_ROLES = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE)
-KL_ROLES = (Role.TEXT_LOCALITY, Role.IMAGE_LOCALITY)
 
 
 @dataclass
@@ -43,6 +43,8 @@ class TokenBatch:
         n_edits: B.
         reference: (T_out, V) logits of the unedited model for the tokens of KL roles, in their order; None when unused.
         flat: (B, P) parameters of the deltas (a leaf when the objective may differentiate by them); None when unused.
+        layout: of ``edit`` and ``role``; None is made of them at its first use, which reads them off the device.
+        taken: the numbers of steps that occur among the edits at work, where the host knows them without asking.
     """
 
     hidden: Tensor
@@ -53,6 +55,24 @@ class TokenBatch:
     n_edits: int
     reference: Tensor | None = None
     flat: Tensor | None = None
+    layout: BatchLayout | None = None
+    taken: frozenset[int] | None = None
+    _made: BatchLayout | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def laid_out(self) -> BatchLayout:
+        """The layout that was given, or made of edits and roles."""
+        if self.layout is not None:
+            return self.layout
+        if self._made is None:
+            self._made = BatchLayout.of(self.edit, self.role, self.n_edits)
+        return self._made
+
+    def steps_taken(self, steps: int | Tensor) -> frozenset[int]:
+        """The numbers of steps that occur among the edits at work; asks for ``steps`` where they are not known."""
+        if self.taken is not None:
+            return self.taken
+        return frozenset([steps] if isinstance(steps, int) else steps.tolist())
 
     def is_role(self, *roles: Role) -> Tensor:
         """(T,) bool, tokens of any of the roles."""
@@ -94,24 +114,29 @@ def beside_roles(objective: Objective) -> tuple[Role, ...]:
 
 
 def all_correct(tokens: TokenBatch, *roles: Role) -> Tensor:
-    """(B,) bool: every token of some roles' views, by default the edit's, has its label as the largest logit."""
-    logits = tokens.logits.detach()
+    """(B,) bool: every token of some roles' views, by default the edit's, has its label as the largest logit.
+
+    The roles are of those that must change.
+    """
+    layout = tokens.laid_out
+    logits, labels = layout.fitted(tokens.logits.detach()), layout.fitted(tokens.labels)
     if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16):
         # torch finds the largest of half-precision numbers five times as slowly
         logits = logits.float()
-    # All tokens, not a selection: a GPU need not be waited for
-    wrong = (logits.argmax(-1) != tokens.labels) & tokens.is_role(*(roles or (Role.EDIT,)))
-    count = torch.zeros(tokens.n_edits, dtype=torch.long, device=tokens.labels.device)
-    return count.index_add_(0, tokens.edit, wrong.long()) == 0
+    # All fitted tokens, not a selection of logits
+    wrong = logits.argmax(-1) != labels
+    chosen = layout.chosen(*(roles or (Role.EDIT,)))
+    wrong = wrong if chosen is None else wrong & chosen
+    count = torch.zeros(tokens.n_edits, dtype=torch.long, device=labels.device)
+    return count.index_add_(0, layout.fitted_edits, wrong.long()) == 0
 
 
 def losses_by_role(tokens: TokenBatch) -> Tensor:
     """(B, roles) by edit and role: the NLL of views that must change, KL(unedited || edited) of those that must not."""
-    n, n_roles = tokens.n_edits, len(ROLES)
-    slot = tokens.edit * n_roles + tokens.role
-    fitted = tokens.is_role(*CE_ROLES)
-    value, _ = risk(tokens.logits, tokens.labels, torch.where(fitted, slot, -1), n * n_roles, kind="ce")
-    if tokens.reference is not None and tokens.reference.shape[0]:
-        kl, _ = risk(tokens.logits[~fitted], tokens.reference, slot[~fitted], n * n_roles, kind="forward_kl")
+    n, n_roles, layout = tokens.n_edits, len(ROLES), tokens.laid_out
+    fitted, out = layout.split(tokens.logits)
+    value, _ = risk(fitted, layout.fitted(tokens.labels), layout.segments(*ROLES), n * n_roles, kind="ce")
+    if out is not None and tokens.reference is not None and tokens.reference.shape[0]:
+        kl, _ = risk(out, tokens.reference, layout.out_slots, n * n_roles, kind="forward_kl")
         value = value + kl
     return value.view(n, n_roles)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastedit.objectives.base import CE_ROLES, KL_ROLES, ROLES, Direction, Losses, Role, TokenBatch, all_correct
+from fastedit.objectives.base import Direction, Losses, TokenBatch, all_correct
+from fastedit.objectives.layout import ALL_COLUMNS, CE_COLUMNS, EDIT_COLUMN, KL_COLUMNS, BatchLayout
+from fastedit.objectives.roles import ROLES, Role
 from fastedit.objectives.tripartite import PENALTY_MODES, EnvironmentTable, tripartite
 from fastedit.settings import check_ranges
-
-_CE = [ROLES.index(role) for role in CE_ROLES]
-_KL = [ROLES.index(role) for role in KL_ROLES]
 
 
 @dataclass(frozen=True)
@@ -101,48 +100,50 @@ class InvariantObjective:
         table = tripartite(
             tokens, direction=config.direction, unbiased=config.unbiased, per_token=config.penalty == "token"
         )
-        reliability, locality, generality = self._risks(table)
+        reliability, locality, generality = self._risks(table, tokens.laid_out)
         rel, loc, gen = config.weights
         total_risk = rel * reliability + loc * locality + gen * generality
         nll = table.value[:, int(Role.EDIT)].detach()
         parts = {"nll": nll, "kl": locality.detach(), "mmd2": generality.detach()}
-        taken = torch.full((tokens.n_edits,), steps) if isinstance(steps, int) else steps.cpu()
-        if not bool((taken >= self.start).any()):
+        taken = tokens.steps_taken(steps)
+        if not any(number >= self.start for number in taken):
             return Losses(total_risk, nll, all_correct(tokens), parts)
 
+        if isinstance(steps, int):
+            steps = torch.full((tokens.n_edits,), steps)
+        steps = steps.to(total_risk.device)
         variation = self._variation(table, tokens)
-        multiplier = self._multiplier(tokens, total_risk.detach(), variation.detach(), taken)
-        on = (taken >= self.start).to(total_risk.device)
-        parts |= {"tv": variation.detach(), "lambda": torch.where(on, multiplier.detach(), 0.0)}
-        total = total_risk + torch.where(on, multiplier * variation, 0.0)
-        return Losses(total, nll, all_correct(tokens), parts)
+        multiplier = self._multiplier(tokens, total_risk.detach(), variation.detach(), steps, taken)
+        penalty = multiplier * variation
+        shown = multiplier.detach()
+        if not all(number >= self.start for number in taken):
+            on = steps >= self.start
+            penalty, shown = torch.where(on, penalty, 0.0), torch.where(on, shown, 0.0)
+        parts |= {"tv": variation.detach(), "lambda": shown}
+        return Losses(total_risk + penalty, nll, all_correct(tokens), parts)
 
-    def _risks(self, table: EnvironmentTable) -> tuple[Tensor, Tensor, Tensor]:
+    def _risks(self, table: EnvironmentTable, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Reliability, locality and generality (B,). In mode prompt_env the rephrased views are environments of the
         same reliability loss and are averaged with the edit view; in the others reliability is equation (2) alone."""
-        fitted = _CE if self.config.penalty in ("prompt_env", "token") else _CE[:1]
-        return (
-            _present_mean(table.value, table.present, fitted),
-            _present_mean(table.value, table.present, _KL),
-            table.value[:, -1],
-        )
+        fitted = CE_COLUMNS if self.config.penalty in ("prompt_env", "token") else EDIT_COLUMN
+        reliability, locality = (layout.mean(table.value[:, chosen], chosen) for chosen in (fitted, KL_COLUMNS))
+        return reliability, locality, table.value[:, -1]
 
     def _variation(self, table: EnvironmentTable, tokens: TokenBatch) -> Tensor:
         """T (B,): the squared, weighted sum of |Γ| over the environments of the chosen mode."""
-        mode, mask = self.config.penalty, table.present.to(table.env_grad.dtype)
+        mode, layout = self.config.penalty, tokens.laid_out
         if mode == "token":
             if table.token_grad is None:
                 raise ValueError("odedit: mode token needs per-token gradients (got token_grad=None)")
             size = self._magnitude(table.token_grad)
-            count = torch.bincount(tokens.edit, minlength=tokens.n_edits).clamp(min=1)
             zero = torch.zeros(tokens.n_edits, dtype=size.dtype, device=size.device)
-            return (zero.index_add(0, tokens.edit, size) / count).square()
+            return (zero.index_add(0, layout.edits, size) / layout.edit_sizes(size.dtype)).square()
         if mode == "prompt_env":
-            return ((self._magnitude(table.env_grad) * mask).sum(1) / mask.sum(1).clamp(min=1)).square()
+            return layout.mean(self._magnitude(table.env_grad), ALL_COLUMNS).square()
         groups = torch.stack(
             [
                 table.env_grad[:, int(Role.EDIT)],
-                _present_mean(table.env_grad, table.present, _KL),
+                layout.mean(table.env_grad[:, KL_COLUMNS], KL_COLUMNS),
                 table.env_grad[:, -1],
             ],
             1,
@@ -157,29 +158,26 @@ class InvariantObjective:
             return gradient.abs()
         return torch.sqrt(gradient.square() + epsilon * epsilon) - epsilon
 
-    def _multiplier(self, tokens: TokenBatch, risk: Tensor, variation: Tensor, taken: Tensor) -> Tensor:
+    def _multiplier(
+        self, tokens: TokenBatch, risk: Tensor, variation: Tensor, steps: Tensor, taken: frozenset[int]
+    ) -> Tensor:
         """λ (B,) after this step's dual ascent, of edits that have taken so many steps; before the start anything."""
         if tokens.flat is None:
             raise ValueError("odedit: the multiplier reads the delta's parameters (got flat=None)")
         if self.scale is None or self.dual is None:
             self.scale = torch.zeros_like(risk)
             self.dual = DualNetwork(tokens.flat, self.config)
-        if bool((taken == self.start).any()):
+        if self.start in taken:
             # softplus(0) = log 2: the penalty starts at ``scale`` times the risk
-            fresh = (taken == self.start).to(risk.device)
+            fresh = steps == self.start
             scale = self.config.scale * risk / (math.log(2) * variation).clamp(min=1e-12)
             self.scale = torch.where(fresh, scale, self.scale)
             self.dual.restart(fresh)
         summary = self.dual.summary(tokens.flat)
-        if self.config.learn_dual and bool((taken > self.start).any()):
-            since = (taken - self.start).clamp(min=0).to(risk.device)
+        if self.config.learn_dual and any(number > self.start for number in taken):
+            since = (steps - self.start).clamp(min=0)
             self.dual.ascend(summary.detach(), variation * self.scale, self.config.dual_lr, since)
         return self.scale * self.dual(summary).clamp(max=self.config.max_ratio)
-
-
-def _present_mean(values: Tensor, present: Tensor, columns: list[int]) -> Tensor:
-    mask = present[:, columns].to(values.dtype)
-    return (values[:, columns] * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class DualNetwork:
@@ -236,7 +234,7 @@ class DualNetwork:
             tensor.requires_grad_(True)
         with torch.enable_grad():
             grads = torch.autograd.grad((weight.detach() * self(summary)).sum(), self.tensors)
-        since = torch.as_tensor(since, device=weight.device)
+        since = since.to(weight.device) if isinstance(since, Tensor) else torch.full_like(weight, since)
         size = torch.where(since > 0, lr / (since.to(weight.dtype) + 1) ** 1.0001, 0.0).reshape(-1, 1, 1)
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.requires_grad_(False)

@@ -24,9 +24,9 @@ class NLLObjective:
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
-        views = [_segment_nll(tokens, role, tokens.n_edits) for role in self.fitted]
-        total = views[0][0] if len(views) == 1 else _mean_present([v for v, _ in views], [p for _, p in views])
-        nll = views[0][0].detach()
+        views = _nll_by_role(tokens, tokens.laid_out.fitted(tokens.logits), self.fitted)
+        total = _mean_of_views(tokens, views, self.fitted)
+        nll = views.detach()[:, 0]
         return Losses(total, nll, all_correct(tokens), {"nll": nll})
 
 
@@ -61,44 +61,40 @@ class KLObjective:
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
-        n = tokens.n_edits
-        nll_views = [_segment_nll(tokens, role, n) for role in self.fitted]
-        fit = self._fit(nll_views)
-        locality = tokens.is_role(*KL_ROLES)
-        out = torch.zeros_like(fit)
-        if tokens.reference is None:
-            if bool(locality.any()):
-                raise ValueError("objective: reference logits are needed for locality views (got reference=None)")
-        elif tokens.reference.shape[0]:
-            out = risk(tokens.logits[locality], tokens.reference, tokens.edit[locality], n, kind=self.direction)[0]
-        total = fit + self.weight * out
-        nll = nll_views[0][0].detach()
+        n, layout = tokens.n_edits, tokens.laid_out
+        if tokens.reference is None and layout.n_out:
+            raise ValueError("objective: reference logits are needed for locality views (got reference=None)")
+        fitted, out = layout.split(tokens.logits)
+        views = _nll_by_role(tokens, fitted, self.fitted)
+        fit = self._fit(tokens, views)
+        if out is None or tokens.reference is None:
+            kl = torch.zeros_like(fit)
+        else:
+            kl = risk(out, tokens.reference, layout.out_edits, n, kind=self.direction)[0]
+        total = fit + self.weight * kl
+        nll = views.detach()[:, 0]
         if self.rephrase_weight is None:
-            return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": out.detach()})
-        worst = torch.stack([value.detach() for value, _ in nll_views]).amax(0)
-        return Losses(total, worst, all_correct(tokens, *self.fitted), {"nll": nll, "kl": out.detach()})
+            return Losses(total, nll, all_correct(tokens), {"nll": nll, "kl": kl.detach()})
+        worst = views.detach().amax(1)
+        return Losses(total, worst, all_correct(tokens, *self.fitted), {"nll": nll, "kl": kl.detach()})
 
-    def _fit(self, views: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """(B,) of the NLL of every fitted view and whether an edit has it, the edit's own first."""
+    def _fit(self, tokens: TokenBatch, views: Tensor) -> Tensor:
+        """(B,) of the NLL (B, n) of every fitted view, the edit's own first."""
         if self.rephrase_weight is None:
-            return _mean_present([value for value, _ in views], [has for _, has in views])
-        if len(views) == 1:
-            return views[0][0]
-        return views[0][0] + self.rephrase_weight * _mean_present([v for v, _ in views[1:]], [p for _, p in views[1:]])
+            return _mean_of_views(tokens, views, self.fitted)
+        if len(self.fitted) == 1:
+            return views[:, 0]
+        return views[:, 0] + self.rephrase_weight * _mean_of_views(tokens, views[:, 1:], self.fitted[1:])
 
 
-def _segment_nll(tokens: TokenBatch, role: Role, n: int) -> tuple[Tensor, Tensor]:
-    """Mean NLL (B,) of one role and whether each edit has tokens of it (B,) bool."""
-    chosen = tokens.is_role(role)
-    segments = torch.where(chosen, tokens.edit, -1)
-    present = torch.zeros(n, dtype=torch.bool, device=tokens.edit.device)
-    present[tokens.edit[chosen]] = True
-    value, _ = risk(tokens.logits, tokens.labels, segments, n, kind="ce")
-    return value, present
+def _nll_by_role(tokens: TokenBatch, fitted: Tensor, roles: tuple[Role, ...]) -> Tensor:
+    """Mean NLL (B, n) of an edit's tokens of every role, from the logits (T_fitted, V) of what must change."""
+    layout = tokens.laid_out
+    labels = layout.fitted(tokens.labels)
+    value, _ = risk(fitted, labels, layout.segments(*roles), tokens.n_edits * len(roles), kind="ce")
+    return value.view(tokens.n_edits, len(roles))
 
 
-def _mean_present(values: list[Tensor], present: list[Tensor]) -> Tensor:
-    """Mean over the listed (B,) values that are present, per edit; 0 where none is."""
-    table = torch.stack(values, 1)
-    mask = torch.stack(present, 1).to(table.dtype)
-    return (table * mask).sum(1) / mask.sum(1).clamp(min=1)
+def _mean_of_views(tokens: TokenBatch, values: Tensor, roles: tuple[Role, ...]) -> Tensor:
+    """Mean (B,) of the values (B, n) of views that an edit has; 0 where it has none."""
+    return values[:, 0] if len(roles) == 1 else tokens.laid_out.mean(values, roles)

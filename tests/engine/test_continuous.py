@@ -466,3 +466,25 @@ def test_the_plan_chooses_a_batch(
 def test_wrong_batch_sizes_are_named(exact_model: EditableModel, many: list[EditRequest], size: Any) -> None:
     with pytest.raises(ValueError, match=rf"batch_size is at least 1, or 'auto' \(got batch_size={size!r}\)"):
         run(exact_model, many, "lora", batch_size=size)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+@pytest.mark.parametrize("method", [*METHODS, "kl+ft", "odedit+ft", "grace", "wise", "tpatcher"])
+def test_deltas_do_not_depend_on_when_the_host_asks_which_edits_have_ended(
+    model: EditableModel, many: list[EditRequest], method: str, every: int
+) -> None:
+    """To the bit, where an edit is alone in its batch: the same products are computed."""
+    settings = {**METHODS.get(method, {"steps": 8, "stop_loss": 3.0}), "evaluate": False, "batch_size": 1}
+    edits = [edit for edit in many if edit.image is not None][:2]
+    first, other = (fastedit.edit(model, edits, method, check_every=check, **settings) for check in (1, every))
+    assert [repr(outcome) for outcome in other.outcomes] == [repr(outcome) for outcome in first.outcomes]
+    for one, two in zip(first.deltas, other.deltas, strict=True):
+        assert one.tensors.keys() == two.tensors.keys()
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_edits_that_take_over_places_end_alike_however_often_the_host_asks(
+    exact_model: EditableModel, many: list[EditRequest], singles: dict[tuple[str, str], Run], method: str
+) -> None:
+    same(run(exact_model, many, method, batch_size=PLACES, check_every=3), singles[method, "all"], many)

@@ -238,7 +238,40 @@ def test_a_last_step_that_leaves_no_numbers_is_seen(lr: float, status: str) -> N
     assert {outcome.status for outcome, _ in problem.found.values()} == {status}
 
 
-BAD = [("steps", -1), ("lr", 0.0), ("lr", float("inf")), ("clip", 0.0), ("radius", -1.0)]
+@pytest.mark.parametrize("every", [2, 3, 5, 100])
+def test_what_comes_out_does_not_depend_on_when_the_host_asks(every: int) -> None:
+    """To the bit: an edit that ended makes no step more, however late that is seen."""
+    small = torch.tensor([1.0, 0.01, 0.3, 0.02, 1.0, 0.005, 0.4], dtype=torch.float64)[:, None, None]
+    problems = []
+    for check_every in (1, every):
+        problem = Queue(7, 3)
+        problem.all_y *= small
+        config = SolverConfig(steps=40, lr=0.03, clip=0.5, stop_loss=2e-2, check_every=check_every)
+        fit(problem, problem.stacked, config)
+        problems.append(problem)
+    first, other = problems
+    assert {outcome.status for outcome, _ in first.found.values()} == {"converged", "max_steps"}
+    for task, (outcome, delta) in first.found.items():
+        assert other.found[task][0] == outcome
+        assert torch.equal(other.found[task][1], delta)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+@pytest.mark.parametrize("spoiled", ["loss_from", "gradient_from"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_what_is_not_finite_is_seen_late_and_ends_where_it_did(spoiled: str, step: int, every: int) -> None:
+    found = []
+    for check_every in (1, every):
+        problem = Rising([3.0, 2.0, 1.0, 1.0], **{spoiled: step})
+        fit(problem, problem.stacked, SolverConfig(steps=4, lr=0.03, stop_loss=None, check_every=check_every))
+        found.append(problem.found)
+    assert found[0][0][0].status == "diverged"
+    for task, (outcome, delta) in found[0].items():
+        assert repr(found[1][task][0]) == repr(outcome)
+        assert torch.equal(found[1][task][1], delta)
+
+
+BAD = [("check_every", 0), ("steps", -1), ("lr", 0.0), ("lr", float("inf")), ("clip", 0.0), ("radius", -1.0)]
 
 
 @pytest.mark.parametrize(("field", "value"), BAD)

@@ -77,6 +77,7 @@ class LDKE(Method):
             clip=config.clip,
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
+            check_every=config.check_every,
         )
 
     @staticmethod

@@ -87,6 +87,7 @@ class UniKE(Method):
             clip=config.clip,
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
+            check_every=config.check_every,
         )
 
     @staticmethod
