@@ -99,6 +99,7 @@ TESTED_IN = {
     "methods/serac/scope": "methods/serac/test_task",
     "methods/unike/config": "methods/unike/test_editor",
     "objectives/base": "objectives/test_nll",
+    "objectives/roles": "objectives/test_layout",
     "pocket/easyvqa": "pocket/factory/test_packing",
     "pocket/factory": "pocket/factory/test_train",
     "pocket/names": "pocket/test_models",
