@@ -1,18 +1,65 @@
-"""mmd2 in Triton: distances, kernel and weighted sums of one block of rows against its group, tile by tile."""
+"""mmd2 in Triton: Gram tiles and weights of pairs on tensor cores, then the weighted sums of the others' features.
 
-from typing import Any
+All pairs of a group are one symmetric matrix, of which the tiles on and above the diagonal are computed. Products of
+float32 features are three of tf32 ("tf32x3"); those of 16-bit features are exact.
+
+What weights cost: those of bfloat16 features are bfloat16, 2^-9 of each; a row's total is of the same rounded numbers,
+so the gradient is that of weights 2^-9 off, less than its own rounding on the way out. Held in registers they would
+cost a Gram matrix for every block of columns, d / 128 times the work; they are held in memory, of WEIGHTS at a time.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastedit.kernels.low_rank import _bounds, _product, _tile, _tiles
+from fastedit.kernels._mmd2_rows import Prepared, _counts, _tile
 from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
-from fastedit.reference.mmd2 import mmd2_offsets
 
-BLOCK_T = 16  # rows of one sample that a program works on, and rows they are compared with at a time
-BLOCK_D = 32  # features read at a time
+COLUMNS = 128  # columns of a program of the gradient
+WEIGHTS = 2**26  # weights of pairs held at a time, at least a tile's
+PARTS = 256  # parts of a group added up at a time
+
+
+@triton.jit
+def _product(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    # (M, K) (K, N) added to acc. Tensor cores have no float64 on every target, so that goes by broadcasting.
+    if acc.dtype.primitive_bitwidth == 64:
+        return acc + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    else:
+        return tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _gram(
+    z, row_at, other_at, width,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # (BLOCK_T, BLOCK_T) inner products of rows of z
+    column = tl.arange(0, BLOCK_D)
+    left = z + row_at[:, None] * width + column[None, :]
+    right = z + other_at[None, :] * width + column[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
+    for _ in range(0, width, BLOCK_D):
+        acc = _product(tl.load(left), tl.load(right), acc, OPERAND, PRECISION)
+        left += BLOCK_D
+        right += BLOCK_D
+    return acc
+
+
+@triton.jit
+def _halves(tile, BLOCK_T: tl.constexpr):
+    # the left and the right columns, which stay in the threads that have them: what follows needs half the registers
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_T, 2, BLOCK_T // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _distances(norm, gram, row_at, row, base, other, count):
+    # squared distances; rows behind a group are its last, so nothing is masked
+    other_at = base + tl.minimum(other, count - 1)
+    D = tl.load(norm + row_at)[:, None] + tl.load(norm + other_at)[None, :] - 2.0 * gram
+    # a NaN is not below 0: it stays
+    return tl.where((D < 0.0) | (row[:, None] == other[None, :]), 0.0, D)
 
 
 @triton.jit
@@ -26,253 +73,199 @@ def _within(count, UNBIASED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _distances(
-    a, a_t, a_k, rows, live, b, b_t, b_k, others, there, centre, d,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, USE_DOT: tl.constexpr,
-):  # fmt: skip
-    # (BLOCK_T, BLOCK_T) squared distances; features less their group's mean, which costs no distance any digits
-    acc = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
-    a_square = tl.zeros((BLOCK_T,), dtype=ACC)
-    b_square = tl.zeros((BLOCK_T,), dtype=ACC)
-    for k in range(0, d, BLOCK_D):
-        column = k + tl.arange(0, BLOCK_D)
-        inside = column < d
-        mean = tl.load(centre + column, mask=inside, other=0.0)
-        left_in = live[:, None] & inside[None, :]
-        right_in = there[None, :] & inside[:, None]
-        left = tl.load(a + rows[:, None] * a_t + column[None, :] * a_k, mask=left_in, other=0.0).to(ACC)
-        right = tl.load(b + others[None, :] * b_t + column[:, None] * b_k, mask=right_in, other=0.0).to(ACC)
-        left = tl.where(left_in, left - mean[None, :], 0.0)
-        right = tl.where(right_in, right - mean[:, None], 0.0)
-        acc = _product(left, right, acc, USE_DOT)
-        a_square += tl.sum(left * left, axis=1)
-        b_square += tl.sum(right * right, axis=0)
-    D = a_square[:, None] + b_square[None, :] - 2.0 * acc
-    # a NaN is not below 0: it stays
-    return tl.where(D < 0.0, 0.0, D)
+def _shares(row, other, n, m, UNBIASED: tl.constexpr, ACC: tl.constexpr):
+    # (BLOCK_T, BLOCK_T): what ordered pairs weigh in the group's value
+    same = tl.where(row < n, _within(n, UNBIASED, ACC), _within(m, UNBIASED, ACC))
+    cross = -1.0 / tl.maximum(n.to(ACC) * m.to(ACC), 1.0)
+    return tl.where((row < n)[:, None] == (other < n)[None, :], same[:, None], cross)
 
 
 @triton.jit
-def _centre_kernel(
-    x, y, x_offsets, y_offsets, centre, N, M, d, x_t, x_k, y_t, y_k,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    # centre (G, d): mean of a group's rows of x and y
-    group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < d
-    acc = tl.zeros((BLOCK_D,), dtype=ACC)
-    x_start, x_stop = _bounds(x_offsets, group, group >= 0, N)
-    for first in range(x_start, x_stop, BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        mask = (rows < x_stop)[:, None] & inside[None, :]
-        value = tl.load(x + rows[:, None] * x_t + column[None, :] * x_k, mask=mask, other=0.0)
-        acc += tl.sum(value.to(ACC), axis=0)
-    y_start, y_stop = _bounds(y_offsets, group, group >= 0, M)
-    for first in range(y_start, y_stop, BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        mask = (rows < y_stop)[:, None] & inside[None, :]
-        value = tl.load(y + rows[:, None] * y_t + column[None, :] * y_k, mask=mask, other=0.0)
-        acc += tl.sum(value.to(ACC), axis=0)
-    count = tl.maximum(x_stop - x_start + y_stop - y_start, 1)
-    tl.store(centre + group * d + column, acc / count.to(ACC), mask=inside)
+def _add_pairs(
+    state, norm, gram, row_at, row, base, other, n, m, beta, scales, twice, UNBIASED: tl.constexpr, ACC: tl.constexpr
+):
+    value, env = state
+    count = n + m
+    D = _distances(norm, gram, row_at, row, base, other, count)
+    pair = (row < count)[:, None] & (other < count)[None, :]
+    if UNBIASED:
+        pair = pair & (row[:, None] != other[None, :])
+    share = tl.where(pair, twice * _shares(row, other, n, m, UNBIASED, ACC), 0.0)
+    for q in range(scales):
+        coefficient = tl.load(beta + q)
+        term = share * tl.exp(-coefficient * D)
+        value += tl.sum(term, axis=1)
+        env -= 2.0 * coefficient * tl.sum(D * term, axis=1)
+    return value, env
 
 
 @triton.jit
 def _sums_kernel(
-    a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, N, M, d, scales, beta_g, a_t, a_k, b_t, b_k,
-    CROSS: tl.constexpr, UNBIASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr, USE_DOT: tl.constexpr,
+    z, norm, x_offsets, y_offsets, beta, values, envs, groups, N, M, width, splits, scales, beta_g,
+    UNBIASED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Per row of a: its part of the group's value and derivative, pairs within a and, where CROSS, with b.
-    group, first, last = _tile(a_offsets, groups, N, tl.program_id(0), BLOCK_B, BLOCK_T)
+    # values, envs (tiles, splits): parts of a group's value and derivative, every splits-th tile from the diagonal on
+    pid = tl.program_id(0)
+    group, first, x_start, y_start, n, m = _tile(x_offsets, y_offsets, groups, N, M, pid, BLOCK_G, BLOCK_T)
     if group >= groups:
         return
-    rows = first + tl.arange(0, BLOCK_T)
-    live = rows < last
-    a_start, a_stop = _bounds(a_offsets, group, group >= 0, N)
-    count_a = a_stop - a_start
-    b_start, b_stop = _bounds(b_offsets, group, group >= 0, M)
-    value = tl.zeros((BLOCK_T,), dtype=ACC)
-    env = tl.zeros((BLOCK_T,), dtype=ACC)
-    for side in tl.static_range(2 if CROSS else 1):
-        start = b_start if side else last - count_a
-        stop = b_stop if side else last
-        cross = -2.0 / tl.maximum(count_a.to(ACC) * (b_stop - b_start).to(ACC), 1.0)
-        weight = cross if side else _within(count_a, UNBIASED, ACC)
-        for at in range(start, stop, BLOCK_T):
-            others = at + tl.arange(0, BLOCK_T)
-            there = others < stop
-            if side:
-                D = _distances(
-                    a, a_t, a_k, rows, live, b, b_t, b_k, others, there, centre + group * d, d,
-                    BLOCK_T, BLOCK_D, ACC, USE_DOT,
-                )  # fmt: skip
-            else:
-                D = _distances(
-                    a, a_t, a_k, rows, live, a, a_t, a_k, others, there, centre + group * d, d,
-                    BLOCK_T, BLOCK_D, ACC, USE_DOT,
-                )  # fmt: skip
-                D = tl.where(rows[:, None] == others[None, :], 0.0, D)
-            kappa = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
-            slope = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
-            for q in range(scales):
-                own = tl.load(beta + group * beta_g + q)
-                term = tl.exp(-own * D)
-                kappa += term
-                slope += own * term
-            pair = live[:, None] & there[None, :]
-            if UNBIASED and not side:
-                counted = pair & (rows[:, None] != others[None, :])
-            else:
-                counted = pair
-            value += weight * tl.sum(tl.where(counted, kappa, 0.0), axis=1)
-            env -= weight * tl.sum(tl.where(pair, 2.0 * D * slope, 0.0), axis=1)
-    some = b_stop > b_start
-    tl.store(values + rows, tl.where(some, value, 0.0), mask=live)
-    tl.store(envs + rows, tl.where(some, env, 0.0), mask=live)
+    count = n + m
+    base = x_start + y_start
+    beta += group * beta_g
+    row = first + tl.arange(0, BLOCK_T)
+    row_at = base + tl.minimum(row, count - 1)
+    zero = tl.zeros((BLOCK_T,), dtype=ACC)
+    state = (zero, zero)
+    for start in range(first + tl.program_id(1) * BLOCK_T, count, splits * BLOCK_T):
+        other_at = base + tl.minimum(start + tl.arange(0, BLOCK_T), count - 1)
+        gram = _gram(z, row_at, other_at, width, BLOCK_T, BLOCK_D, ACC, OPERAND, PRECISION)
+        twice = tl.where(start > first, 2.0, 1.0)
+        parts = _halves(gram, BLOCK_T) if HALVES == 2 else (gram,)
+        for half in tl.static_range(HALVES):
+            other = start + half * (BLOCK_T // HALVES) + tl.arange(0, BLOCK_T // HALVES)
+            state = _add_pairs(
+                state, norm, parts[half], row_at, row, base, other, n, m, beta, scales, twice, UNBIASED, ACC
+            )
+    value, env = state
+    some = (n > 0) & (m > 0)
+    at = pid * splits + tl.program_id(1)
+    tl.store(values + at, tl.where(some, tl.sum(value, axis=0), 0.0))
+    tl.store(envs + at, tl.where(some, tl.sum(env, axis=0), 0.0))
 
 
 @triton.jit
 def _group_kernel(
-    x_values, x_envs, y_values, y_envs, x_offsets, y_offsets, value, env, N, M,
-    BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    values, envs, x_offsets, y_offsets, value, env, groups, N, M, splits, parts,
+    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # sums of the rows' parts, in order
-    group = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK_T,), dtype=ACC)
-    slope = tl.zeros((BLOCK_T,), dtype=ACC)
-    start, stop = _bounds(x_offsets, group, group >= 0, N)
-    for first in range(start, stop, BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        total += tl.load(x_values + rows, mask=rows < stop, other=0.0)
-        slope += tl.load(x_envs + rows, mask=rows < stop, other=0.0)
-    start, stop = _bounds(y_offsets, group, group >= 0, M)
-    for first in range(start, stop, BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        total += tl.load(y_values + rows, mask=rows < stop, other=0.0)
-        slope += tl.load(y_envs + rows, mask=rows < stop, other=0.0)
+    # value (G,), env (G,): sums of the tiles' parts, in order
+    group = tl.program_id(0)
+    index, tiles = _counts(x_offsets, y_offsets, groups, N, M, BLOCK_G, BLOCK_T)
+    start = tl.sum(tl.where(index < group, tiles, 0), axis=0) * splits
+    stop = tl.minimum(start + tl.sum(tl.where(index == group, tiles, 0), axis=0) * splits, parts)
+    total = tl.zeros((BLOCK_N,), dtype=ACC)
+    slope = tl.zeros((BLOCK_N,), dtype=ACC)
+    for first in range(start, stop, BLOCK_N):
+        part = first + tl.arange(0, BLOCK_N)
+        total += tl.load(values + part, mask=part < stop, other=0.0)
+        slope += tl.load(envs + part, mask=part < stop, other=0.0)
     tl.store(value + group, tl.sum(total, axis=0))
     tl.store(env + group, tl.sum(slope, axis=0))
 
 
 @triton.jit
-def _gradient_kernel(
-    a, b, a_offsets, b_offsets, centre, beta, on_value, on_env, space, grad, groups, N, M, d, scales, beta_g,
-    a_t, a_k, b_t, b_k,
-    UNBIASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr, USE_DOT: tl.constexpr,
+def _held(row, held):
+    # within the rows that are held whatever the offsets say
+    return tl.minimum(tl.maximum(row, 0), held - 1)
+
+
+@triton.jit
+def _weights(
+    norm, gram, row_at, row, base, other, n, m, beta, scales, bend, slope, UNBIASED: tl.constexpr, ACC: tl.constexpr
+):
+    # of pairs in a gradient
+    count = n + m
+    D = _distances(norm, gram, row_at, row, base, other, count)
+    W = tl.zeros_like(D)
+    for q in range(scales):
+        coefficient = tl.load(beta + q)
+        W += coefficient * tl.exp(-coefficient * D) * (bend * coefficient * D - slope)
+    pair = (row < count)[:, None] & (other < count)[None, :] & (row[:, None] != other[None, :])
+    return tl.where(pair, 4.0 * _shares(row, other, n, m, UNBIASED, ACC) * W, 0.0)
+
+
+@triton.jit
+def _weights_kernel(
+    z, norm, x_offsets, y_offsets, beta, on_value, on_env, weights, totals, groups, N, M, width, splits, scales, beta_g,
+    ahead, held, stride, UNBIASED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Gradient of rows of a: sum_j W(D_ij) (a_i - b_j) over both samples. Weighted sums of the others' features are
-    # collected in space (N, d), which only this program touches for its rows.
-    group, first, last = _tile(a_offsets, groups, N, tl.program_id(0), BLOCK_B, BLOCK_T)
+    # weights (held, stride), column by the place in the group, rows from those of tile `ahead` on; their sums by parts of
+    # the columns, totals (parts, held). A whole symmetric matrix is computed by half.
+    _, origin, x_start, y_start, _, _ = _tile(x_offsets, y_offsets, groups, N, M, ahead, BLOCK_G, BLOCK_T)
+    origin += x_start + y_start
+    pid = ahead + tl.program_id(0)
+    group, first, x_start, y_start, n, m = _tile(x_offsets, y_offsets, groups, N, M, pid, BLOCK_G, BLOCK_T)
     if group >= groups:
         return
-    rows = first + tl.arange(0, BLOCK_T)
-    live = rows < last
-    mine = space + rows[:, None] * d
-    a_start, a_stop = _bounds(a_offsets, group, group >= 0, N)
-    count_a = a_stop - a_start
-    b_start, b_stop = _bounds(b_offsets, group, group >= 0, M)
-    some = b_stop > b_start
-    slope = tl.load(on_value + group) + 2.0 * tl.load(on_env + group)
+    count = n + m
+    base = x_start + y_start
+    beta += group * beta_g
+    row = first + tl.arange(0, BLOCK_T)
+    row_at = base + tl.minimum(row, count - 1)
+    at = _held(base - origin + row, held)
     bend = 2.0 * tl.load(on_env + group)
+    slope = tl.load(on_value + group) + bend
+    PART: tl.constexpr = BLOCK_T // HALVES
+    # of int64, as the first row is
+    begin = first if SYMMETRIC else first - first
+    for start in range(begin + tl.program_id(1) * BLOCK_T, count, splits * BLOCK_T):
+        other_at = base + tl.minimum(start + tl.arange(0, BLOCK_T), count - 1)
+        gram = _gram(z, row_at, other_at, width, BLOCK_T, BLOCK_D, ACC, OPERAND, PRECISION)
+        parts = _halves(gram, BLOCK_T) if HALVES == 2 else (gram,)
+        for half in tl.static_range(HALVES):
+            other = start + half * PART + tl.arange(0, PART)
+            W = _weights(
+                norm, parts[half], row_at, row, base, other, n, m, beta, scales, bend, slope, UNBIASED, ACC
+            ).to(weights.dtype.element_ty)
+            tl.store(weights + at[:, None] * stride + other[None, :], W, mask=(row < count)[:, None])
+            # of the rounded weights, as the gradient's product is
+            place = totals + (start // PART + half) * held
+            tl.store(place + at, tl.sum(W.to(ACC), axis=1), mask=row < count)
+            if SYMMETRIC and start > first:
+                mirrored = _held(base - origin + other, held)
+                tl.store(weights + mirrored[None, :] * stride + row[:, None], W, mask=(other < count)[None, :])
+                place = totals + first // PART * held
+                tl.store(place + mirrored, tl.sum(W.to(ACC), axis=0), mask=other < count)
+                if HALVES == 2:
+                    tl.store(place + held + mirrored, tl.zeros((PART,), dtype=ACC), mask=other < count)
+
+
+@triton.jit
+def _gradient_kernel(
+    z, weights, totals, x_offsets, y_offsets, grad_x, grad_y, groups, N, M, d, width, ahead, held, stride,
+    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A block of a tile's rows and COLUMNS: sum_j W_ij (z_i - z_j) over all rows of the group.
+    _, origin, x_start, y_start, _, _ = _tile(x_offsets, y_offsets, groups, N, M, ahead, BLOCK_G, BLOCK_T)
+    origin += x_start + y_start
+    pid = ahead + tl.program_id(0)
+    group, first, x_start, y_start, n, m = _tile(x_offsets, y_offsets, groups, N, M, pid, BLOCK_G, BLOCK_T)
+    if group >= groups:
+        return
+    count = n + m
+    base = x_start + y_start
+    row = first + tl.arange(0, BLOCK_T)
+    # rows behind a group are its last
+    at = _held(base - origin + tl.minimum(row, count - 1), held)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
     total = tl.zeros((BLOCK_T,), dtype=ACC)
-    own_centre = centre + group * d
-    for side in tl.static_range(2):
-        start = b_start if side else last - count_a
-        stop = b_stop if side else tl.where(some, last, start)
-        cross = -4.0 / tl.maximum(count_a.to(ACC) * (b_stop - b_start).to(ACC), 1.0)
-        weight = cross if side else 4.0 * _within(count_a, UNBIASED, ACC)
-        for at in range(start, stop, BLOCK_T):
-            others = at + tl.arange(0, BLOCK_T)
-            there = others < stop
-            if side:
-                D = _distances(
-                    a, a_t, a_k, rows, live, b, b_t, b_k, others, there, own_centre, d, BLOCK_T, BLOCK_D, ACC, USE_DOT
-                )
-            else:
-                D = _distances(
-                    a, a_t, a_k, rows, live, a, a_t, a_k, others, there, own_centre, d, BLOCK_T, BLOCK_D, ACC, USE_DOT
-                )
-            s1 = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
-            s2 = tl.zeros((BLOCK_T, BLOCK_T), dtype=ACC)
-            for q in range(scales):
-                own = tl.load(beta + group * beta_g + q)
-                term = own * tl.exp(-own * D)
-                s1 += term
-                s2 += own * term
-            W = weight * (bend * D * s2 - slope * s1)
-            pair = live[:, None] & there[None, :]
-            if side:
-                counted = pair
-            else:
-                counted = pair & (rows[:, None] != others[None, :])
-            W = tl.where(counted, W, 0.0)
-            total += tl.sum(W, axis=1)
-            for k in range(0, d, BLOCK_D):
-                column = k + tl.arange(0, BLOCK_D)
-                inside = column < d
-                mask = there[:, None] & inside[None, :]
-                mean = tl.load(own_centre + column, mask=inside, other=0.0)
-                if side:
-                    right = tl.load(b + others[:, None] * b_t + column[None, :] * b_k, mask=mask, other=0.0).to(ACC)
-                else:
-                    right = tl.load(a + others[:, None] * a_t + column[None, :] * a_k, mask=mask, other=0.0).to(ACC)
-                right = tl.where(mask, right - mean[None, :], 0.0)
-                place = mine + column[None, :]
-                written = live[:, None] & inside[None, :]
-                sums = tl.load(place, mask=written, other=0.0)
-                tl.store(place, _product(W, right, sums, USE_DOT), mask=written)
-    for k in range(0, d, BLOCK_D):
-        column = k + tl.arange(0, BLOCK_D)
-        inside = column < d
-        written = live[:, None] & inside[None, :]
-        mean = tl.load(own_centre + column, mask=inside, other=0.0)
-        left = tl.load(a + rows[:, None] * a_t + column[None, :] * a_k, mask=written, other=0.0).to(ACC)
-        sums = tl.load(mine + column[None, :], mask=written, other=0.0)
-        value = total[:, None] * (left - mean[None, :]) - sums
-        tl.store(
-            grad + rows[:, None] * d + column[None, :],
-            tl.where(some, value, 0.0).to(grad.dtype.element_ty),
-            mask=written,
-        )
-
-
-def _constants(double: bool, groups: int, unbiased: bool) -> dict[str, Any]:
-    return {
-        "UNBIASED": unbiased,
-        "BLOCK_B": triton.next_power_of_2(max(groups, 1)),
-        "BLOCK_T": 16 if double else BLOCK_T,
-        "BLOCK_D": 16 if double else BLOCK_D,
-        "ACC": tl.float64 if double else tl.float32,
-        "USE_DOT": not double,
-    }
-
-
-def _prepare(
-    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
-) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Return centre (G, d), beta, the stride of beta by group and the kernels' constants."""
-    groups, d = x_offsets.shape[0] - 1, x.shape[1]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    beta = (0.5 / bandwidths.to(wide).square()).contiguous()
-    settings = _constants(wide == torch.float64, groups, unbiased)
-    centre = x.new_empty((groups, d), dtype=wide)
-    shared = {name: settings[name] for name in ("BLOCK_T", "BLOCK_D", "ACC")}
-    if centre.numel():
-        grid = (groups, triton.cdiv(d, settings["BLOCK_D"]))
-        _centre_kernel[grid](
-            x, y, x_offsets, y_offsets, centre, x.shape[0], y.shape[0], d, *x.stride(), *y.stride(), **shared
-        )  # fmt: skip
-    return centre, beta, 0 if beta.dim() == 1 else beta.shape[1], settings
-
-
-def _checked(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return offsets without gaps, looked at where that waits for nobody."""
-    if x.device.type == "cpu":
-        mmd2_offsets(x, y, x_offsets, y_offsets)
-    return x_offsets.contiguous(), y_offsets.contiguous()
+    for start in range(0, HALVES * tl.cdiv(count, BLOCK_T), 16):
+        tile = start + tl.arange(0, 16)
+        there = (tile < HALVES * tl.cdiv(count, BLOCK_T))[:, None]
+        place = totals + tile.to(tl.int64)[:, None] * held + at[None, :]
+        total += tl.sum(tl.load(place, mask=there, other=0.0), axis=0)
+    acc = tl.zeros((BLOCK_T, COLUMNS), dtype=ACC)
+    other = tl.arange(0, BLOCK_K)
+    left = weights + at[:, None] * stride + other[None, :]
+    for start in range(0, count, BLOCK_K):
+        # weights of rows behind a group are 0
+        other_at = base + tl.minimum(start + other, count - 1)
+        right = tl.load(z + other_at[:, None] * width + column[None, :], mask=inside[None, :], other=0.0)
+        W = tl.load(left)
+        acc = _product(W, right, acc, OPERAND, PRECISION)
+        left += BLOCK_K
+    value = tl.load(
+        z + (base + tl.minimum(row, count - 1))[:, None] * width + column[None, :], mask=inside[None, :], other=0.0
+    )
+    grad = tl.where((n > 0) & (m > 0), total[:, None] * value.to(ACC) - acc, 0.0).to(grad_x.dtype.element_ty)
+    used = (column < d)[None, :]
+    tl.store(grad_x + (x_start + row)[:, None] * d + column[None, :], grad, mask=(row < n)[:, None] & used)
+    of_y = (row >= n) & (row < count)
+    tl.store(grad_y + (y_start + row - n)[:, None] * d + column[None, :], grad, mask=of_y[:, None] & used)
 
 
 def mmd2(
@@ -280,25 +273,16 @@ def mmd2(
 ) -> tuple[Tensor, Tensor]:
     """Return value (G,) and env_grad (G,); arguments as the op's, on a GPU offsets are only kept within the rows."""
     check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
-    x_offsets, y_offsets = _checked(x, y, x_offsets, y_offsets)
-    centre, beta, beta_g, settings = _prepare(x, y, x_offsets, y_offsets, bandwidths, unbiased)
-    groups, scales = centre.shape[0], beta.shape[-1]
-    value, env = (x.new_empty(groups, dtype=centre.dtype) for _ in range(2))
-    parts = []
-    sides = ((x, y, x_offsets, y_offsets, True), (y, x, y_offsets, x_offsets, False))
-    for a, b, a_offsets, b_offsets, cross in sides:
-        values, envs = (x.new_empty(a.shape[0], dtype=centre.dtype) for _ in range(2))
-        if a.shape[0]:
-            _sums_kernel[(_tiles(a.shape[0], groups, settings["BLOCK_T"]),)](
-                a, b, a_offsets, b_offsets, centre, beta, values, envs, groups, a.shape[0],
-                b.shape[0], x.shape[1], scales, beta_g,
-                *a.stride(), *b.stride(), CROSS=cross, **settings,
-            )  # fmt: skip
-        parts += [values, envs]
-    if groups:
-        _group_kernel[(groups,)](
-            *parts, x_offsets, y_offsets, value, env, x.shape[0], y.shape[0],
-            BLOCK_T=settings["BLOCK_T"], ACC=settings["ACC"],
+    prepared = Prepared(x, y, x_offsets, y_offsets, bandwidths)
+    value, env = (x.new_empty(prepared.groups, dtype=prepared.dtype) for _ in range(2))
+    grid = (prepared.tiles, prepared.splits)
+    values, envs = (x.new_empty(grid, dtype=prepared.dtype) for _ in range(2))
+    if prepared.rows and prepared.groups:
+        _sums_kernel[grid](*prepared.pairs, values, envs, *prepared.numbers, UNBIASED=unbiased, **prepared.settings)
+    if prepared.groups:
+        _group_kernel[(prepared.groups,)](
+            values, envs, *prepared.offsets, value, env, *prepared.sizes, prepared.splits, values.numel(),
+            BLOCK_N=PARTS, **prepared.constants("BLOCK_G", "BLOCK_T", "ACC"),
         )  # fmt: skip
     return value, env
 
@@ -310,35 +294,33 @@ def mmd2_backward(
     """Return the gradients by x and y of ``<grad_value, value> + <grad_env, env_grad>``."""
     check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
     check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
-    x_offsets, y_offsets = _checked(x, y, x_offsets, y_offsets)
-    centre, beta, beta_g, settings = _prepare(x, y, x_offsets, y_offsets, bandwidths, unbiased)
-    on = [t.to(centre.dtype).contiguous() for t in (grad_value, grad_env)]
-    grads = []
-    for a, b, a_offsets, b_offsets in ((x, y, x_offsets, y_offsets), (y, x, y_offsets, x_offsets)):
-        grad = a.new_empty(a.shape)
-        space = a.new_zeros(a.shape, dtype=centre.dtype).contiguous()
-        if grad.numel():
-            _gradient_kernel[(_tiles(a.shape[0], centre.shape[0], settings["BLOCK_T"]),)](
-                a, b, a_offsets, b_offsets, centre, beta, *on, space, grad, centre.shape[0],
-                a.shape[0], b.shape[0], x.shape[1], beta.shape[-1], beta_g, *a.stride(), *b.stride(), **settings,
-            )  # fmt: skip
-        grads.append(grad)
-    return grads[0], grads[1]
-
-
-def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Return (kernel, signature, constants) for compiling every kernel without a GPU; dtype is Triton's name for it."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    full = _constants(dtype == "fp64", 32, True)
-    features = ("x", "y", "a", "b", "grad")
-    pointers = {**dict.fromkeys(features, f"*{dtype}")}
-    pointers |= dict.fromkeys(("x_offsets", "y_offsets", "a_offsets", "b_offsets"), "*i64")
-    sums = ("centre", "beta", "values", "envs", "value", "env", "on_value", "on_env", "space")
-    of_a_side = ("x_values", "x_envs", "y_values", "y_envs")
-    pointers |= dict.fromkeys((*sums, *of_a_side), f"*{wide}")
-    found = []
-    for kernel in (_centre_kernel, _sums_kernel, _group_kernel, _gradient_kernel):
-        constants = {name: value for name, value in {**full, "CROSS": True}.items() if name in kernel.arg_names}
-        signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-        found.append((kernel, signature, constants))
-    return found
+    prepared = Prepared(x, y, x_offsets, y_offsets, bandwidths)
+    grads = x.new_empty(x.shape), y.new_empty(y.shape)
+    settings, block, rows = prepared.settings, prepared.settings["BLOCK_T"], prepared.rows
+    if not (rows and prepared.groups and prepared.d):
+        return grads
+    on = [t.to(prepared.dtype).contiguous() for t in (grad_value, grad_env)]
+    # whole tiles
+    stride = triton.cdiv(rows, block) * block
+    whole = rows * stride <= WEIGHTS
+    band = prepared.tiles if whole else max(1, WEIGHTS // (stride * block))
+    halved = x.dtype == torch.bfloat16
+    held = min(rows, band * block)
+    weights = x.new_empty((held, stride), dtype=x.dtype if halved else prepared.dtype)
+    totals = x.new_empty((settings["HALVES"] * stride // block, held), dtype=prepared.dtype)
+    columns = min(COLUMNS if halved else COLUMNS // 2, triton.next_power_of_2(prepared.width))
+    constants = prepared.constants("BLOCK_G", "BLOCK_T", "HALVES", "ACC", "PRECISION", "num_warps")
+    constants |= {"BLOCK_K": min(block, 64 if halved else 32), "COLUMNS": columns}
+    # float16 holds no weight of a pair among thousands
+    constants["OPERAND"] = settings["OPERAND"] if halved or prepared.dtype == torch.float64 else tl.float32
+    for ahead in range(0, prepared.tiles, band):
+        tiles = min(band, prepared.tiles - ahead)
+        _weights_kernel[(tiles, prepared.splits)](
+            *prepared.pairs, *on, weights, totals, *prepared.numbers, ahead, held, stride,
+            UNBIASED=unbiased, SYMMETRIC=whole, **settings,
+        )  # fmt: skip
+        _gradient_kernel[(tiles, triton.cdiv(prepared.width, columns))](
+            prepared.z, weights, totals, *prepared.offsets, *grads, *prepared.sizes, prepared.d, prepared.width, ahead,
+            held, stride, **constants,
+        )  # fmt: skip
+    return grads

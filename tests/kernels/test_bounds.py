@@ -64,7 +64,8 @@ def test_key_value(offsets, monkeypatch):
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_mmd2(offsets, monkeypatch):
-    module = _module("mmd2", monkeypatch, "mmd2_offsets")
+    _module("_mmd2_rows", monkeypatch, "mmd2_offsets")
+    module = _module("mmd2", monkeypatch)
     x, y, _, y_offsets, bandwidths = mmd2_inputs((2, 1), (2, 2), 5, torch.float32)
     x, y, starts = _among_nan(x), _among_nan(y), torch.tensor(offsets)
     for one in ((x, y, starts, y_offsets), (y, x, y_offsets, starts)):

@@ -1,5 +1,7 @@
 """The op mmd2: its definition against double backward, every implementation against its definition."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -321,3 +323,59 @@ def test_errors():
         ValueError, match=r"mmd2: x_offsets rise from 0 to the rows of x \(got x_offsets=\[0, 2, 2\], rows=3\)"
     ):
         ops.mmd2(x, y, torch.tensor([0, 2, 2]), y_offsets, sigma)
+
+
+def _interpreted_rows(monkeypatch, available):
+    """Return the module of the Triton launcher and that of its rows, interpreted."""
+    available(next(p for p in providers("mmd2") if p.id == "triton:interpreted"))
+    kernels = importlib.import_module("fastedit.kernels.mmd2")
+    return kernels, importlib.import_module("fastedit.kernels._mmd2_rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", [2**26, 1], ids=["whole", "bands"])
+@pytest.mark.parametrize("groups", [((150,), (110,)), ((70, 3), (60, 90))], ids=str)
+def test_tiles_of_pairs(dtype, weights, groups, monkeypatch, available):
+    """Whole tiles, several a row, in halves; tiles of a row by several programs; weights at once and band by band."""
+    kernels, rows = _interpreted_rows(monkeypatch, available)
+    monkeypatch.setattr(kernels, "WEIGHTS", weights)
+    monkeypatch.setattr(rows, "processors", lambda device: 2)
+    inputs = mmd2_inputs(*groups, 20, dtype)
+    tile = rows.Prepared(*inputs).settings
+    assert tile["HALVES"] == 2
+    assert tile["BLOCK_T"] == (64 if dtype == torch.float32 else 128)
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    length = 20 + max(*groups[0], *groups[1])
+    for unbiased in (False, True):
+        value, env = kernels.mmd2(*inputs, unbiased)
+        goal_value, goal_env = reference.mmd2(*wide, unbiased)
+        assert_close(value, goal_value, length=length, scale=5.0, name="value")
+        assert_close(env, goal_env, length=length, scale=5.0, name="env_grad")
+    on = torch.linspace(1, 2, len(groups[0])), torch.linspace(-1, 0.5, len(groups[0]))
+    grads = kernels.mmd2_backward(*on, *inputs, False)
+    goals = reference.mmd2_backward(*(one.double() for one in on), *wide, False)
+    for grad, goal in zip(grads, goals, strict=True):
+        assert_close(grad, goal, length=length, name="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_centre_of_16_bits_costs_no_digits(dtype, monkeypatch, available):
+    """Features of a large mean lose it, those of any sign or with an outlier do not; what is left is exact."""
+    kernels, rows = _interpreted_rows(monkeypatch, available)
+    x, y, x_offsets, y_offsets, sigma = mmd2_inputs((9,), (7,), 64, torch.float32)
+    shift = torch.cat([torch.full((30,), 50.0), torch.full((30,), -300.0), torch.zeros(4)])
+    x, y = (x + shift).to(dtype), (y + shift).to(dtype)
+    # one row far from the mean of its feature
+    x[3, 5] = 1.0
+    prepared = rows.Prepared(x, y, x_offsets, y_offsets, sigma)
+    both = torch.cat([x, y]).double()
+    centre = both - prepared.z[:, :64].double()
+    assert (centre == centre[:1]).all()
+    moved = torch.ones(64, dtype=torch.bool)
+    moved[[5, 60, 61, 62, 63]] = False
+    assert torch.equal(centre[0] != 0.0, moved)
+    assert (centre[0] - shift)[moved].abs().max() < 3.0
+    value, env = kernels.mmd2(x, y, x_offsets, y_offsets, sigma, False)
+    goal, goal_env = reference.mmd2(x.double(), y.double(), x_offsets, y_offsets, sigma.double(), False)
+    assert (value - goal).abs().max() < 2e-6
+    assert (env - goal_env).abs().max() < 2e-6
