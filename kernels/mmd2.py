@@ -181,8 +181,8 @@ def _weights_kernel(
     ahead, held, stride, UNBIASED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # weights (held, stride), column by the place in the group, rows from those of tile `ahead` on; their sums by parts of
-    # the columns, totals (parts, held). A whole symmetric matrix is computed by half.
+    # weights (held, stride), a column for every place in the group, rows from those of tile `ahead` on; their sums by
+    # parts of the columns, totals (parts, held). A whole symmetric matrix is computed by half.
     _, origin, x_start, y_start, _, _ = _tile(x_offsets, y_offsets, groups, N, M, ahead, BLOCK_G, BLOCK_T)
     origin += x_start + y_start
     pid = ahead + tl.program_id(0)

@@ -332,14 +332,14 @@ def _interpreted_rows(monkeypatch, available):
     return kernels, importlib.import_module("fastedit.kernels._mmd2_rows")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weights", [2**26, 1], ids=["whole", "bands"])
-@pytest.mark.parametrize("groups", [((150,), (110,)), ((70, 3), (60, 90))], ids=str)
-def test_tiles_of_pairs(dtype, weights, groups, monkeypatch, available):
+def test_tiles_of_pairs(dtype, weights, monkeypatch, available):
     """Whole tiles, several a row, in halves; tiles of a row by several programs; weights at once and band by band."""
     kernels, rows = _interpreted_rows(monkeypatch, available)
     monkeypatch.setattr(kernels, "WEIGHTS", weights)
     monkeypatch.setattr(rows, "processors", lambda device: 2)
+    groups = (70, 3), (60, 90)
     inputs = mmd2_inputs(*groups, 20, dtype)
     tile = rows.Prepared(*inputs).settings
     assert tile["HALVES"] == 2
