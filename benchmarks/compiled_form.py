@@ -145,7 +145,7 @@ def _compiling(target: int) -> Iterator[list[tuple[Any, Any]]]:
 
 
 def compile_op(stem: str, targets: Sequence[int] = (80, 90)) -> Iterator[Compiled]:
-    """Compile every kernel that an op's calls launch, each form once."""
+    """Compile every kernel that an op's calls launch, each form once for its dtypes."""
     from triton import knobs
 
     if knobs.runtime.interpret:
@@ -158,8 +158,9 @@ def compile_op(stem: str, targets: Sequence[int] = (80, 90)) -> Iterator[Compile
             with _compiling(target) as done:
                 call.run()
             for function, kernel in done:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
+                # kernels that see no features are the same for all dtypes
+                if (kernel.hash, call.dtypes) not in seen:
+                    seen.add((kernel.hash, call.dtypes))
                     yield _read(stem, call, target, function, kernel)
 
 

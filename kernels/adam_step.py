@@ -4,7 +4,6 @@ A row whose norm is not finite gets no update, and no step is counted.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -69,10 +68,11 @@ def _norm(sums, row, parts, PARTS: tl.constexpr):
     return tl.sqrt(tl.sum(tl.load(sums + row * parts + part, mask=part < parts, other=0.0), axis=0))
 
 
+# Triton's launcher has a variable `params` of its own: no argument may have that name.
 @triton.jit
 def _update_kernel(
-    params, grads, first, second, step, active, table, sums, norm, P, parts, size,
-    params_b, grads_b, first_b, second_b, step_b, active_b,
+    values, grads, first, second, step, active, table, sums, norm, P, parts, size,
+    values_b, grads_b, first_b, second_b, step_b, active_b,
     PARTS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
@@ -104,7 +104,7 @@ def _update_kernel(
     place = tl.arange(0, TILE)
     for start in range(begin, end, TILE):
         inside = place < end - start
-        p_at = params + row * params_b + start + place
+        p_at = values + row * values_b + start + place
         m_at = first + row * first_b + start + place
         v_at = second + row * second_b + start + place
         g = tl.load(grads + row * grads_b + start + place, mask=inside, other=0.0).to(ACC)
@@ -116,9 +116,10 @@ def _update_kernel(
         v = v * beta2 + beta2_rest * g * g
         p = p * decay - rate * m / (tl.sqrt(v) * inverse + eps)
         p = tl.where(p > radius, radius, tl.where(p < -radius, -radius, p))
-        tl.store(p_at, p.to(params.dtype.element_ty), mask=inside)
+        tl.store(p_at, p.to(values.dtype.element_ty), mask=inside)
         tl.store(m_at, m, mask=inside)
         tl.store(v_at, v, mask=inside)
+
 
 def _parts(P: int) -> tuple[int, int]:
     """Return the parts of a row and their size; they depend on P alone, so a row's norm is the same in any batch."""
@@ -167,19 +168,3 @@ def adam_step_(
         PARTS=triton.next_power_of_2(parts), **shared,
     )  # fmt: skip
     return norm
-
-
-def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Return (kernel, signature, constants) for compiling every kernel without a GPU; dtype is Triton's name for it."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    types = dict.fromkeys(("first", "second", "table", "sums", "norm"), f"*{wide}")
-    types |= dict.fromkeys(("params", "grads"), f"*{dtype}") | {"step": "*i64", "lr": "*fp64", "active": "*i1"}
-    doubles = ("beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "clip", "radius")
-    types |= dict.fromkeys(doubles, "fp64")
-    shared = {"TILE": TILE, "ACC": tl.float64 if dtype == "fp64" else tl.float32}
-    found = []
-    for kernel, constants in ((_prepare_kernel, shared), (_update_kernel, {"PARTS": MOST, **shared})):
-        names = kernel.arg_names
-        signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
-        found.append((kernel, signature, constants))
-    return found
