@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastedit.kernels._device import processors
 from fastedit.reference._checks import check_labels, check_segments
 from fastedit.reference.arguments import check_risk, check_risk_upstream
 
@@ -21,7 +22,8 @@ ROWS = 16  # logits of a lane in a tile; of float64 a quarter, they fill the reg
 PROBE = 1024  # first logits, which say how far z is from r
 PROGRAMS = 16  # programs a multiprocessor at least, before a vocabulary is not cut further
 BLOCK_V = 4096  # logits of a program of the gradient
-BLOCK_T = 2048  # tokens that the program of a segment looks at at a time
+BLOCK_T = 256  # tokens that the program of a segment looks at at a time
+COUNTED = 1024  # tokens of a program that counts those of segments
 _KINDS = {"ce": 0, "forward_kl": 1, "reverse_kl": 2}
 
 # Columns of the sums of a part: M | sum e, e a | e u (reverse_kl) or e (1 + w) u (forward_kl), e w,
@@ -179,17 +181,22 @@ def _far(z, r, V, z_v, r_v, top, BLOCK_V: tl.constexpr, ACC: tl.constexpr, FLOOR
 
 @triton.jit
 def _token_kernel(
-    sums, z, r, labels, segments, value, env, stats, V, parts, z_t, z_v, r_t, r_v,
+    sums, z, r, labels, segments, value, env, stats, ranges, T, S, V, parts, z_t, z_v, r_t, r_v,
     KIND: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    # value (T,), env (T,) and stats (T, 5) from the parts' sums; the few numbers of a token in float64
+    # value (T,), env (T,) and stats (T, 5) from the parts' sums; the few numbers of a token in float64. The range of a
+    # segment, ranges (S, 2), holds T less its first token and one more than its last: largest numbers, so in no order.
     token = tl.program_id(0).to(tl.int64)
-    if tl.load(segments + token) < 0:
+    segment = tl.load(segments + token)
+    if segment < 0:
         tl.store(value + token, 0.0)
         tl.store(env + token, 0.0)
         for column in tl.static_range(5):
             tl.store(stats + token * 5 + column, 0.0)
         return
+    if segment < S:
+        tl.atomic_max(ranges + 2 * segment, T - tl.program_id(0), sem="relaxed")
+        tl.atomic_max(ranges + 2 * segment + 1, tl.program_id(0) + 1, sem="relaxed")
     z += token * z_t
     r += token * r_t
     part = tl.arange(0, PARTS)
@@ -257,27 +264,31 @@ def _token_kernel(
 
 @triton.jit
 def _mean_kernel(
-    per_value, per_env, segments, value, env, count, T,
-    MEANS: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    per_value, per_env, segments, ranges, value, env, T, BLOCK_T: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    # a segment's tokens in their order: count (S,), at least 1, or, where MEANS, value (S,) and env (S,)
+    # value (S,), env (S,): means of a segment's tokens, in their order
     own = tl.program_id(0)
     tokens = tl.zeros((BLOCK_T,), dtype=tl.int32)
     on_value = tl.zeros((BLOCK_T,), dtype=ACC)
     on_env = tl.zeros((BLOCK_T,), dtype=ACC)
-    for start in range(0, T, BLOCK_T):
+    stop = tl.load(ranges + 2 * own + 1)
+    for start in range(T - tl.load(ranges + 2 * own), stop, BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        hit = tl.load(segments + token, mask=token < T, other=-1) == own
+        hit = tl.load(segments + token, mask=token < stop, other=-1) == own
         tokens += hit.to(tl.int32)
-        if MEANS:
-            on_value += tl.load(per_value + token, mask=hit, other=0.0)
-            on_env += tl.load(per_env + token, mask=hit, other=0.0)
+        on_value += tl.load(per_value + token, mask=hit, other=0.0)
+        on_env += tl.load(per_env + token, mask=hit, other=0.0)
     shared = tl.maximum(tl.sum(tokens, axis=0), 1).to(ACC)
-    if MEANS:
-        tl.store(value + own, tl.sum(on_value, axis=0) / shared)
-        tl.store(env + own, tl.sum(on_env, axis=0) / shared)
-    else:
-        tl.store(count + own, shared)
+    tl.store(value + own, tl.sum(on_value, axis=0) / shared)
+    tl.store(env + own, tl.sum(on_env, axis=0) / shared)
+
+
+@triton.jit
+def _count_kernel(segments, count, T, S, COUNTED: tl.constexpr):
+    # count (S,): tokens of every segment
+    token = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    segment = tl.load(segments + token, mask=token < T, other=-1)
+    tl.atomic_add(count + segment, 1, mask=(segment >= 0) & (segment < S), sem="relaxed")
 
 
 @triton.jit
@@ -295,7 +306,7 @@ def _gradient_kernel(
         return
     at = place.to(tl.int64)
     zs = _load(z + token * z_t + at * z_v, inside, ACC, FLOOR)
-    shared = tl.load(count + segment)
+    shared = tl.maximum(tl.load(count + segment), 1).to(ACC)
     value = tl.load(on_value + segment * value_s) / shared
     env = tl.load(on_env + segment * env_s) / shared
     own = stats + token * 5
@@ -320,10 +331,6 @@ def _gradient_kernel(
 def _constants(dtype: torch.dtype, kind: str) -> dict[str, Any]:
     wide = dtype == torch.float64
     return {"KIND": _KINDS[kind], "ACC": tl.float64 if wide else tl.float32, "FLOOR": -1e100 if wide else -1e15}
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tile(dtype: torch.dtype) -> dict[str, int]:
@@ -355,9 +362,10 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
     per_value, per_env = (logits.new_empty(tokens, dtype=wide) for _ in range(2))
     stats = logits.new_empty((tokens, 5), dtype=wide)
     constants = _constants(logits.dtype, kind)
+    ranges = logits.new_zeros((n_segments, 2), dtype=torch.int32)
     if tokens:
         tile = _tile(logits.dtype)
-        parts, part = _parts(tokens, vocabulary, _processors(logits.device), tile["ROWS"] * LANES)
+        parts, part = _parts(tokens, vocabulary, processors(logits.device), tile["ROWS"] * LANES)
         sums = logits.new_empty((tokens, parts, SUMS), dtype=wide)
         r, labels = (logits, target) if kind == "ce" else (target, segments)
         strides = (*logits.stride(), *r.stride())
@@ -366,12 +374,13 @@ def risk(logits: Tensor, target: Tensor, segments: Tensor, n_segments: int, kind
             **tile, PROBE=PROBE, **constants, num_warps=WARPS,
         )  # fmt: skip
         _token_kernel[(tokens,)](
-            sums, logits, r, labels, segments, per_value, per_env, stats, vocabulary, parts, *strides,
+            sums, logits, r, labels, segments, per_value, per_env, stats, ranges, tokens, n_segments,
+            vocabulary, parts, *strides,
             PARTS=triton.next_power_of_2(parts), BLOCK_V=PROBE, **constants,
         )  # fmt: skip
     if n_segments:
         _mean_kernel[(n_segments,)](
-            per_value, per_env, segments, value, env, value, tokens, MEANS=True, BLOCK_T=BLOCK_T, ACC=constants["ACC"]
+            per_value, per_env, segments, ranges, value, env, tokens, BLOCK_T=BLOCK_T, ACC=constants["ACC"]
         )
     return value, env, stats
 
@@ -389,11 +398,8 @@ def risk_backward(
         return grad
     segments, target = segments.contiguous(), target.contiguous() if kind == "ce" else target
     constants = _constants(logits.dtype, kind)
-    count = stats.new_empty(n_segments)
-    if n_segments:
-        _mean_kernel[(n_segments,)](
-            stats, stats, segments, stats, stats, count, tokens, MEANS=False, BLOCK_T=BLOCK_T, ACC=constants["ACC"]
-        )
+    count = segments.new_zeros(n_segments, dtype=torch.int32)
+    _count_kernel[(triton.cdiv(tokens, COUNTED),)](segments, count, tokens, n_segments, COUNTED=COUNTED)
     r, labels = (logits, target) if kind == "ce" else (target, segments)
     blocks = triton.cdiv(vocabulary, BLOCK_V)
     _gradient_kernel[(tokens * blocks,)](
@@ -402,25 +408,3 @@ def risk_backward(
         BLOCK_V=BLOCK_V, **constants, num_warps=WARPS,
     )  # fmt: skip
     return grad
-
-
-def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Return (kernel, signature, constants) for compiling every kernel without a GPU; dtype is Triton's name for it."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}[dtype]
-    numbers = ("sums", "value", "env", "stats", "per_value", "per_env", "count", "on_value", "on_env")
-    pointers = dict.fromkeys(numbers, f"*{wide}") | dict.fromkeys(("z", "r", "out"), f"*{dtype}")
-    pointers |= {"labels": "*i64", "segments": "*i64"}
-    found = []
-    for kind in _KINDS:
-        # logits of a token lie side by side
-        constants = {"z_v": 1, "r_v": 1, **_constants(torch_dtype, kind)}
-        for kernel, own in (
-            (_sums_kernel, constants | {**_tile(torch_dtype), "PROBE": PROBE}),
-            (_token_kernel, constants | {"PARTS": 16, "BLOCK_V": PROBE}),
-            (_mean_kernel, {"MEANS": kind == "ce", "BLOCK_T": BLOCK_T, "ACC": constants["ACC"]}),
-            (_gradient_kernel, constants | {"BLOCK_V": BLOCK_V}),
-        ):
-            signature = {name: pointers.get(name, "constexpr" if name in own else "i32") for name in kernel.arg_names}
-            found.append((kernel, signature, own))
-    return found

@@ -251,7 +251,7 @@ def test_parts_of_the_vocabulary(provider, kind, available, monkeypatch):
     goal = reference.risk_backward(*wide)
     found = []
     for processors in (0, 1000):
-        monkeypatch.setattr(module, "_processors", lambda device, count=processors: count)
+        monkeypatch.setattr(module, "processors", lambda device, count=processors: count)
         value, env, stats = provider.function()(logits, target, own, 3, kind)
         assert_close(value, goals[0], length=20_001, name="value")
         assert_close(env, goals[1], length=20_001, scale=12.0**2, name="env_grad")
