@@ -131,7 +131,9 @@ def _shift_kernel(
 def pair_tiles(x: Tensor, rows: int, groups: int) -> dict[str, Any]:
     """Return constants and warps of the tiles of pairs: as many rows as a group has on average, at most a tile's."""
     wide = {2: 64, 4: 32, 8: 16}[x.dtype.itemsize]
-    block = min(2 * wide, max(16, triton.next_power_of_2(triton.cdiv(rows, max(groups, 1)))))
+    # larger ones would leave the registers where weights are float32
+    most = 128 if x.dtype == torch.bfloat16 else 64
+    block = min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(groups, 1)))))
     # Triton's interpreter multiplies no bfloat16
     interpreted = x.device.type == "cpu" and x.dtype == torch.bfloat16
     operands = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
