@@ -27,4 +27,4 @@ def calls() -> list[Call]:
     return [Call("B=16", label(dtype, torch.float32), partial(_step, dtype), targets) for dtype, targets in cases]
 
 
-FORMS = {"_prepare_kernel": Form(load=16), "_update_kernel": Form(load=16, store=16, registers=64)}
+FORMS = {"_prepare_kernel": Form(load=16), "_update_kernel": Form(load=16, store=16, registers=80)}
