@@ -20,6 +20,7 @@
 #include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/mmd2.h"
 
@@ -33,12 +34,17 @@ constexpr int64_t kTile = 128;              // rows and columns of a Gram tile
 constexpr int64_t kChain = 5;               // terms from one exponential: every squaring doubles its relative error
 constexpr int64_t kBandBytes = 64LL << 20;  // weights kept at a time
 
+// Memory that earlier calls left, where it is large: the first touch of some MiB takes longer than filling them again.
 template <class A>
-using Buffer = std::unique_ptr<A[]>;
+struct Buffer {
+  Tensor memory;
+  A* get() const { return memory.mutable_data_ptr<A>(); }
+  A& operator[](int64_t i) const { return get()[i]; }
+};
 
 template <class A>
 Buffer<A> buffer(int64_t size) {
-  return Buffer<A>(new A[size]);
+  return {recycled({size}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value))};
 }
 
 // Coefficients of one group, in an order that lets squares follow each other.
