@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .branches import read_elsewhere
+from .cpu_attention import attention
 from .packed import KeyValue, PackedState, first_tokens, token_indices, token_rows
 
 #: What `flash_attn.flash_attn_varlen_func` is, or stands for it.
@@ -286,18 +287,17 @@ def attend(
     spread = padded(query, plan.query_slots, plan.rows, plan.queries).transpose(1, 2)
     heads, groups = spread.shape[1], key.shape[1]
     share = heads // groups
-    sdpa = torch.nn.functional.scaled_dot_product_attention
     if plan.mask is None:
         if share > 1:
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        mixed = sdpa(spread, key, value, is_causal=True, scale=scale)
+        mixed = attention(spread, key, value, is_causal=True, scale=scale)
     elif share > 1:
         # Heads that share keys are so many more queries of one head: nothing is repeated
         folded = spread.reshape(plan.rows, groups, share * plan.queries, -1)
-        mixed = sdpa(folded, key, value, attn_mask=plan.folded_mask(share), scale=scale)
+        mixed = attention(folded, key, value, attn_mask=plan.folded_mask(share), scale=scale)
         mixed = mixed.reshape(plan.rows, heads, plan.queries, -1)
     else:
-        mixed = sdpa(spread, key, value, attn_mask=plan.mask, scale=scale)
+        mixed = attention(spread, key, value, attn_mask=plan.mask, scale=scale)
     mixed = mixed.transpose(1, 2).reshape(plan.rows * plan.queries, -1)
     return mixed if plan.query_slots is None else mixed[plan.query_slots]
 
