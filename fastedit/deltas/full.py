@@ -15,6 +15,9 @@ from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import implementations
 
+#: Layouts of batches whose offsets are kept on a device.
+KEPT = 8
+
 
 @dataclass(frozen=True)
 class Factored:
@@ -50,7 +53,7 @@ class FullDelta(FlatStack):
     ) -> None:
         shapes = {f"{site.layer}.{site.name}:delta": (site.d_out, site.d_in) for site in spec.sites}
         super().__init__(spec, shapes, size, dtype=dtype, device=device, trainable=trainable)
-        self.products = _OneDnn if choose_linear("auto", dtype, self.flat.device) == "onednn" else _Torch
+        self.products = _products(dtype, self.flat.device)
         served = implementations()["adam_step_outer_"].get(self.flat.device.type) not in (None, "reference")
         self._keeps = trainable and self.keeps_outer and served and dtype in (torch.float32, torch.float64)
         self._left_outer = False
@@ -116,7 +119,7 @@ class FullDelta(FlatStack):
         """Offsets (B + 1,) int64 beside the parameters; those of the last batches are there already."""
         key = tuple(offsets)
         if key not in self._ends:
-            while len(self._ends) >= 8:
+            while len(self._ends) >= KEPT:
                 del self._ends[next(iter(self._ends))]
             self._ends[key] = torch.tensor(offsets, device=self.flat.device)
         return self._ends[key]
@@ -159,6 +162,62 @@ class _Torch:
                 torch.addmm(out[b], y[start:end].T, x[start:end], beta=beta, out=out[b])
             elif not add:
                 out[b].zero_()
+
+
+class Padded:
+    """The same as batched products of as many tokens for every edit as the largest has, on a GPU.
+
+    How many launches that takes does not depend on the number of edits. ``nn.functional.grouped_mm`` is no help: its
+    kernels take bfloat16 alone, and what stands in for float32 reads the offsets from the device.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], tuple[Tensor, int]] = {}
+
+    def _place(self, offsets: list[int], device: torch.device) -> tuple[Tensor, int]:
+        """(T,) int64, where each token stands among the padded ones, and how many of those an edit has."""
+        key = tuple(offsets)
+        if key not in self._places:
+            while len(self._places) >= KEPT:
+                del self._places[next(iter(self._places))]
+            most = max(1, *(end - start for start, end in pairwise(offsets)))
+            places = [b * most + t for b, (start, end) in enumerate(pairwise(offsets)) for t in range(end - start)]
+            self._places[key] = torch.tensor(places, dtype=torch.long, device=device), most
+        return self._places[key]
+
+    def _spread(self, x: Tensor, offsets: list[int]) -> Tensor:
+        """Tokens (T, d) as (B, n, d), zeros behind an edit's own."""
+        if _uniform(offsets):
+            return x.view(len(offsets) - 1, -1, x.shape[-1])
+        place, most = self._place(offsets, x.device)
+        spread = x.new_zeros((len(offsets) - 1) * most, x.shape[-1]).index_copy_(0, place, x)
+        return spread.view(len(offsets) - 1, most, x.shape[-1])
+
+    def outputs(self, x: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """x (T, i) through its edit's matrix: (T, o)."""
+        return self.inputs(x, matrices.transpose(1, 2), offsets)
+
+    def inputs(self, y: Tensor, matrices: Tensor, offsets: list[int]) -> Tensor:
+        """y (T, o) times its edit's matrix: (T, i)."""
+        if offsets[-1] == 0 or _uniform(offsets):
+            return _Torch.inputs(y, matrices, offsets)
+        product = torch.bmm(self._spread(y, offsets), matrices).flatten(0, 1)
+        return product.index_select(0, self._place(offsets, y.device)[0])
+
+    def outer(self, y: Tensor, x: Tensor, offsets: list[int], out: Tensor, *, add: bool) -> None:
+        """Sums over an edit's tokens of y_t x_t^T, stored in or added to out (B, o, i)."""
+        if offsets[-1] == 0:
+            _ = out if add else out.zero_()
+            return
+        by_edit = self._spread(y, offsets).transpose(1, 2)
+        torch.baddbmm(out, by_edit, self._spread(x, offsets), beta=1.0 if add else 0.0, out=out)
+
+
+def _products(dtype: torch.dtype, device: torch.device) -> type[_Torch] | type[_OneDnn] | Padded:
+    """What multiplies on a device. Edit by edit is as fast as anything on a CPU, where nothing is launched."""
+    if device.type != "cpu":
+        return Padded()
+    return _OneDnn if choose_linear("auto", dtype, device) == "onednn" else _Torch
 
 
 class _OneDnn:

@@ -1,18 +1,22 @@
 """Products of a full delta: edit by edit through oneDNN, or by torch; the same numbers in every ragged layout."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from fastedit.backbone import Site
 from fastedit.deltas import DeltaSpec, Rows, full
+from fastedit.engine.profiling.dispatches import Dispatches
 from fastedit.reference.adam_step_outer import outer_products
 from fastedit.testing import assert_close
 
-WAYS = [full._Torch, full._OneDnn]
+WAYS = [full._Torch, full._OneDnn, full.Padded()]
+NAMES = ["torch", "oneDNN", "padded"]
 OFFSETS = ([0, 4, 8, 12], [0, 1, 1, 9], [0, 0, 0, 3], [0, 0, 0, 0])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", WAYS, ids=NAMES)
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_products_equal_the_loop_in_float64(way, offsets):
     if way is full._OneDnn and not torch.backends.mkldnn.is_available():
@@ -36,8 +40,27 @@ def test_products_equal_the_loop_in_float64(way, offsets):
     assert_close(out, 2 * outer, length=18)
 
 
+def test_padded_products_launch_as_much_for_many_edits_as_for_two():
+    """And read nothing back; what a layout needs is sent once."""
+    counts = []
+    for edits in (2, 40):
+        sizes = [1 + edit % 5 for edit in range(edits)]
+        offsets = [0, *accumulate(sizes)]
+        x, y, matrices = torch.randn(offsets[-1], 3), torch.randn(offsets[-1], 2), torch.randn(edits, 2, 3)
+        way, out = full.Padded(), torch.zeros(edits, 2, 3)
+        way.outputs(x, matrices, offsets)
+        with Dispatches() as counted:
+            way.outputs(x, matrices, offsets)
+            way.inputs(y, matrices, offsets)
+            way.outer(y, x, offsets, out, add=False)
+        assert not counted.waits
+        assert not counted.uploads
+        counts.append(counted.count(""))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", WAYS, ids=NAMES)
 def test_gradients_pass_through_a_delta_that_does_not_learn(way):
     """As through the edits committed earlier, in a sequence."""
     if way is full._OneDnn and not torch.backends.mkldnn.is_available():
