@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -132,6 +133,27 @@ class SideDelta(FullDelta):
             change = change + other.delta(0, x, Rows(), output).to(change.dtype)
         return moved(output, change)
 
+    def distances_of_all(self, x: Tensor, output: Tensor) -> Tensor:
+        """(T, B) how far each edit moves tokens whose input x (T, d_in) the frozen map takes to output (T, d_out)."""
+        matrices = self.parts[f"{self.prefix}delta"]
+        x, frozen = x.to(self.flat.dtype), output.to(self.flat.dtype)
+        rest, found = functional.silu(frozen)[:, None], []
+        room = _TOGETHER.get(x.device.type, _TOGETHER_ELSEWHERE)
+        # One product for as many edits as there is room for
+        for part in torch.split(matrices, max(1, room // max(1, output.numel()))):
+            change = (x @ part.flatten(0, 1).T).view(len(x), len(part), -1)
+            found.append(torch.linalg.vector_norm(functional.silu(change.add_(frozen[:, None])).sub_(rest), dim=2))
+        return torch.cat(found, 1)
+
+    def distances_of_own(self, x: Tensor, output: Tensor, counts: Sequence[int]) -> Tensor:
+        """(T,) how far the edit of each token moves it, the tokens of an edit back to back.
+
+        Args:
+            x, output: as for ``distances``. counts: by edit, how many tokens it has.
+        """
+        change = super().delta(0, x, TokenSpans([0, *itertools.accumulate(counts)]))
+        return moved(output, change)
+
 
 @dataclass(frozen=True)
 class _Sides:
@@ -177,6 +199,9 @@ def _sides(marks: RowMarks, inside: Tensor, tokens: str, size: int) -> _Sides:
     )  # fmt: skip
 
 
+#: Numbers of a change that are held at a time, by type of device: on a CPU as many as stay in its cache.
+_TOGETHER = {"cpu": 1 << 17}
+_TOGETHER_ELSEWHERE = 1 << 24
 #: Widths of the fixed tensors by name.
 FIXED = {"mask": 4, "unit": 1, "threshold": 1, "edits": 1, "merged": 1}
 

@@ -148,21 +148,22 @@ def settled(scores: Tensor, least: float, asked: Tensor, stored: Tensor, ratio: 
         (R, B), minus infinity at the edits that lost.
     """
     claims = scores >= least
-    for row in (claims.sum(1) > 1).nonzero().flatten().tolist():
-        edits = claims[row].nonzero().flatten()
-        distance = torch.linalg.vector_norm(asked[row] - stored[edits], dim=1)
-        same = distance <= SAME_IMAGE
-        winner = None
-        if bool(same.any()):
-            edits = edits[same]
-            best = scores[row, edits]
-            # Rounding does not decide between two edits of one question
-            winner = edits[best >= best.max() - 1e-3][-1]
-        else:
-            near, order = distance.sort()
-            winner = edits[order[0]] if near[0] <= ratio * near[1] else None
-        kept = None if winner is None else scores[row, winner].clone()
-        scores[row, claims[row]] = -torch.inf
-        if winner is not None and kept is not None:
-            scores[row, winner] = kept
+    rows = (claims.sum(1) > 1).nonzero()[:, 0]
+    if not len(rows):
+        return scores
+    edits = claims[rows].any(0).nonzero()[:, 0]
+    # (R', B'), of the rows that several claim and the edits that claim any of them
+    claimed, given = claims[rows[:, None], edits], scores[rows[:, None], edits]
+    distance = torch.cdist(asked[rows], stored[edits], compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance.masked_fill(~claimed, torch.inf)
+    same = distance <= SAME_IMAGE
+    best = given.masked_fill(~same, -torch.inf)
+    # Rounding does not decide between two edits of one question: of those that are as good, the last
+    number = torch.arange(len(edits), device=scores.device)
+    newest = torch.where(same & (best >= best.amax(1, keepdim=True) - 1e-3), number, -1).amax(1)
+    (near, next_near), nearest = distance.topk(2, dim=1, largest=False).values.T, distance.argmin(1)
+    clear = torch.where(near <= ratio * next_near, nearest, -1)
+    winner = torch.where(same.any(1), newest, clear)
+    kept = ~claimed | (number == winner[:, None])
+    scores[rows[:, None], edits] = given.masked_fill(~kept, -torch.inf)
     return scores

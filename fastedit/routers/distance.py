@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,8 +17,11 @@ from fastedit.routers import Routed
 class Moving(Routed, Protocol):
     """Stacked deltas that say how far they move a token (``fastedit.deltas.side.SideDelta``)."""
 
-    def distances(self, edit: int, x: Tensor, output: Tensor) -> Tensor:
-        """(T,) distances of tokens with input x (T, d_in) and frozen output (T, d_out) of the site."""
+    def distances_of_all(self, x: Tensor, output: Tensor) -> Tensor:
+        """(T, B) distances of tokens with input x (T, d_in) and frozen output (T, d_out) of the site, by each edit."""
+
+    def distances_of_own(self, x: Tensor, output: Tensor, counts: Sequence[int]) -> Tensor:
+        """(T,) distances by their own edit of tokens that are sorted by it, ``counts`` of each."""
 
 
 class DistanceRouter:
@@ -43,13 +46,17 @@ class DistanceRouter:
         x, output = feed_forward_parts(self.model, self.site.layer, state.hidden[counted], self.site.name)
         threshold = fixed[f"{self.prefix}threshold"][:, 0].clamp(min=torch.finfo(self.dtype).tiny)
         if own is None:
-            every = [self._means(self.stacked.distances(edit, x, output), row, len(state)) for edit in range(self.size)]
-            return torch.stack(every, 1) / threshold
-        distance = x.new_zeros(x.shape[0], dtype=self.dtype)
-        for edit in sorted(set(own.tolist())):
-            chosen = (own[row] == edit).nonzero()[:, 0]
-            distance[chosen] = self.stacked.distances(edit, x[chosen], output[chosen])
-        return self._means(distance, row, len(state)) / threshold[own]
+            every = self.stacked.distances_of_all(x, output)
+            total = every.new_zeros(len(state), self.size).index_add(0, row, every)
+            return total / self._counts(row, len(state))[:, None] / threshold
+        edit = own[row]
+        # Sorted by edit; rows of one edit mostly are so already
+        order = edit.argsort(stable=True)
+        counts = torch.bincount(edit, minlength=self.size).tolist()
+        distance = x.new_zeros(len(order), dtype=self.dtype)
+        distance[order] = self.stacked.distances_of_own(x[order], output[order], counts)
+        total = distance.new_zeros(len(state)).index_add(0, row, distance)
+        return total / self._counts(row, len(state)) / threshold[own]
 
     def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
         """(B,) 1: scores are distances over what was measured when the edits were fitted."""
@@ -77,6 +84,6 @@ class DistanceRouter:
         return marks.nonzero()[:, 0]
 
     @staticmethod
-    def _means(values: Tensor, row: Tensor, count: int) -> Tensor:
-        total = values.new_zeros(count).index_add(0, row, values)
-        return total / torch.bincount(row, minlength=count).clamp(min=1)
+    def _counts(row: Tensor, count: int) -> Tensor:
+        """(count,) how many tokens each row has, at least 1."""
+        return torch.bincount(row, minlength=count).clamp(min=1)

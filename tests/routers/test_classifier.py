@@ -12,7 +12,7 @@ import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
-from fastedit.routers.classifier import ClassifierRouter, ClassifierShape, Disentangler, settled
+from fastedit.routers.classifier import SAME_IMAGE, ClassifierRouter, ClassifierShape, Disentangler, settled
 from fastedit.routers.features import prompt_tokens
 from fastedit.training import Artifact
 from tests.engine.conftest import picture
@@ -135,3 +135,40 @@ def test_two_edits_of_text_are_told_apart_by_their_question() -> None:
     stored = torch.zeros(2, 3)
     found = settled(torch.tensor([[-0.2, -0.1], [-0.1, -0.2]]), LEAST, torch.zeros(2, 3), stored)
     assert found.argmax(1).tolist() == [1, 0]
+
+
+def settled_by_row(scores: torch.Tensor, least: float, asked: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """The rule as it reads, prompt by prompt."""
+    found = scores.clone()
+    for row in range(len(scores)):
+        claims = [edit for edit in range(scores.shape[1]) if scores[row, edit] >= least]
+        if len(claims) < 2:
+            continue
+        distance = {edit: float((asked[row] - stored[edit]).norm()) for edit in claims}
+        same = [edit for edit in claims if distance[edit] <= SAME_IMAGE]
+        winner = None
+        if same:
+            most = max(float(scores[row, edit]) for edit in same)
+            winner = max(edit for edit in same if float(scores[row, edit]) >= most - 1e-3)
+        else:
+            near, after = sorted(claims, key=lambda edit: distance[edit])[:2]
+            winner = near if distance[near] <= 0.5 * distance[after] else None
+        for edit in claims:
+            found[row, edit] = scores[row, edit] if edit == winner else NONE
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_prompts_are_settled_as_one_by_one(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = -torch.rand(40, 25, generator=generator, dtype=torch.float64).square() * (1 + seed)
+    # Scores that are equal but for rounding, and images that are the same but for it
+    scores[::3] = scores[::3].round(decimals=1) + 1e-4 * torch.rand(scores[::3].shape, generator=generator).double()
+    stored = centres(*(6 * torch.rand(25, generator=generator)).round(decimals=1).tolist())
+    asked = stored[torch.randint(25, (40,), generator=generator)] + 1e-4
+    asked[1::2] = centres(*(6 * torch.rand(20, generator=generator)).tolist())
+    wanted = settled_by_row(scores, LEAST, asked, stored)
+    assert torch.equal(settled(scores.clone(), LEAST, asked, stored), wanted)
+    winners = (wanted >= LEAST).sum(1)
+    assert 0 in winners
+    assert 1 in winners

@@ -97,3 +97,38 @@ def test_the_weight_is_not_read(model: EditableModel, monkeypatch: pytest.Monkey
     finally:
         module._parameters["weight"] = weight
     assert forward is not None
+
+
+@pytest.mark.parametrize("room", [1, 10_000, 1 << 22])
+def test_all_memories_are_asked_together(model: EditableModel, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever there is room for at a time; and own ones in any order, some without a row."""
+    monkeypatch.setattr("fastedit.deltas.side._TOGETHER", {"cpu": room})
+    (site,) = model.sites([0], ["down"])
+    spec = DeltaSpec("side", (site,), {**OPTIONS, "tokens": "all"})
+    stacked: SideDelta = new_stack(spec, 7, dtype=torch.float64)
+    stacked.flat.copy_(torch.randn(stacked.flat.shape, generator=torch.Generator().manual_seed(2)))
+    stacked.fixed["0.down:threshold"][:, 0] = torch.arange(1.0, 8.0)
+    state = packed_prefix(model, packed_start(model, model.encode(ASKED, answers=False)), 0, "ffn")
+    router = DistanceRouter(model, stacked)
+    with torch.no_grad():
+        every = router.scores(state, stacked.fixed, None)
+        x, output = feed_forward_parts(model, 0, state.hidden, "down")
+        starts = [0, *torch.tensor(state.counts).cumsum(0).tolist()]
+        for edit in range(7):
+            distance = stacked.distances(edit, x, output)
+            for row in range(3):
+                mean = distance[starts[row] : starts[row + 1]].mean() / (1 + edit)
+                assert_close(every[row, edit], mean, length=100)
+        for own in ([5, 0, 3], [2, 2, 6]):
+            chosen = router.scores(state, stacked.fixed, torch.tensor(own))
+            assert_close(chosen, every[range(3), own], length=100)
+
+
+def test_a_pass_over_all_memories_is_no_pass_for_each(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked, state = made(model, 0, "all")
+    calls: list[int] = []
+    monkeypatch.setattr(stacked, "distances", lambda edit, *_rest: calls.append(edit))
+    router = DistanceRouter(model, stacked)
+    router.scores(state, stacked.fixed, None)
+    router.scores(state, stacked.fixed, torch.tensor([0, 1, 1]))
+    assert not calls
