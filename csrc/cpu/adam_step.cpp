@@ -8,15 +8,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/adam_scalars.h"
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
-#include "cpu/simd/adam_step.h"
 
 namespace fastedit {
 namespace {
@@ -24,11 +23,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kPiece = 4096;
-
-struct Settings {
-  double beta1, beta2, eps, weight_decay;
-  std::optional<double> clip, radius;
-};
 
 template <class T, class G, class A>
 struct Row {
@@ -55,42 +49,25 @@ struct Row {
     }
   }
 
-  void prepare(const Settings& s) {
-    const double count = static_cast<double>(*step + 1);
-    scalars.grad_scale = 1;
-    scalars.beta1_rest = static_cast<A>(1.0 - s.beta1);
-    scalars.beta2 = static_cast<A>(s.beta2);
-    scalars.beta2_rest = static_cast<A>(1.0 - s.beta2);
-    scalars.inverse_correction2 = static_cast<A>(1.0 / std::sqrt(1.0 - std::pow(s.beta2, count)));
-    scalars.eps = static_cast<A>(s.eps);
-    scalars.decay = static_cast<A>(1.0 - lr * s.weight_decay);
-    scalars.rate = static_cast<A>(lr / (1.0 - std::pow(s.beta1, count)));
-    scalars.radius = static_cast<A>(s.radius.value_or(std::numeric_limits<double>::infinity()));
-  }
-
-  // Whether the row makes a step, which is counted. The coefficient is that of torch.nn.utils.clip_grad_norm_.
-  bool starts(const std::vector<double>& pieces, const Settings& s) {
+  // Whether the row makes a step, which is counted then.
+  bool starts(const std::vector<double>& pieces, const AdamSettings& s) {
     double total = 0;
     for (double piece : pieces) total += piece;
     *norm = static_cast<A>(std::sqrt(total));
     if (!std::isfinite(*norm)) return false;
-    if (s.clip) {
-      const A scale = static_cast<A>(*s.clip) / (*norm + static_cast<A>(1e-6));
-      scalars.grad_scale = scale > 1 ? 1 : scale;
-    }
     *step += 1;
+    scalars = adam_scalars<A>(s, lr, static_cast<double>(*step), *norm);
     return true;
   }
 };
 
 // Rows one after another, all threads on one row's pieces.
 template <class R>
-void by_pieces(std::vector<R>& rows, int64_t size, const Settings& s) {
+void by_pieces(std::vector<R>& rows, int64_t size, const AdamSettings& s) {
   const int64_t count = (size + kPiece - 1) / kPiece;
   std::vector<double> sums(count);
   for (R& row : rows) {
-    at::parallel_for(0, count, 1,
-                     [&](int64_t begin, int64_t end) { row.sums(size, begin, end, sums.data()); });
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { row.sums(size, begin, end, sums.data()); });
     if (!row.starts(sums, s)) continue;
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { row.update(size, begin, end); });
   }
@@ -98,7 +75,7 @@ void by_pieces(std::vector<R>& rows, int64_t size, const Settings& s) {
 
 // A thread for every row.
 template <class R>
-void by_rows(std::vector<R>& rows, int64_t size, const Settings& s) {
+void by_rows(std::vector<R>& rows, int64_t size, const AdamSettings& s) {
   const int64_t count = (size + kPiece - 1) / kPiece;
   at::parallel_for(0, static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(count);
@@ -111,7 +88,7 @@ void by_rows(std::vector<R>& rows, int64_t size, const Settings& s) {
 
 template <class T, class G, class A>
 void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Tensor& step, const Tensor& lr,
-         const Tensor& active, const Settings& s, Tensor& norm) {
+         const Tensor& active, const AdamSettings& s, Tensor& norm) {
   const auto lr_of = lr.accessor<double, 1>();
   const auto active_of = active.accessor<bool, 1>();
   auto step_of = step.accessor<int64_t, 1>();
@@ -126,7 +103,6 @@ void run(Tensor& params, const Tensor& grads, Tensor& first, Tensor& second, Ten
                      lr_of[b],
                      &step_of[b],
                      data<A>(norm) + b};
-    row.prepare(s);
     rows.push_back(row);
   }
   const int64_t threads = at::get_num_threads(), count = static_cast<int64_t>(rows.size());
@@ -138,7 +114,7 @@ Tensor adam_step_(Tensor& params, const Tensor& grads, Tensor& exp_avg, Tensor& 
                   const Tensor& lr, const Tensor& active, double beta1, double beta2, double eps, double weight_decay,
                   std::optional<double> clip, std::optional<double> radius) {
   check_adam_step(params, grads, exp_avg, exp_avg_sq, step, lr, active, beta1, beta2, eps, weight_decay, clip, radius);
-  const Settings settings{beta1, beta2, eps, weight_decay, clip, radius};
+  const AdamSettings settings{beta1, beta2, eps, weight_decay, clip, radius};
   Tensor norm = at::zeros({params.size(0)}, exp_avg.options());
   dispatch(params.scalar_type(), "adam_step_", [&]<class T, class A>() {
     const bool same = grads.scalar_type() == params.scalar_type();
