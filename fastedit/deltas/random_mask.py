@@ -9,7 +9,7 @@ same mask, and a mask of any size costs no memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,21 @@ def apply_mask_(values: Tensor, keys: Tensor, keep: float) -> None:
     if values.dim() != 2 or keys.shape != (values.shape[0], 4):
         got = f"values={tuple(values.shape)}, keys={tuple(keys.shape)}"
         raise ValueError(f"mask: values are (B, P) and keys (B, 4) (got {got})")
+    for start, part in _parts(keys, values.shape[1], keep):
+        values[:, start : start + part.shape[1]].masked_fill_(part, 0.0)
+
+
+@torch.no_grad()
+def dropped_entries(keys: Tensor, width: int, keep: float) -> Tensor:
+    """(B, P) bool, the entries that the masks of so many entries do not keep; arguments as of ``apply_mask_``."""
+    found = torch.zeros(len(keys), width, dtype=torch.bool, device=keys.device)
+    for start, part in _parts(keys, width, keep):
+        found[:, start : start + part.shape[1]] = part
+    return found
+
+
+def _parts(keys: Tensor, width: int, keep: float) -> Iterator[tuple[int, Tensor]]:
+    """Where a part of the rows begins, and which of its entries are dropped; nothing where all are kept."""
     if not 0 <= keep <= 1:
         raise ValueError(f"mask: keep lies in 0 to 1 (got keep={keep!r})")
     # Halves are compared as signed numbers, which are as evenly spread
@@ -76,15 +91,12 @@ def apply_mask_(values: Tensor, keys: Tensor, keep: float) -> None:
         return
     parts = keys.to(torch.int64)
     key = (parts[:, 0, None] | parts[:, 1, None] << 16, parts[:, 2, None] | parts[:, 3, None] << 16)
-    rows, width = values.shape
-    at_once = max(1, _COUNTERS // max(rows, 1))
+    at_once = max(1, _COUNTERS // max(len(keys), 1))
     for start in range(0, -(-width // LANES), at_once):
         end = min(start + at_once, -(-width // LANES))
-        low = torch.arange(start, end, device=values.device).repeat(rows, 1)
+        low = torch.arange(start, end, device=keys.device).repeat(len(keys), 1)
         zero = torch.zeros_like(low)
         # A matrix of more than 2^35 entries does not occur: the counter's other words are free
         a, b, c, d = philox((low, zero, zero, zero), key)
         pairs = torch.stack([a.bitwise_or_(b << 32), c.bitwise_or_(d << 32)], -1)
-        dropped = pairs.view(torch.int16).flatten(1) >= limit
-        part = values[:, start * LANES : min(end * LANES, width)]
-        part.masked_fill_(dropped[:, : part.shape[1]], 0.0)
+        yield start * LANES, (pairs.view(torch.int16).flatten(1) >= limit)[:, : width - start * LANES]

@@ -14,7 +14,7 @@ from fastedit.deltas.base import DeltaSpec, EditDelta, StackedDelta
 from fastedit.deltas.full import FullDelta, accumulate_full
 from fastedit.deltas.options import SideOptions, options_of
 from fastedit.deltas.questions import joined_questions
-from fastedit.deltas.random_mask import apply_mask_
+from fastedit.deltas.random_mask import dropped_entries
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.scope import RowMarks, in_scope, row_marks
 
@@ -57,6 +57,9 @@ class SideDelta(FullDelta):
         self.prefix = part_prefix(spec)
         for name, width in FIXED.items():
             self.fixed[f"{self.prefix}{name}"] = torch.zeros(size, width, dtype=dtype, device=device)
+        #: (B, P) bool, where gradients are dropped; and the edits of which that is not known.
+        self._dropped: Tensor | None = None
+        self._stale = set(range(size))
         self._distance: Tensor | None = None
         self._seen: tuple[Tensor, Tensor, _Sides] | None = None
 
@@ -105,7 +108,31 @@ class SideDelta(FullDelta):
     def end_step(self) -> None:
         """After the backward pass: gradients outside of the mask are dropped."""
         super().end_step()
-        apply_mask_(self.grad, self.fixed[f"{self.prefix}mask"], self.options.keep)
+        if self._stale:
+            # Made once an edit, a byte an entry: anew at every step they take longer than the step
+            edits = sorted(self._stale)
+            keys = self.fixed[f"{self.prefix}mask"][edits]
+            if self._dropped is None:
+                self._dropped = torch.zeros_like(self.grad, dtype=torch.bool)
+            self._dropped[edits] = dropped_entries(keys, self.grad.shape[1], self.options.keep)
+            self._stale = set()
+        if self._dropped is not None:
+            self.grad.masked_fill_(self._dropped, 0.0)
+
+    def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
+        """Write parts or fixed tensors of one edit."""
+        super().set(edit, values)
+        self._stale.add(edit)
+
+    def restart(self, edits: Sequence[int]) -> None:
+        """Give these rows the values of a fresh delta, which changes nothing."""
+        super().restart(edits)
+        self._stale.update(edits)
+
+    def copy_from(self, deltas: Sequence[EditDelta]) -> None:
+        """Fill row b from ``deltas[b]``."""
+        super().copy_from(deltas)
+        self._stale.update(range(len(deltas)))
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
         """Edit number ``index`` as a value of its own; one that was fitted has its threshold measured before."""

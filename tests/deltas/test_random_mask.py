@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastedit.deltas import random_mask
-from fastedit.deltas.random_mask import apply_mask_, mask_key, philox
+from fastedit.deltas.random_mask import apply_mask_, dropped_entries, mask_key, philox
 
 # Known answers of Philox4x32-10 that come with the authors' Random123 1.14: counter, key, words
 KNOWN = [
@@ -115,3 +115,11 @@ def test_a_view_of_a_larger_row_is_masked_in_place():
 def test_what_cannot_be(values, keys, keep, told):
     with pytest.raises(ValueError, match=told):
         apply_mask_(values, keys, keep)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.2, 1.0])
+def test_dropped_entries_are_what_is_set_to_zero(keep: float) -> None:
+    keys = torch.tensor([mask_key(0, "a"), mask_key(0, "b"), mask_key(0, "c")])
+    values = torch.ones(3, 1003)
+    apply_mask_(values, keys, keep)
+    assert torch.equal(dropped_entries(keys, 1003, keep), values == 0)

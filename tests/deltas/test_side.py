@@ -239,3 +239,26 @@ def test_merged_memories_hold_the_edits_of_all() -> None:
     found = {name: float(merged.tensors[f"2.down:{name}"]) for name in ("threshold", "edits", "merged")}
     assert found == {"threshold": 1.0, "edits": 7.0, "merged": 1.0}
     assert merged.request_id == "edit-1+edit-2"
+
+
+def test_an_edit_that_enters_has_its_own_mask() -> None:
+    stack, *_ = fitted()
+
+    def kept(names: tuple[str, str, str]) -> Tensor:
+        goal = torch.ones_like(stack.grad)
+        apply_mask_(goal, torch.tensor([mask_key(0, name) for name in names]), 0.5)
+        return goal
+
+    def after_a_step() -> Tensor:
+        stack.begin_step()
+        stack.receive("2.down:delta", torch.ones_like(stack.part_grads["2.down:delta"]))
+        stack.end_step()
+        return stack.grad
+
+    assert torch.equal(after_a_step(), kept(("0", "1", "2")))
+    stack.restart([1])
+    stack.set(1, {"2.down:mask": torch.tensor(mask_key(0, "another"))})
+    assert torch.equal(after_a_step(), kept(("0", "another", "2")))
+    deltas = [stack.unstack(number) for number in (1, 0, 2)]
+    stack.copy_from(deltas)
+    assert torch.equal(after_a_step(), kept(("another", "0", "2")))

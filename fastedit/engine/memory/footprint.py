@@ -40,7 +40,7 @@ _STATES = 2
 # Rows of parameters per edit while fitting: values, gradient, two moments; the finished delta is a fifth
 _DELTA_ROWS = 4
 # Parts that are there over several phases
-_LASTING = ("prefix states", "delta rows", "expanded tail")
+_LASTING = ("prefix states", "delta rows", "gradient masks", "expanded tail")
 # Rows of one forward and tokens of one answer, the defaults of ``Evaluator``
 EVALUATED_ROWS, NEW_TOKENS = 256, 48
 # Freed blocks are kept up to so many bytes on a CPU (``ops.keep_freed_memory``)
@@ -146,6 +146,11 @@ def delta_parameters(spec: DeltaSpec) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def mask_bytes(spec: DeltaSpec) -> int:
+    """Bytes of one edit's mask, where gradients have one."""
+    return delta_parameters(spec) if spec.kind == "side" else 0
+
+
 def expanded_bytes(model: EditableModel, first: int) -> int:
     """Bytes of the 4-bit maps that are written out from a layer on (``backbone.expanded_layers``)."""
     if model.quantize != "nf4":
@@ -191,6 +196,7 @@ def phase_parts(
     *,
     batch_size: int,
     parameters: int,
+    masks: int = 0,
     evaluate: bool,
     locality: int,
     on_cpu: bool,
@@ -212,12 +218,14 @@ def phase_parts(
             "tail activations": sizes.kept(tokens, labels),
             "logits": logits,
             "delta rows": _DELTA_ROWS * delta,
+            "gradient masks": batch_size * masks,
             "expanded tail": expanded_bytes(model, sizes.first),
         },
         # every finished delta is copied out of the rows
         "store": {
             "prefix states": states,
             "delta rows": (_DELTA_ROWS + 1) * delta,
+            "gradient masks": batch_size * masks,
             "expanded tail": expanded_bytes(model, sizes.first),
         },
     }
@@ -226,6 +234,7 @@ def phase_parts(
         phases["evaluate"] = {
             "prefix states": states,
             "delta rows": (_DELTA_ROWS + 2) * delta,
+            "gradient masks": batch_size * masks,
             **_evaluation(sizes, work.evaluation, batch_size),
         }
     found = {phase: {name: int(part) for name, part in parts.items() if part} for phase, parts in phases.items()}

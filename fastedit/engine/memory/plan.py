@@ -13,7 +13,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.settings import checked_device, settled_dtype
 from fastedit.backbone.synthetic.skeleton import skeleton, weight_bytes
 from fastedit.deltas.growing import sum_bytes
-from fastedit.engine.memory.footprint import Sizes, delta_parameters, held_parts, phase_parts
+from fastedit.engine.memory.footprint import Sizes, delta_parameters, held_parts, mask_bytes, phase_parts
 from fastedit.engine.memory.limits import available_bytes, process_bytes
 from fastedit.engine.memory.workload import Workload, measure_workload
 from fastedit.methods import EditPlan, resolve
@@ -116,6 +116,7 @@ class _Run:
             self.work,
             batch_size=batch_size,
             parameters=self.parameters,
+            masks=mask_bytes(self.plan.method.spec(self.model, self.plan.config)),
             evaluate=self.evaluate,
             locality=locality,
             on_cpu=on_cpu,

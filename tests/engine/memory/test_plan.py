@@ -90,6 +90,14 @@ def test_an_edit_of_full_weights_takes_its_rows() -> None:
     assert "fitted deltas" not in kept.parts
 
 
+def test_masks_of_gradients_are_counted() -> None:
+    plans = [plan_memory("random:qwen2vl-tiny", edits=make_edits(2), method="wise", batch_size=n) for n in (1, 3)]
+    masks = [plan.phases["fit"]["gradient masks"] for plan in plans]
+    (site,) = resolve("wise", {}).method.spec(load("random:qwen2vl-tiny"), resolve("wise", {}).config).sites
+    assert masks == [site.d_in * site.d_out, 3 * site.d_in * site.d_out]
+    assert "gradient masks" not in plan_memory("random:qwen2vl-tiny", edits=make_edits(2), method="ft").phases["fit"]
+
+
 def test_quantized_weights_and_their_expanded_tail() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     settings: dict[str, Any] = {"dtype": "float32", "method": "lora", "batch_size": 4}
