@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -211,7 +211,7 @@ class FlatStack:
         self.parts: dict[str, Tensor] = {}
         self.part_grads: dict[str, Tensor] = {}
         self._fresh = dict.fromkeys(self.shapes, True)
-        self._pending: list[Tensor] = []
+        self._pending: list[Callable[[], Any]] = []
         start = 0
         for name, shape in shapes.items():
             end = start + math.prod(shape)
@@ -247,8 +247,7 @@ class FlatStack:
     def set(self, edit: int, values: Mapping[str, Tensor]) -> None:
         """Write parts or fixed tensors of one edit."""
         for name, value in values.items():
-            target = self.parts[name] if name in self.parts else self.fixed[name]
-            target[edit].copy_(value)
+            (self.parts if name in self.parts else self.fixed)[name][edit].copy_(value)
 
     def initial(self, _name: str) -> Tensor | float:
         """The value of a part in a fresh delta, without the leading B."""
@@ -281,24 +280,26 @@ class FlatStack:
     def receive(self, name: str, grad: Tensor) -> None:
         """Store or add a part's gradient; "" is the whole row."""
         if not name:
-            self._pending.append(grad)
-        elif self.first_gradient(name):
-            self.part_grads[name].copy_(grad)
+            self.receive_later(lambda: self.grad.add_(grad))
         else:
-            self.part_grads[name].add_(grad)
+            target = self.part_grads[name]
+            _ = target.copy_(grad) if self.first_gradient(name) else target.add_(grad)
+
+    def receive_later(self, add: Callable[[], Any]) -> None:
+        """Call ``add()`` in ``end_step``, once every part's gradient is there; it adds to ``grad``."""
+        self._pending.append(add)
 
     def begin_step(self, *, outer: bool = False) -> None:
         """Forget the gradients of the step before."""
-        self._fresh = dict.fromkeys(self.shapes, True)
-        self._pending = []
+        self._fresh, self._pending = dict.fromkeys(self.shapes, True), []
 
     def end_step(self) -> None:
         """After the backward pass: zero what got no gradient, add what was for whole rows."""
         for name, fresh in self._fresh.items():
             if fresh:
                 self.part_grads[name].zero_()
-        for grad in self._pending:
-            self.grad.add_(grad)
+        for add in self._pending:
+            add()
         self._pending = []
 
     def factored(self) -> Factored | None:
@@ -320,8 +321,8 @@ class FlatStack:
         for row, delta in enumerate(deltas):
             for name, shape in self.stored_shapes().items():
                 tensor = delta.tensors.get(name)
-                if tensor is None or tuple(tensor.shape) != shape:
-                    got = None if tensor is None else tuple(tensor.shape)
+                got = None if tensor is None else tuple(tensor.shape)
+                if tensor is None or got != shape:
                     raise ValueError(
                         f"stack: every delta has part {name!r} of shape {shape} (got {got} in delta {row})"
                     )

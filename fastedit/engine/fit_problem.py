@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, Held, PackedState
 from fastedit.backbone.packed_forward import packed_tail
 from fastedit.deltas import EditDelta, Rows, StackedDelta
+from fastedit.deltas.base import FlatStack
 from fastedit.deltas.install import RowsHolder
+from fastedit.deltas.sketch import sketched
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import FitOutcome
@@ -129,6 +132,7 @@ class FitProblem:
                 n_edits=stacked.size,
                 reference=tokens.reference,
                 flat=stacked.parameters_as_input(),
+                sketched=partial(sketched, stacked) if isinstance(stacked, FlatStack) else None,
                 layout=tokens.layout,
                 taken=frozenset(self._taken.values()),
             )

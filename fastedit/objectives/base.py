@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -43,6 +43,8 @@ class TokenBatch:
         n_edits: B.
         reference: (T_out, V) logits of the unedited model for the tokens of KL roles, in their order; None when unused.
         flat: (B, P) parameters of the deltas (a leaf when the objective may differentiate by them); None when unused.
+        sketched: makes of signs (P,) int8 and a length L < P the count-sketch (B, L + 1) of ``flat`` with the logarithm
+            of its norm, differentiable by the parameters (``deltas.sketch``); None makes it of ``flat``.
         layout: of ``edit`` and ``role``; None is made of them at its first use, which reads them off the device.
         taken: the numbers of steps that occur among the edits at work, where the host knows them without asking.
     """
@@ -55,6 +57,7 @@ class TokenBatch:
     n_edits: int
     reference: Tensor | None = None
     flat: Tensor | None = None
+    sketched: Callable[[Tensor, int], Tensor] | None = None
     layout: BatchLayout | None = None
     taken: frozenset[int] | None = None
     _made: BatchLayout | None = field(default=None, init=False, repr=False, compare=False)

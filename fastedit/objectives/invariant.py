@@ -12,6 +12,7 @@ risk starts at exactly 0 and the sign of rounding noise must not push it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -173,7 +174,7 @@ class InvariantObjective:
             scale = self.config.scale * risk / (math.log(2) * variation).clamp(min=1e-12)
             self.scale = torch.where(fresh, scale, self.scale)
             self.dual.restart(fresh)
-        summary = self.dual.summary(tokens.flat)
+        summary = self.dual.summary(tokens.flat, tokens.sketched)
         if self.config.learn_dual and any(number > self.start for number in taken):
             since = (steps - self.start).clamp(min=0)
             self.dual.ascend(summary.detach(), variation * self.scale, self.config.dual_lr, since)
@@ -192,10 +193,11 @@ class DualNetwork:
         n, width = flat.shape
         generator = torch.Generator().manual_seed(config.seed)
         self.length = min(width, config.sketch)
+        #: (P,) int8, where a sketch is read.
         self.signs: Tensor | None = None
         if width > config.sketch:
             signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1
-            self.signs = signs.to(flat.device, flat.dtype)
+            self.signs = signs.to(flat.device)
         hidden = config.hidden
         first = _xavier(self.length + 1, hidden, generator)
         second = _xavier(hidden, 1, generator)
@@ -210,8 +212,14 @@ class DualNetwork:
             for first, tensor in zip(self._first, self.tensors, strict=True)
         ]
 
-    def summary(self, flat: Tensor) -> Tensor:
-        """(B, length + 1): φ itself or its count-sketch, and the logarithm of its norm. Differentiable by φ."""
+    def summary(self, flat: Tensor, sketched: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+        """(B, length + 1): φ itself or its count-sketch, and the logarithm of its norm. Differentiable by φ.
+
+        Args:
+            flat: (B, P), φ. sketched: makes the sketch without reading it (``TokenBatch.sketched``).
+        """
+        if self.signs is not None and sketched is not None:
+            return sketched(self.signs, self.length)
         norm = 0.5 * torch.log(flat.square().sum(1, keepdim=True) + 1e-12)
         if self.signs is None:
             return torch.cat([flat, norm], 1)
@@ -240,6 +248,22 @@ class DualNetwork:
             tensor.requires_grad_(False)
             norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
             tensor += size * torch.where(norm > 0, grad / norm.clamp(min=1e-30), 0.0)
+
+
+def penalty_bytes(config: InvariantConfig, parameters: int, edits: int, element: int, columns: int) -> int:
+    """Bytes that the penalty takes beside a step's: networks and their gradients, signs, blocks of a sketch.
+
+    Args:
+        config: settings. parameters: of a delta. edits: B. element: bytes of a parameter.
+        columns: of parameters that a sketch goes through at a time.
+    """
+    length = min(parameters, config.sketch)
+    # The first one's expanded copy, weights, gradients, and what their update takes
+    networks = 4 * edits * ((length + 3) * config.hidden + 1) * element
+    if length == parameters:
+        # Read as they are: with the norm beside, and their gradient
+        return networks + 4 * edits * parameters * element
+    return networks + parameters + 3 * edits * min(columns, parameters) * element
 
 
 def _xavier(fan_in: int, fan_out: int, generator: torch.Generator) -> Tensor:

@@ -200,8 +200,13 @@ def phase_parts(
     evaluate: bool,
     locality: int,
     on_cpu: bool,
+    penalty: int = 0,
 ) -> dict[str, dict[str, int]]:
-    """Bytes of the phases of a batch, which do not run at once: {phase: {part: bytes}}."""
+    """Bytes of the phases of a batch, which do not run at once: {phase: {part: bytes}}.
+
+    Args:
+        penalty: what an objective takes beside a step's logits.
+    """
     kind = work.training
     rows = batch_size * kind.per_edit
     tokens, labels = rows * kind.tokens, rows * kind.labels
@@ -217,6 +222,7 @@ def phase_parts(
             "prefix states": states,
             "tail activations": sizes.kept(tokens, labels),
             "logits": logits,
+            "penalty": penalty,
             "delta rows": _DELTA_ROWS * delta,
             "gradient masks": batch_size * masks,
             "expanded tail": expanded_bytes(model, sizes.first),

@@ -13,11 +13,13 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.settings import checked_device, settled_dtype
 from fastedit.backbone.synthetic.skeleton import skeleton, weight_bytes
 from fastedit.deltas.growing import sum_bytes
+from fastedit.deltas.sketch import COLUMNS
 from fastedit.engine.memory.footprint import Sizes, delta_parameters, held_parts, mask_bytes, phase_parts
 from fastedit.engine.memory.limits import available_bytes, process_bytes
 from fastedit.engine.memory.workload import Workload, measure_workload
 from fastedit.methods import EditPlan, resolve
-from fastedit.objectives import Role
+from fastedit.objectives import InvariantConfig, Role
+from fastedit.objectives.invariant import penalty_bytes
 from fastedit.ops import release_workspaces
 from fastedit.requests import EditRequest
 
@@ -120,8 +122,17 @@ class _Run:
             evaluate=self.evaluate,
             locality=locality,
             on_cpu=on_cpu,
+            penalty=self._penalty_bytes(batch_size),
         )
         return MemoryPlan(held, phases, available_bytes(self.device), str(self.device), batch_size)
+
+    def _penalty_bytes(self, batch_size: int) -> int:
+        """What ODEdit's penalty takes of so many edits; nothing under another objective."""
+        config = self.plan.objective_config
+        if not isinstance(config, InvariantConfig):
+            return 0
+        element = 8 if self.model.dtype == torch.float64 else 4
+        return penalty_bytes(config, self.parameters, batch_size, element, COLUMNS)
 
     def _earlier_bytes(self) -> int:
         """What edits that add up keep on the device for those behind them."""

@@ -15,6 +15,7 @@ import torch
 import fastedit
 from fastedit import EditRequest, load, plan_memory
 from fastedit.backbone.synthetic.skeleton import weight_bytes
+from fastedit.deltas.sketch import COLUMNS
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.memory import footprint, limits
 from fastedit.engine.memory.plan import MOST_EDITS, SHARE, MemoryPlan, largest_batch
@@ -96,6 +97,17 @@ def test_masks_of_gradients_are_counted() -> None:
     (site,) = resolve("wise", {}).method.spec(load("random:qwen2vl-tiny"), resolve("wise", {}).config).sites
     assert masks == [site.d_in * site.d_out, 3 * site.d_in * site.d_out]
     assert "gradient masks" not in plan_memory("random:qwen2vl-tiny", edits=make_edits(2), method="ft").phases["fit"]
+
+
+def test_the_penalty_of_an_objective_is_counted() -> None:
+    """Its sketch is read in blocks: nothing as large as the deltas' rows comes with it."""
+    settings: dict[str, Any] = {"batch_size": 8, "edits": make_edits(8), "evaluate": False}
+    plain, penalised = (plan(method=method, **settings).phases["fit"] for method in ("kl+ft", "odedit+ft"))
+    one = 2 * 4096 * 11008
+    blocks, networks = 3 * 8 * COLUMNS * 4, 8 * 32 * 4096 * 4
+    assert "penalty" not in plain
+    assert one + blocks + networks < penalised["penalty"] < one + blocks + 5 * networks
+    assert penalised["penalty"] < penalised["delta rows"] / 10
 
 
 def test_quantized_weights_and_their_expanded_tail() -> None:
