@@ -71,9 +71,21 @@ class Case:
             raise ValueError(f"case: dtype is one of {', '.join(DTYPES)} (got dtype={self.dtype!r})")
 
     @property
+    def has_one_layer(self) -> bool:
+        """Whether the method changes one layer, an option of it."""
+        return self.method.rpartition("+")[2] in ONE_LAYER
+
+    @property
+    def where(self) -> str:
+        """The layers that are edited, in words."""
+        if self.has_one_layer:
+            return f"layer {(self.options or {}).get('layer', 'at three quarters of the depth')}"
+        return f"last {self.layers} layers"
+
+    @property
     def overrides(self) -> dict[str, Any]:
         """Fields of the method's config."""
-        placed = {} if self.method.rpartition("+")[2] in ONE_LAYER else {"layers": self.layers}
+        placed = {} if self.has_one_layer else {"layers": self.layers}
         return {**placed, "steps": self.steps, "stop_loss": self.stop_loss, **(self.options or {})}
 
     @property

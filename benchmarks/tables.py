@@ -17,7 +17,7 @@ def show(found: Comparison, console: Console) -> None:
     """Print a finished case."""
     case = found.case
     console.print(
-        f"[bold]{case.name}[/bold]: {case.method}, last {case.layers} layers, {case.steps} steps, {case.edits} edits, "
+        f"[bold]{case.name}[/bold]: {case.method}, {case.where}, {case.steps} steps, {case.edits} edits, "
         f"batch {case.batch_size}, {case.model}, {case.dtype}"
         + (f", {case.quantize}" if case.quantize != "none" else "")
     )

@@ -62,8 +62,8 @@ def fit_grace(
         (reader,) = model.sites([site.layer], ["up"])
         at = encoded.label_mask[0].nonzero()[:, 0]
         with torch.no_grad():
-            key = _seen(model, reader, lambda: stock(**inputs, use_cache=False))[0][0, at[0]]
-            output = _seen(model, site, lambda: stock(**inputs, use_cache=False))[1][0, at[: config.values]]
+            read, put_out = _seen(model, reader, site, lambda: stock(**inputs, use_cache=False))
+            key, output = read[0, at[0]], put_out[0, at[: config.values]]
         value = nn.Parameter(torch.cat([output, output.new_zeros(config.values - len(output), output.shape[1])]))
         tensors: dict[str, Tensor] = {
             f"{prefix}value": value,
@@ -194,16 +194,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _seen(model: EditableModel, site: Site, call: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Input and output of a linear map during a call."""
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.extend((args[0], output))
-
-    handle = model.module(site).register_forward_hook(keep)
+def _seen(model: EditableModel, reader: Site, site: Site, call: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    """What one linear map reads and what another one puts out during a call."""
+    kept: dict[str, Tensor] = {}
+    handles = [
+        model.module(reader).register_forward_hook(lambda _module, args, _output: kept.update(read=args[0])),
+        model.module(site).register_forward_hook(lambda _module, _args, output: kept.update(put_out=output)),
+    ]
     try:
         call()
     finally:
-        handle.remove()
-    return kept[0], kept[1]
+        for handle in handles:
+            handle.remove()
+    return kept["read"], kept["put_out"]

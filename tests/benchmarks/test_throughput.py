@@ -203,6 +203,15 @@ def test_cases_are_sound_and_made_up_edits_repeat() -> None:
     assert all(len(e.prompt.split()) >= 30 for e in cases.made_up_edits(3, words=30))
 
 
+def test_cases_of_one_layer_name_it() -> None:
+    wise, lora = CASES["wise-layer8"], CASES["lora-qv"]
+    assert (wise.where, lora.where) == ("layer 8", "last 12 layers")
+    assert wise.plan().config.layer == wise.overrides["layer"] == 8
+    assert "layers" not in wise.overrides
+    assert cases.one_batch(CASES["wise-layer8-singles"]) == 2, "its locality views are drawn from another edit"
+    assert cases.one_batch(CASES["grace-layer8-singles"]) == 1
+
+
 def test_sweeps_name_their_values() -> None:
     made = cases.sweep(CASES["quick"], "batch_size", ["1", "8"])
     assert [case.name for case in made] == ["quick/batch_size=1", "quick/batch_size=8"]
