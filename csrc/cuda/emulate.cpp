@@ -89,8 +89,13 @@ int emulate_risk(int kind, int dtype, const Matrix* z, const Matrix* r, const in
   with_dtype(dtype, [&]<class T, class A>() {
     std::vector<A> of_token = unwritten<A>(2 * sizes[0]);
     std::vector<double> parts = unwritten<double>(sizes[0] * sizes[3] * kRecord);
-    const RiskOutput<A> out{static_cast<A*>(value), static_cast<A*>(env_grad), static_cast<RiskStats<A>*>(stats),
-                            reinterpret_cast<TokenRisk<A>*>(of_token.data()), parts.data()};
+    std::vector<int> ranges(2 * sizes[2]);
+    const RiskOutput<A> out{static_cast<A*>(value),
+                            static_cast<A*>(env_grad),
+                            static_cast<RiskStats<A>*>(stats),
+                            reinterpret_cast<TokenRisk<A>*>(of_token.data()),
+                            parts.data(),
+                            ranges.data()};
     with_kind(kind, [&]<RiskKind k>() { run_risk<k>(input<T>(*z, *r, labels, segments, sizes), out, launch); });
   });
   return launch.fine ? 0 : 1;
@@ -101,9 +106,9 @@ int emulate_risk_backward(int kind, int dtype, const Matrix* z, const Matrix* r,
                           const void* stats, void* grad) {
   const EmulatedLaunch launch;
   with_dtype(dtype, [&]<class T, class A>() {
-    std::vector<A> weights = unwritten<A>(2 * sizes[2]);
+    std::vector<int> counts(sizes[2]);
     const RiskUpstream<T, A> up{static_cast<const A*>(grad_value), static_cast<const A*>(grad_env),
-                                static_cast<const RiskStats<A>*>(stats), weights.data(), static_cast<T*>(grad)};
+                                static_cast<const RiskStats<A>*>(stats), counts.data(), static_cast<T*>(grad)};
     with_kind(kind, [&]<RiskKind k>() { run_risk_backward<k>(input<T>(*z, *r, labels, segments, sizes), up, launch); });
   });
   return launch.fine ? 0 : 1;

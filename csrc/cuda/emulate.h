@@ -165,6 +165,18 @@ inline void __syncthreads() {
   emulator.sync_block();
 }
 
+// Threads run one after another.
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+inline int atomicMax(int* to, int value) {
+  const int before = *to;
+  if (value > before) *to = value;
+  return before;
+}
+
 template <class V>
 V __shfl_xor_sync(unsigned, V value, int other) {
   return emulator.exchange(value, static_cast<int>(threadIdx.x % 32) ^ other);

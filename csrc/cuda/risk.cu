@@ -2,6 +2,7 @@
 // Nothing waits for the device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <string>
 #include <string_view>
@@ -70,8 +71,13 @@ RiskInput<T> input(const Tensor& logits, const Tensor& target, const Tensor& seg
     stats = at::empty({in.tokens, 5}, options);
     const Tensor of_token = at::empty({in.tokens, 2}, options);
     const Tensor parts = at::empty({in.parts > 1 ? in.tokens * in.parts * kRecord : 0}, options.dtype(at::kDouble));
-    const RiskOutput<A> out{data<A>(value), data<A>(env_grad), reinterpret_cast<RiskStats<A>*>(data<A>(stats)),
-                            reinterpret_cast<TokenRisk<A>*>(data<A>(of_token)), data<double>(parts)};
+    const Tensor ranges = at::zeros({n_segments, 2}, options.dtype(at::kInt));
+    const RiskOutput<A> out{data<A>(value),
+                            data<A>(env_grad),
+                            reinterpret_cast<RiskStats<A>*>(data<A>(stats)),
+                            reinterpret_cast<TokenRisk<A>*>(data<A>(of_token)),
+                            data<double>(parts),
+                            data<int>(ranges)};
     with_kind(kind, [&]<RiskKind k>() { run_risk<k>(in, out, current_stream()); });
   });
   return {value, env_grad, stats};
@@ -90,9 +96,9 @@ RiskInput<T> input(const Tensor& logits, const Tensor& target, const Tensor& seg
   Tensor grad = at::empty(logits.sizes(), logits.options());
   dispatch(logits.scalar_type(), "risk", [&]<class T, class A>() {
     const RiskInput<T> in = input<T>(logits, target, segments, n_segments, kBackwardPart);
-    const Tensor weights = at::empty({n_segments, 2}, stats.options());
+    const Tensor counts = at::zeros({n_segments}, stats.options().dtype(at::kInt));
     const RiskUpstream<T, A> up{data<const A>(grad_value), data<const A>(grad_env),
-                                reinterpret_cast<const RiskStats<A>*>(data<const A>(stats)), data<A>(weights),
+                                reinterpret_cast<const RiskStats<A>*>(data<const A>(stats)), data<int>(counts),
                                 data<T>(grad)};
     with_kind(kind, [&]<RiskKind k>() { run_risk_backward<k>(in, up, current_stream()); });
   });

@@ -28,6 +28,7 @@ struct RiskOutput {
   RiskStats<A>* stats;     // (T,)
   TokenRisk<A>* of_token;  // (T,)
   double* parts;           // (T, parts, kRecord), where a row has several
+  int* ranges;             // (S, 2), zeros before: T less a segment's first token, and one more than its last
 };
 // The largest logits of a part, its centre and its sums.
 constexpr int kRecord = 10;
@@ -192,6 +193,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4) risk_sums(Ri
     if (part == 0 && threadIdx.x == 0) out.stats[token] = RiskStats<A>{};
     return;
   }
+  if (part == 0 && threadIdx.x == 0) {
+    // the largest numbers are the same in any order
+    int* range = out.ranges + 2 * in.segments[token];
+    atomicMax(range, static_cast<int>(in.tokens - token));
+    atomicMax(range + 1, static_cast<int>(token + 1));
+  }
   RiskForward<kind, T, A> body{in.z + token * in.z_row, diverges ? in.r + token * in.r_row : nullptr, in.z_column,
                                in.r_column, RiskSums<kind, A>()};
   bool agree = in.z_column == 1;
@@ -249,34 +256,30 @@ __global__ void __launch_bounds__(kThreads) risk_merge(RiskInput<T> in, RiskOutp
   if (lane == 0) write_token(in, out, token, total);
 }
 
-// Calls body(token) for the thread's share of a segment's tokens.
-template <class Body>
-__device__ inline void tokens_of(const int64_t* segments, int64_t tokens, int64_t segment, const Body& body) {
+// One block for every segment, which looks at the tokens from its first to its last.
+template <class A>
+__global__ void __launch_bounds__(kThreads) risk_means(const int64_t* segments, int64_t tokens, RiskOutput<A> out) {
+  const int* range = out.ranges + 2 * blockIdx.x;
+  const int64_t last = range[1];
+  double sums[3] = {0, 0, 0};
   // several on their way at once
-  constexpr int kAhead = 8;
-  for (int64_t first = threadIdx.x; first < tokens; first += kAhead * kThreads) {
+  constexpr int kAhead = 4;
+  for (int64_t first = tokens - range[0] + threadIdx.x; first < last; first += kAhead * kThreads) {
     int64_t of[kAhead];
     FASTEDIT_UNROLL
     for (int j = 0; j < kAhead; ++j) {
       const int64_t t = first + j * kThreads;
-      of[j] = t < tokens ? segments[t] : -1;
+      of[j] = t < last ? segments[t] : -1;
     }
     FASTEDIT_UNROLL
     for (int j = 0; j < kAhead; ++j) {
-      if (of[j] == segment) body(first + j * kThreads);
+      if (of[j] != blockIdx.x) continue;
+      const TokenRisk<A> risk = out.of_token[first + j * kThreads];
+      sums[0] += risk.value;
+      sums[1] += risk.env_grad;
+      sums[2] += 1;
     }
   }
-}
-
-// One block for every segment.
-template <class A>
-__global__ void __launch_bounds__(kThreads) risk_means(const int64_t* segments, int64_t tokens, RiskOutput<A> out) {
-  double sums[3] = {0, 0, 0};
-  tokens_of(segments, tokens, blockIdx.x, [&](int64_t t) {
-    sums[0] += out.of_token[t].value;
-    sums[1] += out.of_token[t].env_grad;
-    sums[2] += 1;
-  });
   block_sums(sums);
   if (threadIdx.x != 0) return;
   const double count = sums[2] > 1 ? sums[2] : 1;
@@ -298,21 +301,17 @@ template <class T, class A>
 struct RiskUpstream {
   const A *grad_value, *grad_env;  // (S,)
   const RiskStats<A>* stats;       // (T,)
-  A* weights;                      // (S, 2), to work with: what a token's risk and its derivative weigh
+  int* counts;                     // (S,), zeros before: tokens of a segment
   T* out;                          // (T, V)
 };
 
-// One block for every segment.
+// One thread for every token.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
-    risk_weights(const int64_t* segments, int64_t tokens, RiskUpstream<T, A> up) {
-  double count[1] = {0};
-  tokens_of(segments, tokens, blockIdx.x, [&](int64_t) { count[0] += 1; });
-  block_sums(count);
-  if (threadIdx.x != 0) return;
-  const A share = static_cast<A>(count[0] > 1 ? count[0] : 1);
-  up.weights[2 * blockIdx.x] = up.grad_value[blockIdx.x] / share;
-  up.weights[2 * blockIdx.x + 1] = up.grad_env[blockIdx.x] / share;
+__global__ void __launch_bounds__(kThreads) risk_counts(RiskInput<T> in, RiskUpstream<T, A> up) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (token >= in.tokens) return;
+  const int64_t segment = in.segments[token];
+  if (in.used(segment)) atomicAdd(up.counts + segment, 1);
 }
 
 template <RiskKind kind, class T, class A>
@@ -387,7 +386,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
   bool agree = in.z_column == 1 && aligned_alike<T>(z, out);
   if constexpr (diverges) agree = agree && in.r_column == 1 && aligned_alike(z, r);
   const Span span(z, agree, in.vocabulary, part, in.parts);
-  const RiskGradient<kind, A> gradient(up.stats[token], up.weights[2 * segment], up.weights[2 * segment + 1]);
+  const A count = static_cast<A>(up.counts[segment]);
+  const RiskGradient<kind, A> gradient(up.stats[token], up.grad_value[segment] / count, up.grad_env[segment] / count);
   RiskBackward<kind, T, A> body{z, r, in.z_column, in.r_column, out, gradient};
   walk<T, unroll>(span, body);
   if constexpr (kind == RiskKind::ce) {
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
 template <RiskKind kind, class T, class A, class Launch>
 void run_risk_backward(const RiskInput<T>& in, const RiskUpstream<T, A>& up, const Launch& launch) {
   if (in.tokens == 0) return;
-  if (in.n_segments > 0) launch(risk_weights<T, A>, in.n_segments, in.segments, in.tokens, up);
+  launch(risk_counts<T, A>, (in.tokens + kThreads - 1) / kThreads, in, up);
   launch(risk_gradient<kind, T, A>, in.tokens * in.parts, in, up);
 }
 
