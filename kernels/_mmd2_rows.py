@@ -16,8 +16,8 @@ from torch import Tensor
 from fastedit.kernels._device import processors
 from fastedit.reference.mmd2 import mmd2_offsets
 
-CENTRE_ROWS = 256  # rows that a program of the centre reads at a time
-SECTOR = 32  # bytes of a row that it reads: what a GPU moves at least
+CENTRE_ROWS = 256  # rows of a large group that a program of the centre reads at a time
+SECTOR = 32  # bytes of such a row that it reads: what a GPU moves at least
 SHIFTED = {"BLOCK_T": 16, "BLOCK_D": 256}  # rows and features that are shifted at a time
 ROUNDS = 4  # programs a multiprocessor, before the other rows are not split further
 
@@ -181,11 +181,14 @@ class Prepared:
 
     def _shift(self, x: Tensor, y: Tensor) -> None:
         centre = x.new_empty((self.groups, self.d), dtype=self.dtype)
-        shared, columns = self.constants("BLOCK_G", "ACC"), SECTOR // x.dtype.itemsize
+        shared = self.constants("BLOCK_G", "ACC")
+        # of fewer rows it reads more columns
+        rows = min(CENTRE_ROWS, max(16, triton.next_power_of_2(triton.cdiv(self.rows, self.groups))))
+        columns = SECTOR // x.dtype.itemsize * (CENTRE_ROWS // rows)
         if self.d:
             _centre_kernel[(self.groups, triton.cdiv(self.d, columns))](
                 x, y, *self.offsets, centre, x.shape[0], y.shape[0], self.d, *x.stride(), *y.stride(),
-                EXACT=x.dtype.itemsize == 2, BLOCK_N=CENTRE_ROWS, BLOCK_C=columns, ACC=shared["ACC"],
+                EXACT=x.dtype.itemsize == 2, BLOCK_N=rows, BLOCK_C=columns, ACC=shared["ACC"],
             )  # fmt: skip
         _shift_kernel[(triton.cdiv(self.rows, SHIFTED["BLOCK_T"]) + self.groups,)](
             x, y, *self.offsets, centre, self.z, self.norm, *self.sizes, self.d, self.width, *x.stride(), *y.stride(),

@@ -128,6 +128,8 @@ def make_case(
         "shapes": {"groups": groups, "n": n, "m": n, "d": d, "bandwidths": 5},
         "dtype": str(dtype).removeprefix("torch."),
         # Gram matrices once, those within a sample by half; then all pairs' weights onto the features
+        # features and their gradients once
+        "bytes": 4 * groups * n * d * dtype.itemsize,
         "flops": groups * 12 * n * n * d,
         "run": run,
         "baselines": {**(one if groups == 1 else many), "matrix_products": matrix_products},
