@@ -17,6 +17,7 @@ if __name__ == "__main__":
     import _package  # noqa: F401
 
 from benchmarks import record
+from benchmarks.kernel_model import predictions
 from benchmarks.kernels import OURS, floor_text
 from benchmarks.record import Row, latest
 
@@ -39,7 +40,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
     parts = [machine_lines(rows[-1], by_case)]
     kernels = [kernel_line(found) for found in by_case.values() if _find(found, OURS, "run_s")]
     if kernels:
-        parts.append(["", "ops: median ms, share of the machine, extra MiB; others as times the op's", *kernels])
+        parts.append(
+            ["", "ops: median ms, share of the machine, extra MiB, predicted ms; others as times the op's", *kernels]
+        )
     models = [line for found in by_case.values() if _find(found, ENGINE, "edits_per_s") for line in model_lines(found)]
     if models:
         parts.append(["", "edits: speed, ratio to the loop, NFU, peak MiB; longest phases in ms an edit", *models])
@@ -73,6 +76,10 @@ def kernel_line(rows: Sequence[Row]) -> str:
     others = [f"{row.implementation} {row.ratio:.2f}" for row in rows if row.metric == "run_s" and row.ratio]
     served = str(own.config.get("served_by", ""))
     cells = f"{own.case:<38} {served:<9} {own.value * 1e3:>10.3f} {floor_text(rows, OURS):>11} {mib:>11}"
+    if own.case in predictions():
+        # of an H200, docs/kernels.md
+        floor, likely = predictions()[own.case]
+        cells += f" floor {floor * 1e3:.3f}" + ("" if likely is None else f" likely {likely * 1e3:.3f}")
     return f"{cells} | {', '.join(others)}"
 
 
