@@ -253,11 +253,13 @@ class _Slots:
         settings |= {"clip": config.clip, "radius": config.radius}
         shared = (self.steps, self._rates, self.running)
         if factored is None:
-            self.norms = adam_step_(flat, self.stacked.grad, self.first, self.second, *shared, **settings)
+            self.norms.copy_(adam_step_(flat, self.stacked.grad, self.first, self.second, *shared, **settings))
             return
         params, first, second = (factored.matrices(rows) for rows in (flat, self.first, self.second))
         inputs, grads, offsets = factored.inputs, factored.grads, factored.offsets
-        self.norms = adam_step_outer_(params, inputs, grads, offsets, first, second, *shared, **settings)
+        norms = adam_step_outer_(params, inputs, grads, offsets, first, second, *shared, **settings)
+        # What a step hands to the next one stays where it is: a recording of it can be replayed
+        self.norms.copy_(norms)
 
     def count(self, problem: Problem) -> None:
         """One more step was taken; take out the edits that have had all theirs."""

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 #: Ops whose result the host reads, or whose result has a size that only the values tell.
 _WAITS = frozenset(
@@ -47,6 +49,16 @@ _FREE = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """An op with the shapes of its tensors, and the addresses of those that its part did not make."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    outside: tuple[int, ...]
+    where: str
+
+
 class Dispatches:
     """Counts what is handed to torch inside its block, by part.
 
@@ -63,6 +75,8 @@ class Dispatches:
         self.ops: dict[object, Counter[str]] = {}
         self.waits: dict[object, list[tuple[str, str]]] = {}
         self.uploads: dict[object, list[tuple[str, str]]] = {}
+        self._calls: dict[object, list[_Call]] = {}
+        self._made: dict[object, set[int]] = {}
         self._entered = ExitStack()
 
     def __enter__(self) -> Dispatches:
@@ -78,6 +92,35 @@ class Dispatches:
     def count(self, part: object) -> int:
         """Ops of a part that launch something."""
         return sum(self.ops.get(part, Counter()).values())
+
+    def differences(self, part: object, other: object) -> list[str]:
+        """Why a recording of one part could not be replayed as the other: nothing, where it could.
+
+        A CUDA graph replays the same ops on the same shapes, and reads what it did not make itself at the addresses
+        where that was when it was recorded.
+        """
+        one, two = self._calls.get(part, []), self._calls.get(other, [])
+        found = [] if len(one) == len(two) else [f"{len(one)} ops, {len(two)} ops"]
+        for first, second in zip(one, two, strict=False):
+            if (first.name, first.shapes) != (second.name, second.shapes):
+                return [*found, f"{first.name} {first.shapes}, {second.name} {second.shapes} at {second.where}"]
+            if first.outside != second.outside:
+                found.append(f"{first.name} reads what lies elsewhere at {second.where}")
+        return found
+
+    def _before(self, func: Any, args: Any) -> list[int]:
+        """Addresses of what an op reads that was not made in this part; the call is kept."""
+        made = self._made.setdefault(self.part, set())
+        tensors = [arg for arg in tree_leaves(args) if isinstance(arg, Tensor)]
+        outside = [_address(tensor) for tensor in tensors if tensor.numel() and _address(tensor) not in made]
+        name, shapes = func._schema.name.partition("::")[2], tuple(tuple(tensor.shape) for tensor in tensors)
+        where = _where() if outside else ""
+        self._calls.setdefault(self.part, []).append(_Call(name, shapes, tuple(outside), where))
+        return outside
+
+    def _after(self, outside: list[int], out: Any) -> None:
+        made = {_address(tensor) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)}
+        self._made[self.part] |= made - set(outside)
 
     def _note(self, into: dict[object, list[tuple[str, str]]], name: str) -> None:
         into.setdefault(self.part, []).append((name, _where()))
@@ -97,7 +140,10 @@ class _Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._dispatches._op(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        outside = self._dispatches._before(func, (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        self._dispatches._after(outside, out)
+        return out
 
 
 class _Functions(TorchFunctionMode):
@@ -115,6 +161,10 @@ class _Functions(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__") and _has_list(args[1]):
             dispatches._note(dispatches.uploads, name)
         return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _by_mask(args: tuple[Any, ...]) -> bool:

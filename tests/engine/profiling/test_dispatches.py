@@ -61,6 +61,28 @@ def test_waits_and_uploads_are_told(name: str) -> None:
         assert counted.count("it") == 0
 
 
+def test_what_keeps_a_part_from_being_replayed_is_told() -> None:
+    state, weight, short = torch.zeros(3), torch.ones(3), torch.ones(2)
+    kept: list[Tensor] = [state]
+    with Dispatches() as counted:
+        for part in ("first", "same", "other address", "other shape", "more"):
+            counted.part = part
+            state.add_(weight * 2)
+            kept[0].mul_(1)
+            if part == "other shape":
+                (short * 2).sum()
+            elif part == "more":
+                (weight * 2).sum().abs()
+            else:
+                (weight * 2).sum()
+            counted.part = "between"
+            kept[0] = torch.zeros(3) if part == "same" else kept[0]
+    assert counted.differences("first", "same") == []
+    assert "mul_ reads what lies elsewhere" in counted.differences("first", "other address")[0]
+    assert any("(2,)" in told for told in counted.differences("first", "other shape"))
+    assert any("ops" in told for told in counted.differences("first", "more"))
+
+
 @contextmanager
 def by_step(counted: Dispatches, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Count by step of the fits in the block; yields the steps at which no batch was put together."""
@@ -98,7 +120,11 @@ METHODS = ["ft", "lora", "kl+lora", "kl+ft", "odedit+lora", "odedit+ft", "grace"
 def test_a_step_asks_at_most_once(
     method: str, every: int, small: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And none of the steps between those at which edits are looked at; nothing is sent either."""
+    """And none of the steps between those at which edits are looked at; nothing is sent either.
+
+    A recording of a step could be replayed as the next one: the same ops on the same shapes, whose inputs from outside
+    lie where they lay.
+    """
     settings: dict[str, Any] = {}
     if method in ("unike", "ldke"):
         trainer = {"steps": 1, "batch_size": 4, "valid_every": 1}
@@ -118,3 +144,5 @@ def test_a_step_asks_at_most_once(
         allowed = int(step % every == 0)
         assert len(counted.waits.get(step, ())) <= allowed, counted.waits[step]
         assert not counted.uploads.get(step), counted.uploads[step]
+    if every == 1:
+        assert counted.differences(steady[-2], steady[-1]) == []
