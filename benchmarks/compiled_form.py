@@ -6,7 +6,8 @@
 
 An op's own launcher is called with the arguments that the engine passes, on tensors without memory; instead of being
 launched, every kernel is compiled with the constants, warps, stages and divisibility of that launch. One that tunes
-itself is compiled in each of its settings. Needs Triton, whose own ptxas and cuobjdump are used, and no GPU.
+itself is compiled in its first setting, or where a call says so in every one. Needs Triton, whose own ptxas and
+cuobjdump are used, and no GPU.
 """
 
 from __future__ import annotations
@@ -104,10 +105,11 @@ def forms_of(stem: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _compiling(target: int) -> Iterator[list[tuple[Any, Any]]]:
+def _compiling(target: int, every: bool = False) -> Iterator[list[tuple[Any, Any]]]:
     """Compile what is launched meanwhile, for a GPU of that capability; gives a list of (kernel, compiled kernel)."""
+    from triton import Config
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from triton.runtime import Autotuner, driver
     from triton.runtime.jit import JITFunction, KernelInterface
 
     class Absent:
@@ -124,7 +126,7 @@ def _compiling(target: int) -> Iterator[list[tuple[Any, Any]]]:
             return 0
 
     done: list[tuple[Any, Any]] = []
-    run, launch = JITFunction.run, KernelInterface.__getitem__
+    run, launch, prune = JITFunction.run, KernelInterface.__getitem__, Autotuner.prune_configs
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **named)
@@ -134,13 +136,17 @@ def _compiling(target: int) -> Iterator[list[tuple[Any, Any]]]:
     def warm_up(self: Any, grid: Any) -> Any:
         return lambda *arguments, **named: self.warmup(*arguments, grid=grid, **named)
 
+    def pruned(self: Any, named: dict[str, Any]) -> list[Config]:
+        configs: list[Config] = prune(self, named)
+        return configs if every else configs[:1]
+
     before = driver._active
     driver.set_active(Absent())
-    JITFunction.run, KernelInterface.__getitem__ = compile_only, warm_up
+    JITFunction.run, KernelInterface.__getitem__, Autotuner.prune_configs = compile_only, warm_up, pruned
     try:
         yield done
     finally:
-        JITFunction.run, KernelInterface.__getitem__ = run, launch
+        JITFunction.run, KernelInterface.__getitem__, Autotuner.prune_configs = run, launch, prune
         driver._active = before
 
 
@@ -155,7 +161,7 @@ def compile_op(stem: str, targets: Sequence[int] = (80, 90)) -> Iterator[Compile
         for call in calls_of(stem):
             if target not in call.targets:
                 continue
-            with _compiling(target) as done:
+            with _compiling(target, call.every) as done:
                 call.run()
             for function, kernel in done:
                 # kernels that see no features are the same for all dtypes

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
+import triton.language as tl
 
 #: Bytes of shared memory of a program at most: two of them share a multiprocessor of sm_80 and sm_90.
 SHARED = 100 * 1024
@@ -16,16 +17,21 @@ SWITCH = "FASTEDIT_TUNE"
 class Fixed:
     """A kernel that is launched with one setting, as one that tunes itself is: ``kernel[grid](...)``."""
 
-    def __init__(self, kernel: Any, config: Any) -> None:
-        self.kernel, self.config = kernel, config
+    def __init__(self, kernel: Any, config: Any, double: Any = None) -> None:
+        self.kernel, self.config, self.double = kernel, config, double or config
         self.fn, self.arg_names = kernel.fn, kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         """Return what launches the kernel on that grid."""
-        return lambda *arguments, **named: self.kernel[grid](*arguments, **named, **self.config.all_kwargs())
+
+        def launch(*arguments: Any, **named: Any) -> Any:
+            config = self.double if named.get("ACC") == tl.float64 else self.config
+            return self.kernel[grid](*arguments, **named, **config.all_kwargs())
+
+        return launch
 
 
-def tuned(configs: Sequence[Any], shared: Callable[..., int]) -> Callable[[Any], Any]:
+def tuned(configs: Sequence[Any], shared: Callable[..., int], double: Any = None) -> Callable[[Any], Any]:
     """Return a decorator of a kernel whose argument ``work`` says what kind of shape it gets (``work_of``).
 
     The configs must differ in nothing that changes the order of a sum, so that a number does not depend on which one
@@ -33,15 +39,18 @@ def tuned(configs: Sequence[Any], shared: Callable[..., int]) -> Callable[[Any],
 
     Args:
         configs: what is tried, few.
-        shared: bytes of shared memory that a launch needs, from its constants by name.
+        shared: bytes of shared memory that a launch needs, from its constants by name and ``num_stages``.
+        double: the only config where the constant ``ACC``, the dtype of sums, is float64.
     """
 
     def decorate(kernel: Any) -> Any:
         if triton.knobs.runtime.interpret or os.environ.get(SWITCH, "1") == "0":
-            return Fixed(kernel, configs[0])
+            return Fixed(kernel, configs[0], double)
 
         def fitting(configs: Sequence[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
             constants = {name: value for name, value in {**arguments, **named}.items() if name.isupper()}
+            if double is not None and constants.get("ACC") == tl.float64:
+                return [double]
             return small_enough(configs, constants, shared)
 
         tune = triton.autotune(

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastedit.kernels.low_rank import _product
 from fastedit.reference._checks import fail
 from fastedit.reference.arguments import check_nearest_keys
 
@@ -16,6 +15,15 @@ BLOCK_K = 64  # keys scored at a time
 BLOCK_D = 64  # features read at a time
 PARTS = 32  # parts of the keys at most
 PART = 4096  # keys of a part at least
+
+
+@triton.jit
+def _product(a, b, acc, USE_DOT: tl.constexpr):
+    # (M, K) (K, N) added to acc. Tensor cores have no float64 on every target, so that goes by broadcasting.
+    if USE_DOT:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return acc + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
 
 
 @triton.jit

@@ -27,12 +27,14 @@ class Call:
         dtypes: of features and parameters, "bf16/fp32".
         run: calls the launcher; every kernel launched is compiled.
         targets: compute capabilities to compile for.
+        every: compile kernels that tune themselves in every setting that they may try, else in the first.
     """
 
     name: str
     dtypes: str
     run: Callable[[], Any]
     targets: Sequence[int] = (80, 90)
+    every: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,13 @@ def compiled_form():
 
     def compiled(stem):
         if stem not in results:
-            # a process of its own, where Triton does not interpret
-            environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+            # a process of its own, where Triton does not interpret; of this tree, whichever is installed
+            environment = {
+                **os.environ,
+                "TRITON_INTERPRET": "0",
+                "TRITON_DEFAULT_FP_FUSION": "1",
+                "PYTHONPATH": str(ROOT),
+            }
             command = [sys.executable, "benchmarks/compiled_form.py", stem, "--json"]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

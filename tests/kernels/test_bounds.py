@@ -41,7 +41,8 @@ def _among_nan(x):
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_low_rank(offsets, monkeypatch):
-    module = _module("low_rank", monkeypatch, "offsets_of")
+    _module("_grouped", monkeypatch, "offsets_of")
+    module = _module("low_rank", monkeypatch)
     x, down, up, _ = low_rank_inputs((2, 1), 9, 2, 5, torch.float32)
     x, starts = _among_nan(x), torch.tensor(offsets)
     module.low_rank(x, down, up, starts)
@@ -51,7 +52,7 @@ def test_low_rank(offsets, monkeypatch):
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_key_value(offsets, monkeypatch):
-    _module("low_rank", monkeypatch, "offsets_of")
+    _module("_grouped", monkeypatch, "offsets_of")
     module = _module("key_value", monkeypatch)
     x, keys, bias, values, _, gate, gate_bias = key_value_inputs((2, 1), 9, 2, 5, torch.float32, gated=True)
     x, starts = _among_nan(x), torch.tensor(offsets)
