@@ -181,36 +181,6 @@ class Past(Protocol):
         """Put those of new tokens (T, heads, d_head) behind them; return all, (R, plan.keys, heads, d_head)."""
 
 
-class ConstantPast:
-    """Constant tokens that come first in every row; gradients pass to the others."""
-
-    def __init__(self, state: PackedState) -> None:
-        self._state = state
-        self._padded: dict[tuple[int, int], KeyValue] = {}
-
-    def extend(self, layer: int, plan: AttentionPlan, key: Tensor, value: Tensor) -> KeyValue:
-        """See `Past`."""
-        known = self._padded.get((layer, plan.capacity))
-        if known is None:
-            known = self._laid_out(layer, plan, key.device)
-            self._padded[layer, plan.capacity] = known
-        if plan.key_slots is None:
-            raise ValueError("ConstantPast: a plan with places for keys is needed (got key_slots=None)")
-        shape = (plan.rows, plan.capacity, *key.shape[1:])
-        return (
-            known[0].index_copy(0, plan.key_slots, key).view(shape),
-            known[1].index_copy(0, plan.key_slots, value).view(shape),
-        )
-
-    def _laid_out(self, layer: int, plan: AttentionPlan, device: torch.device) -> KeyValue:
-        starts = self._state.starts
-        key, value = (part.to(device) for part in self._state.constant[layer])
-        row = token_rows(starts, key.device)
-        slots = row * plan.capacity + torch.arange(len(row), device=key.device) - first_tokens(starts, key.device)[row]
-        empty = key.new_zeros(plan.rows * plan.capacity, *key.shape[1:])
-        return empty.index_copy(0, slots, key), empty.index_copy(0, slots, value)
-
-
 class StoredPast:
     """Keys and values of everything that was computed so far, in buffers made once. Not differentiable.
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import AttentionPlan, ConstantPast, Past, attend, padded, plan_attention, varlen_function
+from .attention import AttentionPlan, Past, attend, padded, plan_attention, varlen_function
+from .constant_past import ConstantPast
 from .generic.adapter import generic
 from .packed import KeyValue, PackedState, PaddedStart, pack
 from .states import Encoded, ImageFeatures

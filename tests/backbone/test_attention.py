@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import PackedState
-from fastedit.backbone.attention import AttentionPlan, ConstantPast, StoredPast, attend, plan_attention, varlen_function
+from fastedit.backbone.attention import AttentionPlan, StoredPast, attend, plan_attention, varlen_function
+from fastedit.backbone.constant_past import ConstantPast
 from fastedit.backbone.packed import KeyValue, token_indices, token_rows
 
 D_HEAD, GROUPS, SCALE, LAYER = 3, 2, 0.6, 5
