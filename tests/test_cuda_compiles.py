@@ -78,6 +78,12 @@ def resources(objects):
         for target in ("sm_80", "sm_90"):
             text = finished([cuobjdump, "-arch", target, "-res-usage", path])
             found[stem, target] = dict(re.findall(r"Function (\w+):\s*\n\s*(.*REG.*)", text))
+            machine_code = finished([cuobjdump, "-arch", target, "-sass", path])
+            for function in machine_code.split("Function : ")[1:]:
+                name, _, code = function.partition("\n")
+                # accesses to global memory of 16 bytes
+                wide = {f"{kind}128": len(re.findall(rf"\b{kind}\.E\S*\.128\b", code)) for kind in ("LDG", "STG")}
+                found[stem, target][name.strip()] += "".join(f" {kind}:{count}" for kind, count in wide.items())
     return found
 
 
@@ -98,16 +104,19 @@ def test_objects_hold_every_kernel_for_both_targets(resources):
 
 
 def test_threads_keep_to_their_registers(resources):
-    """What waits for memory needs many threads: a spill or a register too many costs bandwidth."""
+    """What waits for memory needs many threads and 16 bytes a load: spills or registers too many cost bandwidth."""
     for (stem, target), kernels in resources.items():
         # those that read rows; float64 is there for tests, its letter stands alone in a mangled name
         rows = {name: line for name, line in kernels.items() if re.search(r"_(sums|gradient|squares|pieces)I", name)}
         short = {name: line for name, line in rows.items() if not re.search(r"[IE]d+[LE]", name)}
         assert 0 < len(short) < len(rows) < len(kernels)
         for name, line in short.items():
-            told = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+            told = {key: int(value) for key, value in re.findall(r"([A-Z]+\d*):(\d+)", line)}
             assert told["REG"] <= 64, f"{stem} {target} {name}: {line}"
             assert told["LOCAL"] == told["STACK"] == 0, f"{stem} {target} {name}: {line}"
+            assert told["LDG128"] > 0, f"{stem} {target} {name}: {line}"
+            if re.search(r"_(gradient|pieces)I", name):
+                assert told["STG128"] > 0, f"{stem} {target} {name}: {line}"
 
 
 # Loads a library as the compiled one is, before the ops are imported. Functions of CUDA's torch are not there and are

@@ -1,6 +1,6 @@
-// The kernels of adam_step_ and the order they run in. Rows are cut into pieces of fixed size, a block for each: sums of
-// squares by pieces, a row's norm and scalars, the update of rows whose norm is finite. Pieces are added in order, so a
-// norm has the same bits every time.
+// The kernels of adam_step_ and the order they run in. Rows are cut into pieces of fixed size, a block for each: sums
+// of squares by pieces, a row's norm and scalars, the update of rows whose norm is finite. Pieces are added in order,
+// so a norm has the same bits every time.
 #pragma once
 
 #include "cuda/adam_step_math.h"
@@ -60,18 +60,23 @@ struct AdamPiece {
   // Sum of squares of the thread's gradients.
   __device__ A squares() const {
     A sum = 0;
-    walk([&](auto whole, int64_t i) { add_squares(sum, get_constant<whole.value>(grads + i)); },
-         [&](int64_t i) { add_squares(sum, Pack<G, 1>{grads[i]}); });
+    // alone they are read by 16 bytes
+    constexpr int M = kVectorBytes / sizeof(G);
+    walk<M>(
+        at_vector<G, M>(grads),
+        [&](auto whole, int64_t i) { add_squares(sum, get_constant<whole.value, M>(grads + i)); },
+        [&](int64_t i) { add_squares(sum, Pack<G, 1>{grads[i]}); });
     return sum;
   }
 
   // Updates the thread's elements.
   __device__ void update(const AdamScalars<A>& scalars) const {
-    walk(
+    walk<N>(
+        aligned,
         [&](auto whole, int64_t i) {
-          const Pack<G, N> g = get_constant<whole.value>(grads + i);
-          Pack<A, N> m = get<whole.value>(first + i), v = get<whole.value>(second + i);
-          Pack<T, N> p = get<whole.value>(params + i);
+          const Pack<G, N> g = get_constant<whole.value, N>(grads + i);
+          Pack<A, N> m = get<whole.value, N>(first + i), v = get<whole.value, N>(second + i);
+          Pack<T, N> p = get<whole.value, N>(params + i);
           step(scalars, p, g, m, v);
           put<whole.value>(params + i, p);
           put<whole.value>(first + i, m);
@@ -94,37 +99,37 @@ struct AdamPiece {
     static constexpr bool value = yes;
   };
 
-  // Calls group(aligned?, first element) for the thread's groups and single(element) for the rest of a row.
-  template <class Group, class Single>
-  __device__ void walk(const Group& group, const Single& single) const {
-    const int64_t groups = size / N;
-    if (aligned) {
-      for (int64_t i = threadIdx.x; i < groups; i += kThreads) group(Bool<true>{}, i * N);
+  // Calls group(whole?, first element) for the thread's groups of n and single(element) for the rest of a row.
+  template <int n, class Group, class Single>
+  __device__ void walk(bool whole, const Group& group, const Single& single) const {
+    const int64_t groups = size / n;
+    if (whole) {
+      for (int64_t i = threadIdx.x; i < groups; i += kThreads) group(Bool<true>{}, i * n);
     } else {
       FASTEDIT_ROLLED
-      for (int64_t i = threadIdx.x; i < groups; i += kThreads) group(Bool<false>{}, i * N);
+      for (int64_t i = threadIdx.x; i < groups; i += kThreads) group(Bool<false>{}, i * n);
     }
-    const int64_t rest = groups * N + threadIdx.x;
+    const int64_t rest = groups * n + threadIdx.x;
     if (rest < size) single(rest);
   }
 
-  template <bool whole, class X>
-  __device__ static Pack<X, N> get(const X* p) {
+  template <bool whole, int n, class X>
+  __device__ static Pack<X, n> get(const X* p) {
     if constexpr (whole) {
-      return load(reinterpret_cast<const Pack<X, N>*>(p));
+      return load(reinterpret_cast<const Pack<X, n>*>(p));
     } else {
-      Pack<X, N> pack;
+      Pack<X, n> pack;
       FASTEDIT_UNROLL
-      for (int k = 0; k < N; ++k) pack.at[k] = p[k];
+      for (int k = 0; k < n; ++k) pack.at[k] = p[k];
       return pack;
     }
   }
-  template <bool whole, class X>
-  __device__ static Pack<X, N> get_constant(const X* p) {
+  template <bool whole, int n, class X>
+  __device__ static Pack<X, n> get_constant(const X* p) {
     if constexpr (whole) {
-      return load_constant(reinterpret_cast<const Pack<X, N>*>(p));
+      return load_constant(reinterpret_cast<const Pack<X, n>*>(p));
     } else {
-      return get<false>(p);
+      return get<false, n>(p);
     }
   }
   template <bool whole, class X>
