@@ -1,4 +1,5 @@
-// adam_step_ on NVIDIA: bound by memory, every tensor is read and written once; gradients twice. Scalars are computed on the device, nothing waits for it.
+// adam_step_ on NVIDIA: bound by memory, every tensor is read and written once; gradients twice. Scalars are computed
+// on the device, nothing waits for it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
