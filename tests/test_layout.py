@@ -119,7 +119,7 @@ TOPICS = {
     "engine/test_attach_live", "engine/test_attach_methods", "engine/test_conflicts", "engine/test_continuous",
     "engine/test_growth",
     "engine/test_several_images", "export/test_export", "kernels/test_ahead_of_time", "kernels/test_bounds",
-    "kernels/test_compiled_form", "kernels/test_tuning",
+    "kernels/test_compiled_form", "kernels/test_grouped", "kernels/test_tuning",
     "ledger/test_broken_off", "ledger/test_kills",
     "ops/test_arguments", "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory",
     "ops/test_oracles",
