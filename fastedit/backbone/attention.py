@@ -258,9 +258,10 @@ def attend(
     heads, groups = spread.shape[1], key.shape[1]
     share = heads // groups
     if plan.mask is None:
-        if share > 1:
+        shares = share > 1 and shares_keys(spread)
+        if share > 1 and not shares:
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        mixed = attention(spread, key, value, is_causal=True, scale=scale)
+        mixed = attention(spread, key, value, is_causal=True, scale=scale, enable_gqa=shares)
     elif share > 1:
         # Heads that share keys are so many more queries of one head: nothing is repeated
         folded = spread.reshape(plan.rows, groups, share * plan.queries, -1)
@@ -270,6 +271,14 @@ def attend(
         mixed = attention(spread, key, value, attn_mask=plan.mask, scale=scale)
     mixed = mixed.transpose(1, 2).reshape(plan.rows * plan.queries, -1)
     return mixed if plan.query_slots is None else mixed[plan.query_slots]
+
+
+def shares_keys(query: Tensor) -> bool:
+    """Whether torch's attention takes keys that heads share as they are, and is no slower for it.
+
+    A GPU's kernel for float32 does not take them: torch would fall back to one that holds all scores.
+    """
+    return query.device.type == "cpu" or query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _attend_packed(

@@ -302,3 +302,26 @@ def test_layers_are_stored_apart() -> None:
 def test_flash_attention_is_for_gpus_and_for_models_that_want_it() -> None:
     assert varlen_function("flash_attention_2", torch.device("cpu")) is None
     assert varlen_function("sdpa", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_that_heads_share_are_not_repeated(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = packed((4, 4))
+    query, key, value = (draw(8, GROUPS * n, D_HEAD, seed=n).to(dtype).requires_grad_() for n in (4, 1, 1))
+    plan = plan_attention(state, None, state.counts, window=None)
+    assert plan.mask is None
+    weights = draw(8, 4 * GROUPS * D_HEAD, seed=6).to(dtype)
+
+    def gradients() -> tuple[Tensor, ...]:
+        found = attend(LAYER, query, key, value, plan, scale=SCALE, past=None)
+        return found, *torch.autograd.grad((found * weights).sum(), (query, key, value))
+
+    repeats: list[int] = []
+    repeat = Tensor.repeat_interleave
+    counted = lambda tensor, *rest: repeats.append(1) or repeat(tensor, *rest)  # noqa: E731
+    monkeypatch.setattr(Tensor, "repeat_interleave", counted, raising=False)
+    shared = gradients()
+    assert not repeats
+    monkeypatch.setattr("fastedit.backbone.attention.shares_keys", lambda _query: False)
+    torch.testing.assert_close(shared, gradients())
+    assert repeats == [1, 1]
