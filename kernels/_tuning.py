@@ -17,8 +17,9 @@ SWITCH = "FASTEDIT_TUNE"
 class Fixed:
     """A kernel that is launched with one setting, as one that tunes itself is: ``kernel[grid](...)``."""
 
-    def __init__(self, kernel: Any, config: Any, double: Any = None) -> None:
-        self.kernel, self.config, self.double = kernel, config, double or config
+    def __init__(self, kernel: Any, configs: Sequence[Any], double: Any = None) -> None:
+        self.kernel, self.configs, self.config = kernel, configs, configs[0]
+        self.double = double or self.config
         self.fn, self.arg_names = kernel.fn, kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
@@ -45,7 +46,7 @@ def tuned(configs: Sequence[Any], shared: Callable[..., int], double: Any = None
 
     def decorate(kernel: Any) -> Any:
         if triton.knobs.runtime.interpret or os.environ.get(SWITCH, "1") == "0":
-            return Fixed(kernel, configs[0], double)
+            return Fixed(kernel, configs, double)
 
         def fitting(configs: Sequence[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
             constants = {name: value for name, value in {**arguments, **named}.items() if name.isupper()}

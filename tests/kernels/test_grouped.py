@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
+from fastedit.kernels import _grouped
 from fastedit.reference import low_rank as reference
 from fastedit.testing import TF32, TOLERANCE, assert_close, low_rank_inputs, providers
 
@@ -58,3 +59,31 @@ def test_error_of_tensor_cores(dtype, tensor_cores):
             assert torch.finfo(torch.float32).eps < error <= TOLERANCE * TF32
     assert len(tensor_cores) == 1
     assert ("x3" in next(iter(tensor_cores))) == (dtype == torch.float32)
+
+
+def test_settings_change_no_bit(monkeypatch, available):
+    """Where every product adds column after column, as tensor cores do, all settings give the same numbers."""
+    available(INTERPRETED[0])
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data
+        for k in range(a.data.shape[1]):
+            total = total + a.data[:, k : k + 1] * b.data[k]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    x, down, up, starts = low_rank_inputs((20, 9), 70, 8, 65, torch.float32)
+    grad = torch.randn(x.shape[0], 65, generator=torch.Generator().manual_seed(1))
+
+    def step():
+        y = INTERPRETED[0].function()(x, down, up, starts)
+        return y, *INTERPRETED[0].function("low_rank_backward")(grad, x, down, up, starts, [True] * 3)
+
+    first = step()
+    for kernel in (_grouped._code_kernel, _grouped._expand_kernel, _grouped._weight_kernel):
+        assert len(kernel.configs) > 1
+        for config in kernel.configs[1:]:
+            with monkeypatch.context() as patched:
+                patched.setattr(kernel, "config", config)
+                for one, other in zip(first, step(), strict=True):
+                    assert torch.equal(one, other)
