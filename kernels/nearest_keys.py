@@ -13,6 +13,7 @@ from fastedit.reference.arguments import check_nearest_keys
 BLOCK_Q = 16  # queries of a program
 BLOCK_K = 64  # keys scored at a time
 BLOCK_D = 64  # features read at a time
+DISTANCE_D = 1024  # features of a chosen key read at a time, 16 bytes a thread
 PARTS = 32  # parts of the keys at most
 PART = 4096  # keys of a part at least
 
@@ -185,28 +186,10 @@ def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Te
     )
     if metric == "l2":
         _distance_kernel[(count, k)](
-            queries, keys, indices, values, d, k, *strides, BLOCK_D=settings["BLOCK_D"], ACC=settings["ACC"]
+            queries, keys, indices, values, d, k, *strides, BLOCK_D=DISTANCE_D, ACC=settings["ACC"]
         )
         # by lower index, then stably by distance; NaN goes last
         indices, order = indices.sort(dim=1)
         values, by_value = values.gather(1, order).sort(dim=1, stable=True)
         indices = indices.gather(1, by_value)
     return values, indices
-
-
-def ahead_of_time(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Return (kernel, signature, constants) for compiling every kernel without a GPU; dtype is Triton's name for it."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    acc = tl.float64 if dtype == "fp64" else tl.float32
-    operand = {"bf16": tl.bfloat16, "fp16": tl.float16}.get(dtype, acc)
-    full = _constants(dtype == "fp64", "cosine", 8, operand)
-    pointers = {"queries": f"*{dtype}", "keys": f"*{dtype}", "scores": f"*{wide}", "values": f"*{wide}"}
-    merge = {"BLOCK": 256, **{name: full[name] for name in ("NAN", "LOWEST", "L2")}}
-    distance = {name: full[name] for name in ("BLOCK_D", "ACC")}
-    own = {_scan_kernel: {"indices": "*i32"}, _merge_kernel: {"indices": "*i32", "names": "*i64"}}
-    found = []
-    for kernel, constants in ((_scan_kernel, full), (_merge_kernel, merge), (_distance_kernel, distance)):
-        types = {**pointers, **own.get(kernel, {"names": "*i64"})}
-        signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-        found.append((kernel, signature, constants))
-    return found
