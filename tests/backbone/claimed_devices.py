@@ -52,19 +52,22 @@ class ClaimedDevices(TorchFunctionMode):
         if name in ("to", "cpu"):
             return self._moved(args[0], CPU if name == "cpu" else None, args[1:], kwargs)
         device = kwargs.pop("device", None)
-        given = [part for part in tensors_in([args, kwargs]) if part.dim() and claimed(part) is not None]
-        places = {claimed(part) for part in given}
+        parts = list(tensors_in([args, kwargs]))
+        places = {claimed(part) for part in parts if part.dim()} - {None}
+        # A number goes along with tensors of any device; where there are numbers alone the result is with them
+        numbers = {claimed(part) for part in parts} - {None}
         if name == "copy_":
             # The one operation that goes from device to device
             return func(*args, **kwargs)
         if len(places) > 1 and name != "backward":
             raise RuntimeError(f"{name}: all tensors must be on the same device (got {sorted(map(str, places))})")
-        place = torch.device(device) if device is not None else next(iter(places), None)
+        place = torch.device(device) if device is not None else next(iter(places or numbers), None)
         output = func(*args, **kwargs)
         for part in tensors_in(output):
             if place is not None:
                 claim(part, place)
-            elif not given and not types:
+            elif not parts:
+                # Made here, and not of what autograd made
                 claim(part, CPU)
         return output
 
