@@ -32,6 +32,7 @@ import typer
 
 from benchmarks import compiled_form
 from benchmarks.compiled_calls import empty
+from benchmarks.kernel_cases.low_rank import TOKENS
 from benchmarks.kernels import stems
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
@@ -142,9 +143,56 @@ def _adam_step(edits: int, size: int) -> tuple[Callable[[], None], Work]:
     return run, {"_prepare_kernel": (4 * edits * size, 0), "_update_kernel": (7 * 4 * edits * size, 0)}
 
 
+def _low_rank(edits: int, d: int) -> tuple[Callable[[], None], Work]:
+    from fastedit.kernels.low_rank import low_rank, low_rank_backward
+
+    tokens, rank = edits * TOKENS, 8
+
+    def run() -> None:
+        x, grad = empty(tokens, d), empty(tokens, d)
+        down, up, offsets = empty(edits, d, rank), empty(edits, rank, d), empty(edits + 1, dtype=torch.int64)
+        low_rank(x, down, up, offsets)
+        low_rank_backward(grad, x, down, up, offsets, [True, True, True])
+
+    return run, _grouped(tokens, edits, d, rank)
+
+
+def _key_value(edits: int, d: int, gated: bool) -> tuple[Callable[[], None], Work]:
+    from fastedit.kernels.key_value import key_value, key_value_backward
+
+    tokens, neurons = edits * TOKENS, 10
+
+    def run() -> None:
+        x, grad, offsets = empty(tokens, d), empty(tokens, d), empty(edits + 1, dtype=torch.int64)
+        keys, bias, values = empty(edits, d, neurons), empty(edits, neurons), empty(edits, neurons, d)
+        gates, activation = (keys if gated else None), "silu" if gated else "relu"
+        entering = key_value(x, keys, bias, values, offsets, activation, gates, bias if gated else None)[1]
+        needs = [True, True, True, True, gated, gated]
+        key_value_backward(grad, x, keys, values, offsets, entering, activation, gates, needs)
+
+    between = 4 * 4 * tokens * neurons
+    return run, _grouped(tokens, edits, d, neurons) | {"_neuron_kernel": (between, 0), "_slope_kernel": (between, 0)}
+
+
+def _grouped(tokens: int, edits: int, d: int, rank: int) -> Work:
+    """Return what each of the three products moves and computes: tokens and factors as wide on both sides."""
+    moved, operations = 4 * (tokens * d + edits * d * rank + tokens * rank), 2 * tokens * d * rank
+    return dict.fromkeys(("_code_kernel", "_expand_kernel", "_weight_kernel"), (moved, operations))
+
+
+def _nearest_keys(count: int, stored: int, d: int, k: int, **_: int) -> tuple[Callable[[], None], Work]:
+    from fastedit.kernels.nearest_keys import nearest_keys, parts_of
+
+    # programs that run at the same time read the same keys
+    scan = 4 * (count + stored) * d, 2 * count * stored * d
+    work = {"_scan_kernel": scan, "_merge_kernel": (8 * count * parts_of(count, stored, k) * k, 0)}
+    return lambda: nearest_keys(empty(count, d), empty(stored, d), k, "cosine"), work
+
+
 #: Ops whose launches are modelled: arguments of a case -> what calls the launcher; what its kernels move and compute.
 MODELLED: dict[str, Callable[..., tuple[Callable[[], None], Work]]] = {
-    "adam_step": _adam_step, "mmd2": _mmd2, "risk": _risk, "topk_agreement": _topk_agreement,
+    "adam_step": _adam_step, "key_value": _key_value, "low_rank": _low_rank, "mmd2": _mmd2,
+    "nearest_keys": _nearest_keys, "risk": _risk, "topk_agreement": _topk_agreement,
 }  # fmt: skip
 
 
@@ -158,7 +206,8 @@ def launches_of(run: Callable[[], None]) -> list[Launch]:
 
         def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
             kernel = compile_only(self, *arguments, grid=grid, warmup=warmup, **named)
-            launches.append(_launch(self.__name__, prod(grid), kernel))
+            sizes = grid(named) if callable(grid) else grid
+            launches.append(_launch(self.__name__, prod(sizes), kernel))
             return kernel
 
         JITFunction.run = record
@@ -211,7 +260,8 @@ def page() -> str:
         launches = launches_of(run)
         for launch in launches:
             moved, operations = work.get(launch.kernel, (0.0, 0.0))
-            seconds = launch.seconds(moved, operations * slower)
+            # without tensor cores a product of float32 is one operation
+            seconds = launch.seconds(moved, operations * (slower if launch.product else 1))
             total += seconds
             forms.append(
                 f"| {case['name']} | {launch.kernel} | {launch.programs} | {launch.warps} | {launch.shared} "

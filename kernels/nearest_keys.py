@@ -14,7 +14,9 @@ BLOCK_Q = 16  # queries of a program
 BLOCK_K = 64  # keys scored at a time
 BLOCK_D = 64  # features read at a time
 DISTANCE_D = 1024  # features of a chosen key read at a time, 16 bytes a thread
-PARTS = 32  # parts of the keys at most
+PARTS = 32  # parts of the keys at most, where there are many queries
+FEW = 264  # programs that few queries are shared out to, two for each multiprocessor
+MERGED = 2048  # candidates that the merge looks at for a query, where it may choose
 PART = 4096  # keys of a part at least
 
 
@@ -158,6 +160,12 @@ def _constants(wide: bool, metric: str, k: int, operand: Any) -> dict[str, Any]:
     }
 
 
+def parts_of(count: int, stored: int, k: int) -> int:
+    """Return into how many parts the stored keys go, each with its own k best: more of them where queries are few."""
+    wanted = min(FEW // triton.cdiv(count, BLOCK_Q), MERGED // k)
+    return min(max(PARTS, wanted), triton.cdiv(stored, PART))
+
+
 def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     """Return values (Q, k) and indices (Q, k); arguments as the op's, fewer than 2^31 keys."""
     check_nearest_keys(queries, keys, k, metric)
@@ -172,7 +180,7 @@ def nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Te
     indices = queries.new_empty((count, k), dtype=torch.int64)
     if count == 0:
         return values, indices
-    parts = min(PARTS, triton.cdiv(stored, PART))
+    parts = parts_of(count, stored, k)
     part = triton.cdiv(triton.cdiv(stored, parts), BLOCK_K) * BLOCK_K
     scores = queries.new_empty((count, parts, k), dtype=values.dtype)
     names = queries.new_empty((count, parts, k), dtype=torch.int32)
