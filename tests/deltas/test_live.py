@@ -100,15 +100,17 @@ def test_a_call_ends_with_what_it_began_with(monkeypatch: pytest.MonkeyPatch) ->
     with fastedit.applied(model, held[1:]):
         second = answers(model)
     assert first != second
-    extend, keys = fastedit.backbone.generation.Reader.extend, []
+    # What is called for every token but the first of an answer
+    writing, keys = fastedit.backbone.decoding._Writing, []
+    read = writing.read
 
-    def changing(reader: Any, *args: Any) -> torch.Tensor:
+    def changing(batch: Any) -> None:
         live.deltas = held[1:]
         keys.append(active_key(model))
-        return extend(reader, *args)
+        read(batch)
 
     with fastedit.applied(model, live):
-        monkeypatch.setattr(fastedit.backbone.generation.Reader, "extend", changing)
+        monkeypatch.setattr(writing, "read", changing)
         assert answers(model) == first
         assert answers(model) == second
     assert len(set(keys)) == 2

@@ -24,7 +24,12 @@ def spans(live: torch.Tensor | None = LIVE) -> TokenSpans:
 
 def test_scope_is_what_is_fitted() -> None:
     assert {int(role) for role in CE_ROLES} == IN_SCOPE
-    assert in_scope([int(role) for role in (*CE_ROLES, *KL_ROLES)], CPU).tolist() == [True] * 3 + [False] * 2
+    roles, expected = [int(role) for role in (*CE_ROLES, *KL_ROLES)], [True] * 3 + [False] * 2
+    assert in_scope(roles, Rows((5,)), CPU).tolist() == expected
+    batch = spans()
+    assert in_scope(roles, batch, CPU).tolist() == expected
+    # Made once for a batch
+    assert in_scope(roles, batch, CPU) is in_scope(roles, batch, CPU)
 
 
 def test_marks_of_rows() -> None:
