@@ -191,6 +191,18 @@ inline void check_mmd2_upstream(const at::Tensor& grad_value, const at::Tensor& 
   }
 }
 
+inline void check_mmd2_kept(const at::Tensor& x, const at::Tensor& y, const at::Tensor& x_offsets,
+                            const at::Tensor& y_offsets, const at::Tensor& bandwidths) {
+  check_mmd2(x, y, x_offsets, y_offsets, bandwidths);
+  FASTEDIT_CHECK(x_offsets.size(0) == 2, "mmd2", "pairs are kept of one group", "G=", x_offsets.size(0) - 1);
+}
+
+// What mmd2_kept left for its backward.
+inline void check_mmd2_pairs(const at::Tensor& pairs, const at::Tensor& x, const at::Tensor& y) {
+  const int64_t rows = x.size(0) + y.size(0);
+  check_tensor(pairs, "mmd2", "pairs", accumulation_type(x.scalar_type()), {rows, rows}, x.device());
+}
+
 inline void check_nearest_keys(const at::Tensor& queries, const at::Tensor& keys, int64_t k, std::string_view metric) {
   constexpr const char* op = "nearest_keys";
   FASTEDIT_CHECK(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1), op,

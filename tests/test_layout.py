@@ -122,7 +122,7 @@ TOPICS = {
     "kernels/test_compiled_form", "kernels/test_grouped", "kernels/test_tuning",
     "ledger/test_broken_off", "ledger/test_kills",
     "ops/test_arguments", "ops/test_autocast", "ops/test_cuda_emulated", "ops/test_library", "ops/test_memory",
-    "ops/test_oracles",
+    "ops/test_mmd2_kept", "ops/test_oracles",
     "ledger/test_serving",
     "ops/test_threads", "ops/test_transforms", "pocket/test_shipped", "test_build", "test_conformance",
     "benchmarks/test_gpu_script", "test_cuda_compiles", "test_import", "test_layout", "test_native", "test_repr",

@@ -100,7 +100,7 @@ def serve_with_triton(name: str, stem: str) -> None:
 
     Where the compiled library serves them already it stays in place, unless FASTEDIT_CUDA prefers Triton.
     """
-    if importlib.util.find_spec("triton") is None or (_PREFERRED == "csrc" and _compiled(name, "cuda")):
+    if importlib.util.find_spec("triton") is None or (_PREFERRED == "csrc" and compiled(name, "cuda")):
         return
 
     def launch(*arguments: Any) -> Any:
@@ -134,7 +134,8 @@ def launched(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
     return _REFERENCES[name](*arguments)
 
 
-def _compiled(name: str, device: str) -> bool:
+def compiled(name: str, device: str) -> bool:
+    """Return whether the compiled library serves the op's tensors on the device."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastedit::{name}", device.upper()))
 
 
@@ -158,4 +159,4 @@ def implementations() -> dict[str, dict[str, str]]:
 def _server(name: str, device: str) -> str:
     if device in _TRITON[name]:
         return "triton"
-    return "csrc" if _compiled(name, device) else "reference"
+    return "csrc" if compiled(name, device) else "reference"

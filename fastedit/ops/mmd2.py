@@ -5,11 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._library import call, define, differentiate, serve_with_triton
+from fastedit.ops._library import call, compiled, define, differentiate, serve_with_triton
 from fastedit.reference import mmd2 as reference
+from fastedit.reference import mmd2_kept as kept
 from fastedit.reference._checks import fail
 from fastedit.reference._precision import accumulation_dtype
-from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
+from fastedit.reference.arguments import check_mmd2, check_mmd2_kept, check_mmd2_pairs, check_mmd2_upstream
+
+# Rows of one group whose pairs the forward keeps for the backward, where the compiled library serves the CPU: at most
+# 64 MiB of float32. Few are faster without; more are computed again.
+KEPT_LEAST, KEPT_MOST = 128, 4096
 
 
 def _fake(
@@ -46,6 +51,44 @@ def _backward(ctx: Any, grad_value: Tensor, grad_env: Tensor) -> tuple[Tensor | 
     return grad_x, grad_y, None, None, None, None
 
 
+def _fake_kept(
+    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_mmd2_kept(x, y, x_offsets, y_offsets, bandwidths)
+    value, env_grad = _fake(x, y, x_offsets, y_offsets, bandwidths, unbiased)
+    rows = x.shape[0] + y.shape[0]
+    return value, env_grad, value.new_empty((rows, rows))
+
+
+def _fake_kept_backward(
+    grad_value: Tensor,
+    grad_env: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_offsets: Tensor,
+    y_offsets: Tensor,
+    bandwidths: Tensor,
+    pairs: Tensor,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
+    check_mmd2_kept(x, y, x_offsets, y_offsets, bandwidths)
+    check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
+    check_mmd2_pairs(pairs, x, y)
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _save_kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.unbiased = inputs[5]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward_kept(ctx: Any, grad_value: Tensor, grad_env: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_x, grad_y = call("mmd2_kept_backward", grad_value, grad_env, *saved, ctx.unbiased)
+    return grad_x, grad_y, None, None, None, None
+
+
 define(
     "mmd2",
     "(Tensor x, Tensor y, Tensor x_offsets, Tensor y_offsets, Tensor bandwidths, bool unbiased) -> (Tensor, Tensor)",
@@ -63,6 +106,23 @@ define(
 serve_with_triton("mmd2", "mmd2")
 serve_with_triton("mmd2_backward", "mmd2")
 differentiate("mmd2", _save, _backward)
+define(
+    "mmd2_kept",
+    "(Tensor x, Tensor y, Tensor x_offsets, Tensor y_offsets, Tensor bandwidths, bool unbiased) "
+    "-> (Tensor, Tensor, Tensor)",
+    kept.mmd2_kept,
+    _fake_kept,
+    "widest",
+)
+define(
+    "mmd2_kept_backward",
+    "(Tensor grad_value, Tensor grad_env, Tensor x, Tensor y, Tensor x_offsets, Tensor y_offsets, Tensor bandwidths, "
+    "Tensor pairs, bool unbiased) -> (Tensor, Tensor)",
+    kept.mmd2_kept_backward,
+    _fake_kept_backward,
+)
+differentiate("mmd2_kept", _save_kept, _backward_kept)
+_COMPILED = compiled("mmd2_kept", "cpu")
 
 
 def mmd2(
@@ -92,5 +152,14 @@ def mmd2(
     """
     if bandwidths.requires_grad:
         fail("mmd2", "bandwidths are constants: detach them", requires_grad=True)
-    value, env_grad = call("mmd2", x, y, x_offsets, y_offsets, bandwidths, unbiased)
+    op = "mmd2_kept" if _keeps(x, y, x_offsets) else "mmd2"
+    value, env_grad, *_ = call(op, x, y, x_offsets, y_offsets, bandwidths, unbiased)
     return value, env_grad
+
+
+def _keeps(x: Tensor, y: Tensor, x_offsets: Tensor) -> bool:
+    """Whether a backward is to come that is faster with the forward's pairs; wrong shapes are the op's to refuse."""
+    if not _COMPILED or x.device.type != "cpu" or x_offsets.shape != (2,) or x.dim() != 2 or y.dim() != 2:
+        return False
+    needed = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    return needed and KEPT_LEAST <= x.shape[0] + y.shape[0] <= KEPT_MOST

@@ -141,6 +141,19 @@ def check_mmd2_upstream(grad_value: Tensor, grad_env: Tensor, x: Tensor, x_offse
         check_tensor("mmd2", name, grad, grad.dtype, (x_offsets.shape[0] - 1,), x.device)
 
 
+def check_mmd2_kept(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor) -> None:
+    """Check the arguments of ``mmd2_kept``."""
+    check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
+    if x_offsets.shape[0] != 2:
+        fail("mmd2", "pairs are kept of one group", G=x_offsets.shape[0] - 1)
+
+
+def check_mmd2_pairs(pairs: Tensor, x: Tensor, y: Tensor) -> None:
+    """Check what ``mmd2_kept`` left for its backward."""
+    rows = x.shape[0] + y.shape[0]
+    check_tensor("mmd2", "pairs", pairs, accumulation_dtype(x.dtype), (rows, rows), x.device)
+
+
 def check_nearest_keys(queries: Tensor, keys: Tensor, k: int, metric: str) -> None:
     """Check the arguments of ``nearest_keys``."""
     op = "nearest_keys"

@@ -31,14 +31,14 @@ def mmd2(
     check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
     value = x.new_zeros(x_offsets.shape[0] - 1, dtype=accumulation_dtype(x.dtype))
     env_grad = torch.zeros_like(value)
-    for index, group in enumerate(_groups(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
+    for index, group in enumerate(groups_of(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
         pairs = (
-            (group.weight_x, _distances(group.x, group.x, same=True), unbiased),
-            (group.weight_y, _distances(group.y, group.y, same=True), unbiased),
-            (group.weight_xy, _distances(group.x, group.y, same=False), False),
+            (group.weight_x, squared_distances(group.x, group.x, same=True), unbiased),
+            (group.weight_y, squared_distances(group.y, group.y, same=True), unbiased),
+            (group.weight_xy, squared_distances(group.x, group.y, same=False), False),
         )
         for weight, distance, drop_diagonal in pairs:
-            kernel, first, _ = _kernel(distance, group.beta)
+            kernel, first, _ = kernel_of(distance, group.beta)
             if drop_diagonal:
                 kernel.fill_diagonal_(0.0)
             value[index] += weight * kernel.sum()
@@ -61,11 +61,11 @@ def mmd2_backward(
     check_mmd2(x, y, x_offsets, y_offsets, bandwidths)
     check_mmd2_upstream(grad_value, grad_env, x, x_offsets)
     grad_x, grad_y = x.new_zeros(x.shape), y.new_zeros(y.shape)
-    for index, group in enumerate(_groups(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
+    for index, group in enumerate(groups_of(x, y, x_offsets, y_offsets, bandwidths, unbiased)):
         upstream = (grad_value[index], grad_env[index])
-        w_x = 4.0 * group.weight_x * _slope(_distances(group.x, group.x, same=True), group.beta, *upstream)
-        w_y = 4.0 * group.weight_y * _slope(_distances(group.y, group.y, same=True), group.beta, *upstream)
-        w_xy = 2.0 * group.weight_xy * _slope(_distances(group.x, group.y, same=False), group.beta, *upstream)
+        w_x = 4.0 * group.weight_x * _slope(squared_distances(group.x, group.x, same=True), group.beta, *upstream)
+        w_y = 4.0 * group.weight_y * _slope(squared_distances(group.y, group.y, same=True), group.beta, *upstream)
+        w_xy = 2.0 * group.weight_xy * _slope(squared_distances(group.x, group.y, same=False), group.beta, *upstream)
         on_x = (w_x.sum(1) + w_xy.sum(1))[:, None] * group.x - w_x @ group.x - w_xy @ group.y
         on_y = (w_y.sum(1) + w_xy.sum(0))[:, None] * group.y - w_y @ group.y - w_xy.T @ group.x
         grad_x[group.rows_x] = on_x.to(x.dtype)
@@ -73,9 +73,10 @@ def mmd2_backward(
     return grad_x, grad_y
 
 
-def _groups(
+def groups_of(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, bandwidths: Tensor, unbiased: bool
 ) -> Iterator[_Group]:
+    """Yield the groups in order."""
     starts_x, starts_y = mmd2_offsets(x, y, x_offsets, y_offsets)
     beta = 0.5 / widen(bandwidths).to(accumulation_dtype(x.dtype)).square()
     for index in range(len(starts_x) - 1):
@@ -109,7 +110,7 @@ def _within_weight(count: int, unbiased: bool) -> float:
     return 1.0 / (count * (count - 1)) if count > 1 else 0.0
 
 
-def _distances(a: Tensor, b: Tensor, *, same: bool) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor, *, same: bool) -> Tensor:
     """Return squared distances (n, m)."""
     distance = (a.square().sum(1)[:, None] + b.square().sum(1)[None, :] - 2.0 * a @ b.T).clamp(min=0.0)
     if same:
@@ -117,7 +118,7 @@ def _distances(a: Tensor, b: Tensor, *, same: bool) -> Tensor:
     return distance
 
 
-def _kernel(distance: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kernel_of(distance: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return kappa(D) = sum_q exp(-beta_q D) and its first two derivatives by D, each (n, m)."""
     terms = torch.exp(-distance[..., None] * beta)
     return terms.sum(-1), -(terms * beta).sum(-1), (terms * beta.square()).sum(-1)
@@ -125,5 +126,5 @@ def _kernel(distance: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _slope(distance: Tensor, beta: Tensor, on_value: Tensor, on_env: Tensor) -> Tensor:
     """Return W = on_value kappa' + on_env psi', psi' = 2 (kappa' + D kappa''), (n, m)."""
-    _, first, second = _kernel(distance, beta)
+    _, first, second = kernel_of(distance, beta)
     return on_value * first + on_env * 2.0 * (first + distance * second)

@@ -74,6 +74,14 @@ def _mmd2_cases(x_lengths, y_lengths, d, scales, dtype):
     return _with_backward("mmd2", [*mmd2_inputs(x_lengths, y_lengths, d, dtype, scales=scales), False], upstream)
 
 
+def _mmd2_kept_cases(rows_x, rows_y, d, scales, dtype):
+    def upstream(inputs, outputs):
+        return [torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), *inputs[:5], outputs[2], inputs[5]]
+
+    inputs = [*mmd2_inputs((rows_x,), (rows_y,), d, dtype, scales=scales), False]
+    return _with_backward("mmd2_kept", inputs, upstream)
+
+
 def _adam_cases(rows, size, dtype, clip):
     settings = [0.9, 0.999, 1e-8, 0.01, clip, None]
     yield "adam_step_", [*adam_step_inputs(rows, size, dtype), *settings]
@@ -105,6 +113,7 @@ def _cases():
         [("nearest_keys", [*nearest_keys_inputs(0, 9, 5, single), 2, "dot"])],
         [("topk_agreement", [*topk_agreement_inputs(4, 30, single), 5])],
         [("workspace", [torch.ones(2, dtype=short), [3, 0, 4]]), ("workspace", [torch.ones(2), [700, 400]])],
+        _mmd2_kept_cases(3, 2, 5, 2, single), _mmd2_kept_cases(1, 3, 3, 1, short), _mmd2_kept_cases(0, 2, 3, 1, single),
     )  # fmt: skip
     found = [(name, inputs) for source in sources for name, inputs in source]
     return [(f"{name}-{place}", name, inputs) for place, (name, inputs) in enumerate(found)]

@@ -73,26 +73,60 @@ void distances(const T* const* rows, int64_t count, int64_t d, A* out, int64_t s
   }
 }
 
-template <class A>
-void kernel_sums(const Tile<A>& tile, const Scales<A>& scales, double* sums) {
+namespace {
+
+template <bool keeps, class A>
+FASTEDIT_INLINE void add_kernels(const Tile<A>& tile, const Scales<A>& scales, double* sums, const Parts<A>& parts) {
   using V = Vec<A>;
   for (int64_t i = 0; i < tile.rows; ++i) {
     V value = V::zero(), slope = V::zero();
     for (int64_t j = 0; j < tile.columns; j += V::width) {
       const int64_t n = tile.columns - j;
       const V D = distance(tile, i, j, n);
-      V kappa = V::zero(), first_derivative = V::zero(), term = V::zero();
+      V kappa = V::zero(), first_derivative = V::zero(), second_derivative = V::zero(), term = V::zero();
       for (int64_t q = 0; q < scales.count; ++q) {
         const V beta = V::set(scales.beta[q]);
         term = scales.squared[q] ? term * term : exp(V::zero() - beta * D);
         kappa = kappa + term;
         first_derivative = fma(beta, term, first_derivative);
+        if constexpr (keeps) second_derivative = fma(beta, beta * term, second_derivative);
       }
       value = first(value, value + kappa, n);
       slope = first(slope, fma(D, first_derivative, slope), n);
+      if constexpr (keeps) {
+        (V::zero() - first_derivative).store(parts.slope + i * parts.slope_stride + j, n);
+        (D * second_derivative).store(parts.bend + i * parts.bend_stride + j, n);
+      }
     }
     sums[0] += static_cast<double>(sum(value));
     sums[1] -= 2.0 * static_cast<double>(sum(slope));
+  }
+}
+
+}  // namespace
+
+template <class A>
+void kernel_sums(const Tile<A>& tile, const Scales<A>& scales, double* sums) {
+  add_kernels<false, A>(tile, scales, sums, {});
+}
+
+template <class A>
+void kernel_parts(const Tile<A>& tile, const Scales<A>& scales, double* sums, const Parts<A>& parts) {
+  add_kernels<true, A>(tile, scales, sums, parts);
+}
+
+template <class A>
+void weights_of_parts(const Tile<A>& tile, const Parts<const A>& parts, const Upstream<A>& upstream) {
+  using V = Vec<A>;
+  const V on_slope = V::set(upstream.factor * (upstream.on_value + 2 * upstream.on_env));
+  const V on_bend = V::set(2 * upstream.factor * upstream.on_env);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    for (int64_t j = 0; j < tile.columns; j += V::width) {
+      const int64_t n = tile.columns - j;
+      const V slope = V::load(parts.slope + i * parts.slope_stride + j, n);
+      const V bend = V::load(parts.bend + i * parts.bend_stride + j, n);
+      fma(on_bend, bend, on_slope * slope).store(tile.values + i * tile.stride + j, n);
+    }
   }
 }
 
@@ -213,9 +247,11 @@ FASTEDIT_INSTANTIATE(BFloat16, float)
 FASTEDIT_INSTANTIATE(Float16, float)
 FASTEDIT_INSTANTIATE(double, double)
 #undef FASTEDIT_INSTANTIATE
-#define FASTEDIT_INSTANTIATE(A)                                                          \
-  template void kernel_sums<A>(const Tile<A>&, const Scales<A>&, double*);               \
-  template void kernel_weights<A>(const Tile<A>&, const Scales<A>&, const Upstream<A>&); \
+#define FASTEDIT_INSTANTIATE(A)                                                                 \
+  template void kernel_sums<A>(const Tile<A>&, const Scales<A>&, double*);                      \
+  template void kernel_parts<A>(const Tile<A>&, const Scales<A>&, double*, const Parts<A>&);    \
+  template void weights_of_parts<A>(const Tile<A>&, const Parts<const A>&, const Upstream<A>&); \
+  template void kernel_weights<A>(const Tile<A>&, const Scales<A>&, const Upstream<A>&);        \
   template void transpose<A>(const A*, int64_t, int64_t, int64_t, A*, int64_t);
 FASTEDIT_INSTANTIATE(float)
 FASTEDIT_INSTANTIATE(double)

@@ -27,6 +27,15 @@ struct Upstream {
   A on_value, on_env, factor;
 };
 
+// What a pair's weight is made of: kappa'(D) and D kappa''(D), each of a tile's pairs.
+template <class A>
+struct Parts {
+  A* slope;  // A const for reading
+  int64_t slope_stride;
+  A* bend;
+  int64_t bend_stride;
+};
+
 #define FASTEDIT_DECLARE_MMD2(isa)                                                                         \
   namespace isa {                                                                                          \
   /* D (count, count) of few rows, each feature's difference squared; row j at rows[j] */                  \
@@ -35,6 +44,12 @@ struct Upstream {
   /* sums of kappa(D) and of 2 D kappa'(D) over the tile, added to sums[0] and sums[1] */                  \
   template <class A>                                                                                       \
   void kernel_sums(const Tile<A>& tile, const Scales<A>& scales, double* sums);                            \
+  /* the same, and the parts of every pair's weight */                                                     \
+  template <class A>                                                                                       \
+  void kernel_parts(const Tile<A>& tile, const Scales<A>& scales, double* sums, const Parts<A>& parts);    \
+  /* the tile's values become W(D) of the parts; its norms are not read */                                 \
+  template <class A>                                                                                       \
+  void weights_of_parts(const Tile<A>& tile, const Parts<const A>& parts, const Upstream<A>& upstream);    \
   /* the tile's values become W(D) */                                                                      \
   template <class A>                                                                                       \
   void kernel_weights(const Tile<A>& tile, const Scales<A>& scales, const Upstream<A>& upstream);          \
