@@ -29,7 +29,9 @@ AdamScalars<A> adam_scalars(const AdamSettings& s, double lr, double count, A no
   scalars.inverse_correction2 = static_cast<A>(1.0 / std::sqrt(1.0 - std::pow(s.beta2, count)));
   scalars.eps = static_cast<A>(s.eps);
   scalars.decay = static_cast<A>(1.0 - lr * s.weight_decay);
-  scalars.rate = static_cast<A>(lr / (1.0 - std::pow(s.beta1, count)));
+  // before the first step both corrections are 0 or roots of negative numbers: nothing that is a number comes of them
+  scalars.rate =
+      count < 1 ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(lr / (1.0 - std::pow(s.beta1, count)));
   scalars.radius = static_cast<A>(s.radius.value_or(std::numeric_limits<double>::infinity()));
   return scalars;
 }
