@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from fastedit.deltas.sketch import sketched
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.fitting.prepared import EditRows
 from fastedit.fitting.solver import FitOutcome
-from fastedit.objectives import BatchLayout, Losses, Objective, TokenBatch
+from fastedit.objectives import BatchLayout, Losses, Objective, TokenBatch, branch_of
 from fastedit.objectives.roles import KL_ROLES
 
 #: Share of the slots that must be free before others enter (they are encoded together), and of the rows that must
@@ -103,17 +103,26 @@ class FitProblem:
         #: By slot, the optimiser steps that its edit has taken, as long as it is at work.
         self._taken: dict[int, int] = {}
         self._ended: set[int] = set()
+        #: The same of the step that is made now, without the slots; how often the rows were arranged anew.
+        self._taken_now: frozenset[int] = frozenset()
+        self._arrangement = 0
         self._tokens: _Tokens | None = None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a part of the loop."""
         return self.timer.phase(name)
 
+    def next_step(self) -> tuple[int, Hashable]:
+        """How often the rows were arranged anew, and the branch of the objective."""
+        if self.on_step is not None:
+            self.on_step(sum(self._taken.values()))
+        self._taken_now = frozenset(self._taken.values())
+        self._taken = {slot: taken + 1 for slot, taken in self._taken.items()}
+        return self._arrangement, branch_of(self.objective, self._taken_now)
+
     def losses(self, steps: Tensor) -> Losses:
         """Losses of all slots; one without rows has no tokens."""
         model, stacked = self.active.model, self.active.stacked
-        if self.on_step is not None:
-            self.on_step(sum(self._taken.values()))
         with self.timer.phase("tail_forward"):
             if self._tokens is None:
                 self._tokens = self._assembled()
@@ -134,9 +143,8 @@ class FitProblem:
                 flat=stacked.parameters_as_input(),
                 sketched=partial(sketched, stacked) if isinstance(stacked, FlatStack) else None,
                 layout=tokens.layout,
-                taken=frozenset(self._taken.values()),
+                taken=self._taken_now,
             )
-            self._taken = {slot: taken + 1 for slot, taken in self._taken.items()}
             losses = self.objective(batch, steps)
             extra = stacked.extra_loss()
             return losses if extra is None else replace(losses, total=losses.total + extra)
@@ -180,15 +188,19 @@ class FitProblem:
             self.working[slot] = (number, rows)
             self._taken[slot] = 0
         self.working = dict(sorted(self.working.items()))
-        self._tokens = None
+        self._rearrange()
         return slots
 
     def _drop(self) -> None:
         for slot in self._ended:
             del self.working[slot]
         if self._ended:
-            self._tokens = None
+            self._rearrange()
         self._ended = set()
+
+    def _rearrange(self) -> None:
+        self._tokens = None
+        self._arrangement += 1
 
     def _assembled(self) -> _Tokens:
         """All rows at work as one batch, in order of the slots."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import held_inputs
+from fastedit.backbone.placement import is_offloaded
 from fastedit.deltas import EditDelta, Rows, installed, split_point
 from fastedit.deltas.growing import Beneath
 from fastedit.deltas.kinds import new_stack
@@ -93,6 +94,9 @@ def _compute(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, o
 def _fit(run: RunState, waiting: deque[int], slots: int, beneath: Beneath, on_finished: OnFinished) -> None:
     job, timer, method = run.job, run.timer, run.job.plan.method
     model, spec = job.model, job.spec
+    if job.solver.capture and (model.layer_devices is not None or is_offloaded(model.hf)):
+        places = sorted({str(device) for device in model.layer_devices or ()}) or "offloaded"
+        raise ValueError(f"solver: capture needs all layers on one device (got layers on {places})")
     objective = job.plan.build_objective(job.solver.steps)
     beside = beside_roles(objective)
     share = all(can_branch(model, each) for each in (spec, *(earlier.spec for earlier in beneath.stacks)))

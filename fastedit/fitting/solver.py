@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastedit.deltas import StackedDelta
 from fastedit.deltas.rows import slices_of
+from fastedit.fitting import capture
 from fastedit.objectives import Losses
 from fastedit.ops import adam_step_, adam_step_outer_, workspace
+from fastedit.settings import check_ranges
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class SolverConfig:
         check_every: the host asks every so many steps which edits have ended. A GPU need not be waited for in
             between. An edit's parameters and numbers are those of the step at which it ended, whatever this is; the
             steps until that is seen are computed and not made.
+        capture: record a step as a CUDA graph once some were made, and replay it until edits enter or leave. It pays
+            with ``check_every`` above 1, and takes the memory of a step once more. Off, as no GPU has run it yet; where
+            there is no NVIDIA GPU it is refused.
     """
 
     steps: int = 20
@@ -44,20 +49,13 @@ class SolverConfig:
     radius: float | None = None
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
 
     def __post_init__(self) -> None:
-        if self.check_every < 1:
-            raise ValueError(f"solver: check_every is at least 1 (got check_every={self.check_every!r})")
-        if self.steps < 0:
-            raise ValueError(f"solver: steps is not negative (got steps={self.steps!r})")
-        if not self.lr > 0:
-            raise ValueError(f"solver: lr is positive (got lr={self.lr!r})")
+        positive = ("lr", "clip", "radius")
+        check_ranges("solver", self, at_least={"check_every": 1}, positive=positive, not_negative=("steps",))
         if not math.isfinite(self.lr):
             raise ValueError(f"solver: lr is finite (got lr={self.lr!r})")
-        for name in ("clip", "radius"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"solver: {name} is positive or None (got {name}={value!r})")
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,9 @@ class _Course:
 class Problem(Protocol):
     """What the loop asks of the edits: B slots, each with one edit in it or free."""
 
+    def next_step(self) -> tuple[Hashable, Hashable]:
+        """Called before each step, ``losses`` where it is no replay: arrangement and branch (``StepCapture.run``)."""
+
     def losses(self, steps: Tensor) -> Losses:
         """Losses (B,) at the current parameters; ``steps`` (B,) int64: taken so far. Free ones: anything."""
 
@@ -145,19 +146,27 @@ def fit(problem: Problem, stacked: StackedDelta, config: SolverConfig) -> None:
         stacked: the deltas, changed in place.
         config: settings.
     """
+    recorder = capture.recorder_for(stacked.flat.device) if config.capture else None
+    recorded = None if recorder is None else capture.StepCapture(recorder, problem.phase)
     loop = _Slots(stacked, config, problem)
-    while loop.fill(problem):
+
+    def step() -> Tensor:
         losses = problem.losses(loop.steps)
-        if not loop.evaluated(problem, losses):
+        table = loop.judge(losses)
+        loop.step(problem, losses)
+        return table
+
+    while loop.fill(problem):
+        arrangement, branch = problem.next_step()
+        if recorded is not None:
+            # The device leaves those alone that end here, so the host may look behind the step; a replay writes there
+            if loop.note(problem, recorded.run(step, arrangement, branch).clone()):
+                loop.count(problem)
             continue
-        stacked.begin_step(outer=True)
-        with problem.phase("backward"):
-            # Not indexed: a GPU need not be waited for. Losses of other slots may be anything.
-            losses.total.backward(loop.running.to(losses.total.dtype))  # type: ignore[no-untyped-call]
-            stacked.end_step()
-        with problem.phase("optimiser"), torch.no_grad():
-            loop.step()
-        loop.count(problem)
+        losses = problem.losses(loop.steps)
+        if loop.note(problem, loop.judge(losses)):
+            loop.step(problem, losses)
+            loop.count(problem)
 
 
 class _Slots:
@@ -211,14 +220,18 @@ class _Slots:
             self.courses[slot] = _Course()
             self.active[slot] = self.config.steps > 0
 
-    def evaluated(self, problem: Problem, losses: Losses) -> bool:
-        """Stop the slots that are done or broken; whether there is a step to make, as far as the host knows."""
+    def judge(self, losses: Losses) -> Tensor:
+        """Stop the slots that are done or broken, on the device; what the host may learn of it (5, B)."""
         total, nll, stop = losses.total.detach(), losses.nll, self.config.stop_loss
         done = self._never if stop is None else losses.correct & (nll < stop)
-        # (5, B); the norm is that of the step before, which was not made where it is not finite
+        # The norm is that of the step before, which was not made where it is not finite
         table = torch.stack([total, nll, self.norms, losses.correct, done])
         # A number that is not finite less itself is none; of booleans, > is "and not"
         self.running.logical_and_((table - table).sum(0) == 0).gt_(done)
+        return table
+
+    def note(self, problem: Problem, table: Tensor) -> bool:
+        """Log what was judged, read the log where it is time; whether there is a step, as far as the host knows."""
         self._log.append((table, {slot: self.taken[slot] for slot, busy in enumerate(self.active) if busy}))
         # Where a slot will have made all its steps after this one, the log is read behind it
         last = any(busy and self.taken[slot] + 1 >= self.config.steps for slot, busy in enumerate(self.active))
@@ -246,8 +259,17 @@ class _Slots:
         self._log.clear()
         return ended
 
-    def step(self) -> None:
+    def step(self, problem: Problem, losses: Losses) -> None:
         """One AdamW step of the running slots; none where the gradient is not finite."""
+        self.stacked.begin_step(outer=True)
+        with problem.phase("backward"):
+            # Not indexed: a GPU need not be waited for. Losses of other slots may be anything.
+            losses.total.backward(self.running.to(losses.total.dtype))  # type: ignore[no-untyped-call]
+            self.stacked.end_step()
+        with problem.phase("optimiser"), torch.no_grad():
+            self._adam()
+
+    def _adam(self) -> None:
         config, flat, factored = self.config, self.stacked.flat, self.stacked.factored()
         settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         settings |= {"clip": config.clip, "radius": config.radius}

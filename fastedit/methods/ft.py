@@ -31,6 +31,7 @@ class FTConfig:
             alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
     """
 
     layers: int | tuple[int, ...] = 1
@@ -43,6 +44,7 @@ class FTConfig:
     positions: str = "all"
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
 
     def __post_init__(self) -> None:
         check_fit("ft", self)
@@ -84,6 +86,7 @@ class FTVisionConfig:
         radius: largest absolute value of an entry of the delta; None is off.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
     """
 
     names: tuple[str, ...] | None = None
@@ -94,6 +97,7 @@ class FTVisionConfig:
     radius: float | None = None
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
 
     def __post_init__(self) -> None:
         check_fit("ft-vision", self)
@@ -125,4 +129,5 @@ def _adamw(model: EditableModel, config: FTConfig | FTVisionConfig) -> SolverCon
         radius=config.radius,
         stop_loss=config.stop_loss,
         check_every=config.check_every,
+        capture=config.capture,
     )

@@ -47,6 +47,7 @@ class GRACEConfig:
         clip: largest gradient norm of an edit; None is off.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
     """
 
     layer: int | None = None
@@ -59,6 +60,7 @@ class GRACEConfig:
     clip: float | None = None
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
 
     def __post_init__(self) -> None:
         check_fit("grace", self)
@@ -87,6 +89,7 @@ class GRACE(Method):
             clip=config.clip,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )
 
     @staticmethod

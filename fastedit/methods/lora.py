@@ -31,6 +31,7 @@ class LoRAConfig:
             alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
         seed: of the first factor, the same for every edit.
     """
 
@@ -45,6 +46,7 @@ class LoRAConfig:
     positions: str = "all"
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,4 +83,5 @@ class LoRA(Method):
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )

@@ -50,6 +50,7 @@ class TPatcherConfig:
         positions: "all", "after_image" or "answer" (from the last token of the prompt on): where the neurons act.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
     """
 
     layers: int | tuple[int, ...] = 1
@@ -67,6 +68,7 @@ class TPatcherConfig:
     positions: str = "all"
     stop_loss: float | None = None
     check_every: int = 1
+    capture: bool = False
 
     def __post_init__(self) -> None:
         check_fit("tpatcher", self)
@@ -136,6 +138,7 @@ class TPatcher(Method):
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )
 
     @staticmethod

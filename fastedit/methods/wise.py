@@ -54,6 +54,7 @@ class WISEConfig:
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax, whatever its margins;
             None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
         seed: of the masks.
     """
 
@@ -76,6 +77,7 @@ class WISEConfig:
     radius: float | None = 1.0
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,6 +121,7 @@ class WISE(Method):
             radius=config.radius,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )
 
     @staticmethod

@@ -1,6 +1,6 @@
 """What an edit is fitted with: tensors in, per-edit values out, no model calls."""
 
-from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch, beside_roles
+from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch, beside_roles, branch_of
 from fastedit.objectives.invariant import InvariantConfig, InvariantObjective
 from fastedit.objectives.layout import BatchLayout
 from fastedit.objectives.nll import KLObjective, NLLObjective
@@ -21,5 +21,6 @@ __all__ = [
     "Role",
     "TokenBatch",
     "beside_roles",
+    "branch_of",
     "tripartite",
 ]

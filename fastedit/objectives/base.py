@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -114,6 +114,11 @@ class Objective(Protocol):
 def beside_roles(objective: Objective) -> tuple[Role, ...]:
     """Roles of the views that an objective has no loss on: a delta with a loss of its own reads them."""
     return getattr(objective, "beside", ())
+
+
+def branch_of(objective: Objective, taken: frozenset[int]) -> Hashable:
+    """What the ops of an objective depend on where the edits at work have taken these numbers of steps."""
+    return objective.branch(taken) if hasattr(objective, "branch") else None
 
 
 def all_correct(tokens: TokenBatch, *roles: Role) -> Tensor:

@@ -95,6 +95,10 @@ class InvariantObjective:
         self.scale: Tensor | None = None  # (B,) s_λ
         self.dual: DualNetwork | None = None
 
+    def branch(self, taken: frozenset[int]) -> tuple[bool, ...]:
+        """Where edits stand that have taken these numbers of steps: before the start, at it, behind it."""
+        return min(taken) < self.start, self.start in taken, max(taken) > self.start
+
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses after the given steps, one number or (B,) int64; updates the multipliers' networks on the way."""
         config = self.config
@@ -172,7 +176,8 @@ class InvariantObjective:
             # softplus(0) = log 2: the penalty starts at ``scale`` times the risk
             fresh = steps == self.start
             scale = self.config.scale * risk / (math.log(2) * variation).clamp(min=1e-12)
-            self.scale = torch.where(fresh, scale, self.scale)
+            # In place: a recorded step reads both where they were
+            self.scale.copy_(torch.where(fresh, scale, self.scale))
             self.dual.restart(fresh)
         summary = self.dual.summary(tokens.flat, tokens.sketched)
         if self.config.learn_dual and any(number > self.start for number in taken):
@@ -207,10 +212,8 @@ class DualNetwork:
 
     def restart(self, fresh: Tensor) -> None:
         """Give the networks of the edits in ``fresh`` (B,) bool their first values."""
-        self.tensors = [
-            torch.where(fresh[:, None, None], first, tensor)
-            for first, tensor in zip(self._first, self.tensors, strict=True)
-        ]
+        for first, tensor in zip(self._first, self.tensors, strict=True):
+            tensor.copy_(torch.where(fresh[:, None, None], first, tensor))
 
     def summary(self, flat: Tensor, sketched: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
         """(B, length + 1): φ itself or its count-sketch, and the logarithm of its norm. Differentiable by φ.

@@ -28,6 +28,9 @@ class Regression:
         self.outcomes: dict[int, FitOutcome] = {}
         self.ends: list[list[int]] = []
 
+    def next_step(self) -> tuple[None, None]:
+        return None, None
+
     def losses(self, steps: Tensor) -> Losses:
         size = self.stacked.size
         out = self.stacked.delta(0, self.x.view(-1, 4), Rows((6,) * size)).view(size, 6, 3)

@@ -17,7 +17,7 @@ class PhaseTimer:
     """Adds up seconds per named phase; phases do not nest.
 
     On a GPU a phase is what its stream does between two events: the host runs ahead and is waited for by nobody until
-    the seconds are read.
+    the seconds are read. Phases of a step that a CUDA graph records are not timed, its replays are.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -35,6 +35,9 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under ``name``."""
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            yield
+            return
         if self._cuda:
             with self._recorded(name):
                 yield

@@ -39,6 +39,7 @@ class LDKEConfig:
         steps, lr, clip, weight_decay: of AdamW; lr None is 1.2 / hidden size (3e-4 at 4096).
         stop_loss: stop an edit when the NLL of its worst fitted view is below this and all are right; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
         rephrase_weight: of the NLL of rephrased views. kl_weight: of the KL on locality views.
         route: False lets the change act on every input: what it does without the classifier.
         threshold: probability at which an edit acts; None is the one that training set.
@@ -67,6 +68,7 @@ class LDKEConfig:
     weight_decay: float = 0.0
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
     rephrase_weight: float = 1.0
     kl_weight: float = 1.0
     route: bool = True

@@ -79,6 +79,7 @@ class LDKE(Method):
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )
 
     @staticmethod

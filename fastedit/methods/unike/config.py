@@ -44,6 +44,7 @@ class UniKEConfig:
         positions: "all", "after_image" or "answer" (from the last token of the prompt on): where the delta acts.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
+        capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
         seed: of first keys, the same for every edit, and of a random direction.
         truth: which answer of a record is right: "prediction" where edits are counterfactual, "target" where they
             correct the model. triplets: most that the memory has. width: of codes. temperature: of their losses.
@@ -77,6 +78,7 @@ class UniKEConfig:
     positions: str = "answer"
     stop_loss: float | None = 0.02
     check_every: int = 1
+    capture: bool = False
     seed: int = 0
     truth: str = "prediction"
     triplets: int = 4000

@@ -88,6 +88,7 @@ class UniKE(Method):
             weight_decay=config.weight_decay,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
+            capture=config.capture,
         )
 
     @staticmethod
