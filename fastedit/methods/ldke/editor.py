@@ -27,10 +27,9 @@ from fastedit.methods.ldke.views import Untimed, walked
 from fastedit.objectives import ROLES, KLObjective, Objective
 from fastedit.requests import EditRequest, Query
 from fastedit.routers.classifier import ClassifierShape, Disentangler
-from fastedit.routers.features import PromptTokens
 from fastedit.training import Artifact, TrainerConfig, require_artifact
 
-#: Edits whose layers are looked for, and whose questions are walked, together.
+#: Edits whose layers are looked for together.
 TOGETHER = 16
 
 
@@ -168,14 +167,13 @@ class LDKE(Method):
         found = [{"layers": torch.tensor(chosen_layers, dtype=torch.float32) + 1} for chosen_layers in positions]
         if shared.classifier is not None:
             point = split_point(LDKE.spec(model, config))
-            # Walked anew, as rows may be without their images
-            queries = [Query(request.prompt, request.image) for request in requests]
-            parts = [queries[start : start + TOGETHER] for start in range(0, len(queries), TOGETHER)]
-            tokens = PromptTokens.cat([walked(model, point, part) for part in parts])
-            with torch.no_grad():
-                entity, relation = shared.classifier(tokens)
-            for number, (values, image) in enumerate(zip(found, tokens.centre(), strict=True)):
-                values |= {"entity": entity[number], "relation": relation[number], "image": image}
+            # Walked anew, as rows may be without their images. One by one: the same to the bit whatever the batch, as
+            # the classifier rounds to float32, which would show what another batch changes
+            for values, request in zip(found, requests, strict=True):
+                tokens = walked(model, point, [Query(request.prompt, request.image)])
+                with torch.no_grad():
+                    entity, relation = shared.classifier(tokens)
+                values |= {"entity": entity[0], "relation": relation[0], "image": tokens.centre()[0]}
         return found
 
     @staticmethod

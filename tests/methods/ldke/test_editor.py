@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import fastedit
-from fastedit import EditRequest, Query
+from fastedit import EditRequest
 from fastedit.backbone import EditableModel
 from fastedit.backbone.generation import Reader
 from fastedit.deltas import split_point
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Resources
-from fastedit.methods.ldke import editor
 from fastedit.methods.ldke.config import candidate_layers
 from fastedit.methods.ldke.editor import LDKE, LDKEConfig
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
@@ -198,21 +197,6 @@ def test_what_an_edit_leaves_does_not_depend_on_its_batch(
         for name in ("layers", "entity", "relation", "image"):
             torch.testing.assert_close(ours.tensors[name], theirs.tensors[name])
         assert ours.spec.options["artifact"] == artifact.id
-
-
-def test_questions_are_walked_together(
-    model: EditableModel, edits: list[EditRequest], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    walk = editor.walked
-
-    def counted(walking: EditableModel, point: tuple[int, str], queries: list[Query]) -> Any:
-        asked.append(len(queries))
-        return walk(walking, point, queries)
-
-    monkeypatch.setattr(editor, "walked", counted)
-    run(model, edits, artifact=artifact, top=1, steps=1, evaluate=False)
-    assert asked == [len(edits)]
 
 
 def test_a_classifier_of_other_settings_is_refused(
