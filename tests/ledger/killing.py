@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -256,11 +257,16 @@ class Killer:
         return key, ended
 
     def _section(self, told: list[str]) -> str:
-        """One that is still to come."""
+        """One that is still to come, and where the fewest were killed so far."""
         left = [name for name in self.work.sections if name not in told and name != "create"]
         if not told and "create" in self.work.sections:
             left.append("create")
-        return self.draw.choice(left or list(self.work.sections))
+        hits = Counter[str]()
+        for row in self.report.rows.values():
+            hits[row.where] += row.kills
+        left = left or list(self.work.sections)
+        least = min(hits[name] for name in left)
+        return self.draw.choice([name for name in left if hits[name] == least])
 
     def _body(self, folder: Path, aim: Aim, again: bool) -> Callable[[Callable[[str], None]], None]:
         def body(tell: Callable[[str], None]) -> None:
