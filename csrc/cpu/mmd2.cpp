@@ -159,10 +159,7 @@ struct Pull {
   Buffer<A> columns;
 
   Pull(const Stack<T, A>& stack, T* const* out)
-      : stack(stack),
-        out(out),
-        w_stride(padded(stack.rows) + 16),
-        columns(buffer<A>(stack.rows * padded(stack.d))) {
+      : stack(stack), out(out), w_stride(padded(stack.rows) + 16), columns(buffer<A>(stack.rows * padded(stack.d))) {
     at::parallel_for(0, stack.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const auto& block = stack.blocks[b];

@@ -22,9 +22,9 @@ namespace fastedit::mmd2_groups {
 
 using at::Tensor;
 
-constexpr int64_t kFew = 40;                // rows of a group done from differences
-constexpr int64_t kTile = 128;              // rows and columns of a Gram tile
-constexpr int64_t kChain = 5;               // terms from one exponential: every squaring doubles its relative error
+constexpr int64_t kFew = 40;    // rows of a group done from differences
+constexpr int64_t kTile = 128;  // rows and columns of a Gram tile
+constexpr int64_t kChain = 5;   // terms from one exponential: every squaring doubles its relative error
 
 // Memory that earlier calls left, where it is large: the first touch of some MiB takes longer than filling them again.
 template <class A>
