@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from fastedit.ops import implementations
 
 #: Layouts of batches whose offsets are kept on a device.
 KEPT = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,17 @@ class FullDelta(FlatStack):
 
     def _on_device(self, offsets: list[int]) -> Tensor:
         """Offsets (B + 1,) int64 beside the parameters; those of the last batches are there already."""
-        key = tuple(offsets)
-        if key not in self._ends:
-            while len(self._ends) >= KEPT:
-                del self._ends[next(iter(self._ends))]
-            self._ends[key] = torch.tensor(offsets, device=self.flat.device)
-        return self._ends[key]
+        return _kept(self._ends, offsets, lambda: torch.tensor(offsets, device=self.flat.device))
+
+
+def _kept(cache: dict[tuple[int, ...], T], offsets: list[int], make: Callable[[], T]) -> T:
+    """What was made for these offsets; the oldest of ``KEPT`` makes room."""
+    key = tuple(offsets)
+    if key not in cache:
+        while len(cache) >= KEPT:
+            del cache[next(iter(cache))]
+        cache[key] = make()
+    return cache[key]
 
 
 class _Torch:
@@ -167,8 +174,8 @@ class _Torch:
 class Padded:
     """The same as batched products of as many tokens for every edit as the largest has, on a GPU.
 
-    How many launches that takes does not depend on the number of edits. ``nn.functional.grouped_mm`` is no help: its
-    kernels take bfloat16 alone, and what stands in for float32 reads the offsets from the device.
+    How many launches that takes does not depend on the number of edits. ``nn.functional.grouped_mm`` is no help: on
+    a GPU torch documents it for bfloat16 alone, and deltas are float32.
     """
 
     def __init__(self) -> None:
@@ -176,14 +183,13 @@ class Padded:
 
     def _place(self, offsets: list[int], device: torch.device) -> tuple[Tensor, int]:
         """(T,) int64, where each token stands among the padded ones, and how many of those an edit has."""
-        key = tuple(offsets)
-        if key not in self._places:
-            while len(self._places) >= KEPT:
-                del self._places[next(iter(self._places))]
+
+        def place() -> tuple[Tensor, int]:
             most = max(1, *(end - start for start, end in pairwise(offsets)))
             places = [b * most + t for b, (start, end) in enumerate(pairwise(offsets)) for t in range(end - start)]
-            self._places[key] = torch.tensor(places, dtype=torch.long, device=device), most
-        return self._places[key]
+            return torch.tensor(places, dtype=torch.long, device=device), most
+
+        return _kept(self._places, offsets, place)
 
     def _spread(self, x: Tensor, offsets: list[int]) -> Tensor:
         """Tokens (T, d) as (B, n, d), zeros behind an edit's own."""
@@ -214,7 +220,7 @@ class Padded:
 
 
 def _products(dtype: torch.dtype, device: torch.device) -> type[_Torch] | type[_OneDnn] | Padded:
-    """What multiplies on a device. Edit by edit is as fast as anything on a CPU, where nothing is launched."""
+    """What multiplies on a device. A CPU, which launches nothing, goes edit by edit."""
     if device.type != "cpu":
         return Padded()
     return _OneDnn if choose_linear("auto", dtype, device) == "onednn" else _Torch
