@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Time for one rendering, and memory and text of a rendering apart.
-SECONDS, BYTES, MOST_TEXT = 2, 1 << 30, 1 << 20
+#: Time for one rendering, and memory and text of a rendering apart: filling it takes a part of the time alone.
+SECONDS, BYTES, MOST_TEXT = 2, 1 << 28, 1 << 20
 
 
 class TemplateTooLong(BaseException):

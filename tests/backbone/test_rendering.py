@@ -18,7 +18,7 @@ CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
 DOUBLING = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 TIME, MEMORY = (
     r"^load: the chat template must end within 2 s \(got",
-    r"^load: the chat template must need less than 1024",
+    r"^load: the chat template must need less than 256 MiB",
 )
 
 
