@@ -181,11 +181,16 @@ def _grouped(tokens: int, edits: int, d: int, rank: int) -> Work:
 
 
 def _nearest_keys(count: int, stored: int, d: int, k: int, **_: int) -> tuple[Callable[[], None], Work]:
-    from fastedit.kernels.nearest_keys import nearest_keys, parts_of
+    from fastedit.kernels.nearest_keys import nearest_keys, parts_of, rows_of, slots_of
 
-    # programs that run at the same time read the same keys
-    scan = 4 * (count + stored) * d, 2 * count * stored * d
-    work = {"_scan_kernel": scan, "_merge_kernel": (8 * count * parts_of(count, stored, k) * k, 0)}
+    slots = slots_of(k)
+    parts = parts_of(ceil(count / rows_of(count, slots, torch.float32)), stored, slots)
+    work = {
+        # programs that run at the same time read the same keys
+        "_scan_kernel": (4 * (count + stored) * d, 2 * count * stored * d),
+        # of every query's candidates the keys once more
+        "_choose_kernel": (8 * count * parts * slots + 4 * count * slots * d, 0),
+    }
     return lambda: nearest_keys(empty(count, d), empty(stored, d), k, "cosine"), work
 
 
@@ -229,7 +234,12 @@ def _launch(name: str, programs: int, kernel: Any) -> Launch:
 
 def floor_of(case: dict[str, Any]) -> float:
     """Return the seconds that no code beats: memory at the datasheet's rate, products at the measured one."""
-    return max(case.get("bytes", 0) / BANDWIDTH, case.get("flops", 0) * SLOWER[case["dtype"]] / PRODUCTS)
+    return max(case.get("bytes", 0) / BANDWIDTH, case.get("flops", 0) * _slower(case) / PRODUCTS)
+
+
+def _slower(case: dict[str, Any]) -> float:
+    """Return how many bfloat16 products take as long as one of the case: what it says itself, else by its dtype."""
+    return float(case.get("slower", SLOWER[case["dtype"]]))
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -256,7 +266,7 @@ def page() -> str:
             table.append(f"{cells} - | - |")
             continue
         run, work = MODELLED[stem](**made.sizes, **made.fixed)
-        slower, total = SLOWER[case["dtype"]], 0.0
+        slower, total = _slower(case), 0.0
         launches = launches_of(run)
         for launch in launches:
             moved, operations = work.get(launch.kernel, (0.0, 0.0))
@@ -297,7 +307,8 @@ Written by `python benchmarks/kernel_model.py` with Triton VERSION, for an H200 
 `benchmarks/gpu.sh table` prints it beside what was.
 
 The floor is the larger of the bytes that must move at 4.8 TB/s (the datasheet's) and the products at 790 TFLOP/s
-(bfloat16, measured; products of tf32 run at half of it, and three of them make one of float32). What is likely is the
+(bfloat16, measured; products of tf32 run at half of it, and three of them make one of float32; `nearest_keys` takes
+three of bfloat16 for candidates). What is likely is the
 sum over the launches, each 3 us and the larger of two times: its bytes at no more than 4.3 TB/s (measured copies), less
 where programs that fit the multiprocessors at once have too few bytes on their way in 0.8 us; its products, with what
 is computed twice, at 0.7 of 790 TFLOP/s by wgmma and 0.45 by mma, times how full the rounds of programs are. These

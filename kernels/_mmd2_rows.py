@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastedit.kernels._device import processors
+from fastedit.kernels._tuning import work_of
 from fastedit.reference.mmd2 import mmd2_offsets
 
 CENTRE_ROWS = 256  # rows of a large group that a program of the centre reads at a time
@@ -175,6 +176,8 @@ class Prepared:
         self.tiles = full + self.groups
         wanted = triton.cdiv(ROUNDS * processors(x.device), max(self.groups, full, 1))
         self.splits = max(1, min(wanted, full))
+        #: which kind of shape kernels over pairs are tuned for
+        self.work = work_of(self.groups, self.rows, self.width)
         self.z, self.norm = x.new_empty((self.rows, self.width)), x.new_empty(self.rows, dtype=self.dtype)
         if self.rows and self.groups:
             self._shift(x, y)
@@ -208,4 +211,4 @@ class Prepared:
     def numbers(self) -> tuple[Any, ...]:
         """Numbers that it takes, behind the tensors that it writes."""
         beta_g = 0 if self.beta.dim() == 1 else self.beta.shape[1]
-        return (*self.sizes, self.width, self.splits, self.beta.shape[-1], beta_g)
+        return (*self.sizes, self.width, self.splits, self.beta.shape[-1], beta_g, self.work)

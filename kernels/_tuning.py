@@ -15,18 +15,25 @@ SWITCH = "FASTEDIT_TUNE"
 
 
 class Fixed:
-    """A kernel that is launched with one setting, as one that tunes itself is: ``kernel[grid](...)``."""
+    """A kernel launched with the first setting that fits, as one that tunes itself is: ``kernel[grid](...)``."""
 
-    def __init__(self, kernel: Any, configs: Sequence[Any], double: Any = None) -> None:
-        self.kernel, self.configs, self.config = kernel, configs, configs[0]
-        self.double = double or self.config
+    def __init__(
+        self, kernel: Any, configs: Sequence[Any], shared: Callable[..., int], double: Any = None, config: Any = None
+    ) -> None:
+        self.kernel, self.configs, self.shared, self.double, self.config = kernel, configs, shared, double, config
         self.fn, self.arg_names = kernel.fn, kernel.arg_names
+
+    def chosen(self, constants: dict[str, Any]) -> Any:
+        """Return the setting of a launch with those constants: ``config`` where one is given."""
+        if self.double is not None and constants.get("ACC") == tl.float64:
+            return self.double
+        return self.config or small_enough(self.configs, constants, self.shared)[0]
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         """Return what launches the kernel on that grid."""
 
         def launch(*arguments: Any, **named: Any) -> Any:
-            config = self.double if named.get("ACC") == tl.float64 else self.config
+            config = self.chosen({name: value for name, value in named.items() if name.isupper()})
             return self.kernel[grid](*arguments, **named, **config.all_kwargs())
 
         return launch
@@ -36,17 +43,18 @@ def tuned(configs: Sequence[Any], shared: Callable[..., int], double: Any = None
     """Return a decorator of a kernel whose argument ``work`` says what kind of shape it gets (``work_of``).
 
     The configs must differ in nothing that changes the order of a sum, so that a number does not depend on which one
-    was the fastest. The first one serves under the interpreter and where FASTEDIT_TUNE=0.
+    was the fastest. The first one that fits serves under the interpreter and where FASTEDIT_TUNE=0.
 
     Args:
         configs: what is tried, few.
-        shared: bytes of shared memory that a launch needs, from its constants by name and ``num_stages``.
+        shared: bytes of shared memory that a launch needs, from its constants by name and ``num_stages``; more than
+            ``SHARED`` where registers would not hold what it computes.
         double: the only config where the constant ``ACC``, the dtype of sums, is float64.
     """
 
     def decorate(kernel: Any) -> Any:
         if triton.knobs.runtime.interpret or os.environ.get(SWITCH, "1") == "0":
-            return Fixed(kernel, configs, double)
+            return Fixed(kernel, configs, shared, double)
 
         def fitting(configs: Sequence[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
             constants = {name: value for name, value in {**arguments, **named}.items() if name.isupper()}

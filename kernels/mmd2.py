@@ -3,10 +3,13 @@
 All pairs of a group are one symmetric matrix, of which the tiles on and above the diagonal are computed. Products of
 float32 features are three of tf32 ("tf32x3"); those of 16-bit features are exact.
 
-What weights cost: those of bfloat16 features are bfloat16, 2^-9 of each; a row's total is of the same rounded numbers,
-so the gradient is that of weights 2^-9 off, less than its own rounding on the way out. Held in registers they would
-cost a Gram matrix for every block of columns, d / 128 times the work; they are held in memory, of WEIGHTS at a time.
+What weights cost: those of bfloat16 features are bfloat16, at most 2^-8 of each; a row's total is of the same rounded
+numbers, so the gradient is that of weights 2^-8 off, no more than its own rounding on the way out. Held in registers
+they would cost a Gram matrix for every block of columns, d / 128 times the work; they are held in memory, of WEIGHTS at
+a time.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -14,11 +17,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fastedit.kernels._mmd2_rows import Prepared, _counts, _tile
+from fastedit.kernels._tuning import tuned
 from fastedit.reference.arguments import check_mmd2, check_mmd2_upstream
 
-COLUMNS = 128  # columns of a program of the gradient
+COLUMNS = (128, 64)  # columns of a program of the gradient
 WEIGHTS = 2**26  # weights of pairs held at a time, at least a tile's
 PARTS = 256  # parts of a group added up at a time
+
+
+def _stages(*numbers: int, **constants: int) -> list[triton.Config]:
+    # the launcher says how many warps hold a tile; blocks of features, which order the sums of three products, stay
+    return [triton.Config(dict(constants), num_warps=None, num_stages=number) for number in numbers]
+
+
+def _pairs_shared(BLOCK_T: int, BLOCK_D: int, OPERAND: Any, num_stages: int, **_: Any) -> int:
+    # both sides of the tile in stages
+    return num_stages * 2 * BLOCK_T * BLOCK_D * (OPERAND.primitive_bitwidth // 8)
+
+
+def _gradient_shared(BLOCK_T: int, BLOCK_K: int, COLUMNS: int, OPERAND: Any, num_stages: int, **_: Any) -> int:
+    size = OPERAND.primitive_bitwidth // 8
+    # and the halves of float32 columns once more
+    return BLOCK_K * size * (num_stages * (BLOCK_T + COLUMNS) + size // 4 * 2 * COLUMNS)
 
 
 @triton.jit
@@ -99,9 +119,10 @@ def _add_pairs(
     return value, env
 
 
-@triton.jit
+@tuned(_stages(3, 2, 4), _pairs_shared, _stages(3)[0])
+@triton.jit(do_not_specialize=["work"])
 def _sums_kernel(
-    z, norm, x_offsets, y_offsets, beta, values, envs, groups, N, M, width, splits, scales, beta_g,
+    z, norm, x_offsets, y_offsets, beta, values, envs, groups, N, M, width, splits, scales, beta_g, work,
     UNBIASED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,10 +196,12 @@ def _weights(
     return tl.where(pair, 4.0 * _shares(row, other, n, m, UNBIASED, ACC) * W, 0.0)
 
 
-@triton.jit
+@tuned(_stages(3, 2, 4), _pairs_shared, _stages(3)[0])
+@triton.jit(do_not_specialize=["work"])
 def _weights_kernel(
     z, norm, x_offsets, y_offsets, beta, on_value, on_env, weights, totals, groups, N, M, width, splits, scales, beta_g,
-    ahead, held, stride, UNBIASED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+    work, ahead, held, stride,
+    UNBIASED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # weights (held, stride), a column for every place in the group, rows from those of tile `ahead` on; their sums by
@@ -222,9 +245,13 @@ def _weights_kernel(
                     tl.store(place + held + mirrored, tl.zeros((PART,), dtype=ACC), mask=other < count)
 
 
-@triton.jit
+@tuned(
+    [config for stages in (3, 4) for columns in COLUMNS for config in _stages(stages, COLUMNS=columns)],
+    _gradient_shared, _stages(3, COLUMNS=16)[0],
+)  # fmt: skip
+@triton.jit(do_not_specialize=["work"])
 def _gradient_kernel(
-    z, weights, totals, x_offsets, y_offsets, grad_x, grad_y, groups, N, M, d, width, ahead, held, stride,
+    z, weights, totals, x_offsets, y_offsets, grad_x, grad_y, groups, N, M, d, width, ahead, held, stride, work,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -308,9 +335,8 @@ def mmd2_backward(
     held = min(rows, band * block)
     weights = x.new_empty((held, stride), dtype=x.dtype if halved else prepared.dtype)
     totals = x.new_empty((settings["HALVES"] * stride // block, held), dtype=prepared.dtype)
-    columns = min(COLUMNS if halved else COLUMNS // 2, triton.next_power_of_2(prepared.width))
     constants = prepared.constants("BLOCK_G", "BLOCK_T", "HALVES", "ACC", "PRECISION", "num_warps")
-    constants |= {"BLOCK_K": min(block, 64 if halved else 32), "COLUMNS": columns}
+    constants["BLOCK_K"] = min(block, 64 if halved else 32)
     # float16 holds no weight of a pair among thousands
     constants["OPERAND"] = settings["OPERAND"] if halved or prepared.dtype == torch.float64 else tl.float32
     for ahead in range(0, prepared.tiles, band):
@@ -319,8 +345,8 @@ def mmd2_backward(
             *prepared.pairs, *on, weights, totals, *prepared.numbers, ahead, held, stride,
             UNBIASED=unbiased, SYMMETRIC=whole, **settings,
         )  # fmt: skip
-        _gradient_kernel[(tiles, triton.cdiv(prepared.width, columns))](
+        _gradient_kernel[lambda meta, tiles=tiles: (tiles, triton.cdiv(prepared.width, meta["COLUMNS"]))](
             prepared.z, weights, totals, *prepared.offsets, *grads, *prepared.sizes, prepared.d, prepared.width, ahead,
-            held, stride, **constants,
+            held, stride, prepared.work, **constants,
         )  # fmt: skip
     return grads

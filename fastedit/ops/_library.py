@@ -84,7 +84,9 @@ def differentiate(name: str, save: Callable[..., None], backward: Callable[..., 
     torch.library.register_autograd(f"fastedit::{name}", backward, setup_context=save)
     op = getattr(torch.ops.fastedit, name).default
     parts = {"forward": op.__call__, "setup_context": save, "backward": backward}
-    members = {part: staticmethod(function) for part, function in parts.items()}
+    members: dict[str, Any] = {part: staticmethod(function) for part, function in parts.items()}
+    # vmap goes over the op itself, member by member
+    members["generate_vmap_rule"] = True
     _FUNCTIONS[name] = type(f"{name}_function", (torch.autograd.Function,), members)
 
 

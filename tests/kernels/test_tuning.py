@@ -31,7 +31,7 @@ def test_like_shapes_are_one_kind_of_work():
 
 
 def test_one_setting_where_nothing_is_tried(monkeypatch):
-    """Under the interpreter and where FASTEDIT_TUNE=0 the first config serves; else Triton's tuner, kept on disk."""
+    """Under the interpreter and where FASTEDIT_TUNE=0 the first config that fits; else Triton's tuner, kept on disk."""
 
     @triton.jit
     def kernel(out, work, BLOCK: triton.language.constexpr):
@@ -43,7 +43,11 @@ def test_one_setting_where_nothing_is_tried(monkeypatch):
         monkeypatch.setenv(_tuning.SWITCH, switch)
         fixed = _tuning.tuned(configs, _shared)(kernel)
         assert isinstance(fixed, _tuning.Fixed)
-        assert fixed.config is configs[0]
+        assert fixed.chosen({"WIDTH": 128}) is configs[0]
+    large_first = _tuning.Fixed(kernel, configs[::-1], _shared, double=configs[0])
+    assert large_first.chosen({"WIDTH": 1024}) is configs[0]
+    assert large_first.chosen({"WIDTH": 16}) is configs[1]
+    assert large_first.chosen({"WIDTH": 16, "ACC": triton.language.float64}) is configs[0]
     monkeypatch.setenv(_tuning.SWITCH, "1")
     tuner = _tuning.tuned(configs, _shared)(kernel)
     assert tuner.configs == configs

@@ -53,3 +53,13 @@ def test_a_second_gradient_past_an_op_is_none_of_its_business():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"risk: labels lie in \[0, V\)"):
         torch.func.grad(lambda z: ops.risk(z, torch.tensor([9, 9]), torch.tensor([0, 0]), 1)[0].sum())(torch.ones(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_of_a_gradient_is_that_of_each(name):
+    function, at = _functions()[name]
+    batch = torch.stack([at, 2 * at, -at])
+    mapped = torch.func.vmap(torch.func.grad(function))(batch)
+    assert torch.equal(mapped, torch.stack([torch.func.grad(function)(one) for one in batch]))
+    assert torch.equal(torch.func.vmap(function)(batch), torch.stack([function(one) for one in batch]))
