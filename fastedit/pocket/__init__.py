@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from fastedit.pocket.names import MODELS, SETS
 if TYPE_CHECKING:
     from fastedit.requests import EditRequest
 
-__all__ = ["MODELS", "SETS", "available", "edit_set", "export", "model_card", "model_path"]
+__all__ = ["MODELS", "SETS", "available", "edit_set", "export", "model_card", "model_path", "write_set"]
 
 _ASSETS = Path(__file__).parent / "assets"
 CARD = "model_card.json"
@@ -85,13 +86,17 @@ def export(name: str, split: str, folder: str | os.PathLike[str], *, limit: int 
     The 11 fields are MMEdit's. Text-locality questions are written without the prefix "nq question: ", because they
     are not from NaturalQuestions. `portability`, `probes`, `tags` and `id` stand beside them.
     """
+    return write_set(edit_set(name, split, limit), f"{name.replace('-', '_')}_{split}.json", folder)
+
+
+def write_set(edits: Sequence[EditRequest], file: str, folder: str | os.PathLike[str]) -> Path:
+    """Write requests as an MMEdit JSON list `file` in a folder, with PNG images below `images`; returns its path."""
     from fastedit.data.mmedit import write_mmedit
 
-    edits = edit_set(name, split, limit)
     root = Path(folder)
     (root / "images").mkdir(parents=True, exist_ok=True)
-    path = root / f"{name.replace('-', '_')}_{split}.json"
-    write_mmedit(edits, path, images=root / "images")
+    path = root / file
+    write_mmedit(list(edits), path, images=root / "images")
     return path
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from fastedit.pocket import facts, grammar, templates
 from fastedit.pocket.grammar import Question, answer_to, ask, caption
@@ -34,6 +35,7 @@ from fastedit.pocket.world import (
 
 SIZE = {"train": 2000, "eval": 1000}
 HARD_EVERY = 5  # every fifth number is drawn with its image locality close to the edit
+FURTHER = 8  # further questions of a record, at most
 EDITABLE = ("colour", "colour", "colour", "shape", "shape", "shape", "size", "texture", "where", "at", "background",
             "flag", "flag")  # fmt: skip
 _DOMAINS: dict[str, tuple[str, ...]] = {
@@ -45,21 +47,26 @@ _DOMAINS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: What a picture shows, as data that can be a key: the pocket world's scenes, or another world's.
+SceneT = TypeVar("SceneT")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Generic[SceneT]):
     """A prompt about a scene (None: no image) with its right answer (None: there is none).
 
-    kind: for portability "entailed", "two-hop" or "two-hop-untrained", else what the question is about.
+    kind: for portability "entailed", "two-hop" or "two-hop-untrained", for further questions the score they count for,
+    else what the question is about.
     """
 
     prompt: str
-    scene: AnyScene | None
+    scene: SceneT | None
     answer: str | None
     kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class Record(Generic[SceneT]):
     """An edit before rendering. `truth` is the right answer now, `target` the one wanted after the edit."""
 
     number: int
@@ -69,16 +76,17 @@ class Record:
     rephrase: str
     truth: str
     target: str
-    scene: AnyScene
-    rephrased: AnyScene
-    fact: Asked
-    locality: Asked
-    portability: tuple[Asked, ...]
-    near: tuple[Asked, ...]
-    blind: tuple[Asked, ...]
-    same: tuple[Asked, ...]
+    scene: SceneT
+    rephrased: SceneT
+    fact: Asked[SceneT]
+    locality: Asked[SceneT]
+    portability: tuple[Asked[SceneT], ...]
+    near: tuple[Asked[SceneT], ...]
+    blind: tuple[Asked[SceneT], ...]
+    same: tuple[Asked[SceneT], ...]
+    further: tuple[Asked[SceneT], ...] = ()
 
-    def unedited(self) -> Iterator[Asked]:
+    def unedited(self) -> Iterator[Asked[SceneT]]:
         """Yield every question of the record whose answer is known and is not to change."""
         yield Asked(self.prompt, self.scene, self.truth)
         yield Asked(self.rephrase, self.scene, self.truth)
@@ -94,8 +102,10 @@ def belongs(scene: AnyScene, split: str) -> bool:
     return (zlib.crc32(key.encode()) % 3 == 0) == (split == "eval")
 
 
-def draw(name: str, split: str, number: int) -> Record | None:
+def draw(name: str, split: str, number: int) -> Record[AnyScene] | None:
     """Return record `number` of a set's split; None for the few numbers that give no complete record."""
+    from fastedit.pocket.further import further
+
     rng = random.Random(f"{name}:{split}:{number}")
     hard = number % HARD_EVERY == 0
     kind = "caption" if name == "pocket-caption" else rng.choice(EDITABLE)
@@ -113,7 +123,7 @@ def draw(name: str, split: str, number: int) -> Record | None:
     if not portability or not same or locality is None or None in near:
         return None
     fact = rng.choice(facts.FACTS)
-    return Record(
+    record = Record(
         number=number,
         hard=hard,
         kind=kind,
@@ -130,6 +140,8 @@ def draw(name: str, split: str, number: int) -> Record | None:
         blind=(Asked(prompt, None, None),),
         same=tuple(same),
     )
+    drawn_apart = random.Random(f"further:{name}:{split}:{number}")
+    return dataclasses.replace(record, further=further(record, question, edited, fact, drawn_apart))
 
 
 def _scene(rng: random.Random, split: str, *, flag: bool) -> AnyScene:
@@ -200,15 +212,15 @@ def _novel(kind: str, rng: random.Random) -> str:
     return rng.choice(whole if rng.random() < 0.5 else spelled)
 
 
-def _portability(before: AnyScene, after: AnyScene, kind: str, rng: random.Random) -> list[Asked]:
+def _portability(before: AnyScene, after: AnyScene, kind: str, rng: random.Random) -> list[Asked[AnyScene]]:
     """Return up to two questions whose right answers follow from the edit and differ from those before it.
 
     The first is "entailed": another way to see the same change. The second, where there is one, takes a further step
     from what changed to a fact: "two-hop" where the model was trained to take both steps for the new value at once,
     "two-hop-untrained" where it was only trained on each of them.
     """
-    entailed: list[Asked] = []
-    further: list[Asked] = []
+    entailed: list[Asked[AnyScene]] = []
+    further: list[Asked[AnyScene]] = []
     for name, slots in _slots_after(after):
         if name == kind:
             continue
@@ -252,7 +264,7 @@ def _slots_after(after: AnyScene) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _near(
     question: Question | None, prompt: str, target: str, split: str, flag: bool, rng: random.Random
-) -> Asked | None:
+) -> Asked[AnyScene] | None:
     """Return the edit's prompt about another image, where another answer than the target is right."""
     for _ in range(400):
         scene = _scene(rng, split, flag=flag)
@@ -262,44 +274,54 @@ def _near(
     return None
 
 
-def _unmoved(scene: AnyScene, after: AnyScene, edited: Question | None, rng: random.Random) -> Asked | None:
-    """Return a question about the edited image whose answer the edit leaves as it is."""
-    # The name of a country may be edited; what its flag looks like stays.
-    kinds = ("flag_colours", "flag_layout") if isinstance(scene, FlagScene) else KEPT_KINDS
-    after = scene if isinstance(scene, FlagScene) else after
+def unmoved(
+    scene: AnyScene, after: AnyScene, kinds: Sequence[str], rng: random.Random, answers: Container[str] | None = None
+) -> Asked[AnyScene] | None:
+    """Return a question of one of the kinds, about `scene`, whose answer `after` leaves as it is (and in `answers`)."""
     for _ in range(40):
-        question = ask(scene, rng.choice([k for k in kinds if edited is None or k != edited.kind]), rng)
-        if question and answer_to(question.kind, question.slots, after) == question.answer:
-            return Asked(
-                rng.choice(question.prompts), scene, question.answer, " ".join((question.kind, *question.slots))
-            )
+        question = ask(scene, rng.choice(kinds), rng)
+        if question is None or answer_to(question.kind, question.slots, after) != question.answer:
+            continue
+        if answers is None or question.answer in answers:
+            return _asked(question, scene, rng)
     return None
 
 
-def _same(scene: AnyScene, after: AnyScene, edited: Question | None, rng: random.Random) -> list[Asked]:
-    drawn = [_unmoved(scene, after, edited, rng) for _ in range(8)]
+def _asked(question: Question, scene: AnyScene, rng: random.Random) -> Asked[AnyScene]:
+    return Asked(rng.choice(question.prompts), scene, question.answer, "|".join((question.kind, *question.slots)))
+
+
+def _kept(scene: AnyScene, after: AnyScene, edited: Question | None, rng: random.Random) -> Asked[AnyScene] | None:
+    """Return a question about the edited image, of another kind than the edit's, whose answer stays."""
+    if isinstance(scene, FlagScene):  # the name of a country may be edited; what its flag looks like stays
+        return unmoved(scene, scene, ("flag_colours", "flag_layout"), rng)
+    return unmoved(scene, after, [kind for kind in KEPT_KINDS if edited is None or kind != edited.kind], rng)
+
+
+def _same(scene: AnyScene, after: AnyScene, edited: Question | None, rng: random.Random) -> list[Asked[AnyScene]]:
+    drawn = [_kept(scene, after, edited, rng) for _ in range(8)]
     unique = {probe.kind: probe for probe in drawn if probe}
     return list(unique.values())[:2]
 
 
 def _locality(
     scene: AnyScene, after: AnyScene, edited: Question | None, hard: bool, split: str, rng: random.Random
-) -> Asked | None:
+) -> Asked[AnyScene] | None:
     """Return the image-locality question: any other image, or for a hard record the same image or the same object."""
     if hard:
         if isinstance(scene, FlagScene) or rng.random() < 0.5:
-            return _unmoved(scene, after, edited, rng)
+            return _kept(scene, after, edited, rng)
         pair = rng.choice(sorted(scene.pairs()))
         for _ in range(4000):
             other = _scene(rng, split, flag=False)
             if isinstance(other, Scene) and pair in other.pairs() and other.pairs() != scene.pairs():
                 question = ask(other, rng.choice(KEPT_KINDS), rng)
                 if question:
-                    return Asked(rng.choice(question.prompts), other, question.answer)
+                    return _asked(question, other, rng)
         return None
     other = _scene(rng, split, flag=rng.random() < 0.1)
     question = ask(other, "flag" if isinstance(other, FlagScene) else rng.choice(KEPT_KINDS), rng)
-    return Asked(rng.choice(question.prompts), other, question.answer) if question else None
+    return _asked(question, other, rng) if question else None
 
 
 KEPT_KINDS: tuple[str, ...] = templates.SCENE_KINDS

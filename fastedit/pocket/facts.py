@@ -162,8 +162,13 @@ def _facts() -> list[Fact]:
 
 def sentence(text: str) -> str:
     """Return the sentence with "a" turned into "an" before vowels and a capital first letter."""
-    text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
+    text = with_articles(text)
     return text[:1].upper() + text[1:]
+
+
+def with_articles(text: str) -> str:
+    """Return the text with "a" turned into "an" before vowels."""
+    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
 
 
 #: Every fact, in a fixed order.

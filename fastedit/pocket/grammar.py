@@ -10,8 +10,18 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
+from fastedit.pocket import phrases, unseen
 from fastedit.pocket.facts import COMPLEMENTS, COUNTRIES, SIDES, sentence
-from fastedit.pocket.templates import CAPTION_PROMPTS, DIRECTIONS, FLAG_KINDS, NOVEL, NUMBERS, TEMPLATES
+from fastedit.pocket.templates import (
+    CAPTION_PROMPTS,
+    DIRECTIONS,
+    FLAG_CLAIM_KINDS,
+    FLAG_KINDS,
+    MORE,
+    NOVEL,
+    NUMBERS,
+    TEMPLATES,
+)
 from fastedit.pocket.world import (
     BACKGROUNDS,
     CELLS,
@@ -41,6 +51,11 @@ class Question:
         """Return the same question in the words of every template of its kind."""
         return tuple(sentence(template.format(*self.slots)) for template in TEMPLATES[self.kind])
 
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Return the same question in every wording of the second set, which nothing is trained on."""
+        return unseen.worded(self.kind, self.slots)
+
 
 def article(noun_phrase: str) -> str:
     """Return the phrase with its indefinite article."""
@@ -63,7 +78,13 @@ def caption(scene: AnyScene) -> str:
 _LAYOUTS = {"v": "vertical stripes", "h": "horizontal stripes", "cross": "a cross", "plus": "a cross", "disc": "a disc"}
 
 
-def _about_flag(kind: str, country: str) -> str | None:
+def _yes(claim: bool) -> str:
+    return "yes" if claim else "no"
+
+
+def _about_flag(kind: str, slots: tuple[str, ...], country: str) -> str | None:
+    if kind in FLAG_CLAIM_KINDS:
+        return _yes((slots[0] == country) == (kind == "flag_check"))
     capital, continent = COUNTRIES[country]
     layout, inks = FLAGS[country]
     colours = ["blue" if ink == "sky" else ink for ink in inks]
@@ -92,7 +113,7 @@ def _short(item: Item) -> str:
 def answer_to(kind: str, slots: tuple[str, ...], scene: AnyScene) -> str | None:
     """Return the right answer to a question on a scene, or None where the question makes no sense there."""
     if isinstance(scene, FlagScene):
-        return _about_flag(kind, scene.country)
+        return _about_flag(kind, slots, scene.country)
     if kind in ("colour", "size", "texture", "where", "describe", "complement"):
         item = _find(scene, shape=slots[0])
         if item is None:
@@ -110,11 +131,12 @@ def answer_to(kind: str, slots: tuple[str, ...], scene: AnyScene) -> str | None:
         return _short(item) if item else "nothing"
     if kind == "count":
         return NUMBERS[len(scene.items)]
-    if kind in ("exist", "exist_pair"):
+    if kind in ("exist", "exist_pair", "absent"):
         named = set(slots[0].split()) - {"object"}
-        return "yes" if any(named <= {item.colour, item.shape} for item in scene.items) else "no"
-    if kind == "check":
-        return _check(scene, *slots)
+        return _yes(any(named <= {item.colour, item.shape} for item in scene.items) == (kind != "absent"))
+    if kind in ("check", "denied"):
+        true = _check(scene, *slots)
+        return None if true is None else _yes(true == (kind == "check"))
     if kind == "relation":
         return _relation(scene, *slots)
     if kind == "beside":
@@ -122,13 +144,13 @@ def answer_to(kind: str, slots: tuple[str, ...], scene: AnyScene) -> str | None:
     return scene.background if kind == "background" else None
 
 
-def _check(scene: Scene, subject: str, claim: str) -> str | None:
+def _check(scene: Scene, subject: str, claim: str) -> bool | None:
     if subject == "background":
-        return "yes" if scene.background == claim else "no"
+        return scene.background == claim
     item = _find(scene, shape=subject)
     if item is None:
         return None
-    return "yes" if claim in _properties(item).values() else "no"
+    return claim in _properties(item).values()
 
 
 def _relation(scene: Scene, first: str, direction: str, second: str) -> str | None:
@@ -163,6 +185,8 @@ def ask(scene: AnyScene, kind: str, rng: random.Random) -> Question | None:
 
 def _slots(scene: AnyScene, kind: str, rng: random.Random) -> tuple[str, ...] | None:
     if isinstance(scene, FlagScene):
+        if kind in FLAG_CLAIM_KINDS:
+            return (scene.country if rng.random() < 0.5 else rng.choice([c for c in FLAGS if c != scene.country]),)
         return () if kind in (*FLAG_KINDS, "flag_continent") else None
     if kind in ("count", "background"):
         return ()
@@ -173,13 +197,15 @@ def _slots(scene: AnyScene, kind: str, rng: random.Random) -> tuple[str, ...] | 
         return (item.colour,)
     if kind == "at":
         return (CELLS[item.cell] if rng.random() < 0.8 else rng.choice(CELLS),)
+    if kind == "absent":
+        kind = rng.choice(("exist", "exist_pair"))
     if kind == "exist":
         if rng.random() < 0.5:
             return (rng.choice([item.shape, rng.choice(SHAPES)]),)
         return (f"{rng.choice([item.colour, rng.choice(tuple(COLOURS))])} object",)
     if kind == "exist_pair":
         return (_claimed_pair(scene, item, rng),)
-    if kind == "check":
+    if kind in ("check", "denied"):
         if rng.random() < 0.15:
             return "background", scene.background if rng.random() < 0.5 else rng.choice(tuple(BACKGROUNDS))
         name = rng.choice(("colour", "size", "texture", "where"))
@@ -212,9 +238,10 @@ def _claimed_pair(scene: Scene, item: Item, rng: random.Random) -> str:
 
 def every_word() -> Iterator[str]:
     """Yield texts that together contain every word the grammar can say."""
-    for templates in TEMPLATES.values():
-        yield from templates
-    yield from CAPTION_PROMPTS
+    for kind, templates in TEMPLATES.items():
+        yield from (*templates, *MORE.get(kind, ()))
+    yield from (*CAPTION_PROMPTS, *MORE["caption"])
+    yield from phrases.every_word()
     yield from (*SHAPES, *COLOURS, *SIZES, *TEXTURES, *CELLS, *BACKGROUNDS, *NUMBERS, *DIRECTIONS, *FLAGS)
     yield from (COUNTRIES[country][0] for country in FLAGS)
     yield from _LAYOUTS.values()

@@ -9,14 +9,14 @@ from fastedit.pocket.edits import Record, belongs, draw
 from fastedit.pocket.grammar import caption
 from fastedit.pocket.names import SETS
 from fastedit.pocket.templates import NOVEL
-from fastedit.pocket.world import FLAGS, FlagScene, Scene
+from fastedit.pocket.world import FLAGS, AnyScene, FlagScene, Scene
 
 NUMBERS = range(120)
 NOVEL_WORDS = {word for both in NOVEL.values() for words in both for word in words}
 
 
 @functools.cache
-def records(name: str, split: str = "eval") -> list[Record]:
+def records(name: str, split: str = "eval") -> list[Record[AnyScene]]:
     return [record for record in (draw(name, split, number) for number in NUMBERS) if record]
 
 
@@ -99,7 +99,7 @@ def test_hard_records_have_their_locality_near_the_edit() -> None:
         assert near.pairs() != record.scene.pairs()
 
 
-def combinations(record: Record) -> set[object]:
+def combinations(record: Record[AnyScene]) -> set[object]:
     asked = itertools.chain([record.locality], record.near, record.same, record.portability)
     scenes = [record.scene, record.rephrased, *(one.scene for one in asked)]
     return {s.country if isinstance(s, FlagScene) else s.pairs() for s in scenes if s is not None}

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastedit import pocket
-from fastedit.pocket.edits import SIZE
+from fastedit.pocket.edits import FURTHER, SIZE
 from fastedit.pocket.factory.release import load
-from fastedit.pocket.requests import records
+from fastedit.pocket.requests import SKIPPED, records, requests
 from fastedit.requests import EditRequest
 
 
@@ -25,10 +27,31 @@ def test_an_eval_set_is_whole(evaluation: list[EditRequest]) -> None:
         assert edit.image is not None
         assert edit.image_rephrase is not None
         assert edit.portability
-        assert {probe.kind for probe in edit.probes} == {"near", "blind", "same"}
+        assert {probe.kind for probe in edit.probes} >= {"near", "blind", "same"}
+        assert len(edit.probes) + len(edit.paraphrases) <= 2 + 1 + 2 + FURTHER
         assert edit.prediction not in (None, edit.target)
         assert edit.locality_answer
         assert edit.image_locality_answer
+
+
+def test_unseen_wordings_and_probes_are_asked_of_most_records(evaluation: list[EditRequest]) -> None:
+    asked = Counter(probe.score for edit in evaluation for probe in edit.probes)
+    asked.update(one.kind for edit in evaluation for one in edit.paraphrases)
+    for score in ("text_generality_unseen", "polite", "near_unseen", "text_locality_unseen", "image_locality_unseen"):
+        assert asked[score] > 800, (score, asked[score])
+    for score in ("negated", "contrary"):
+        assert asked[score] > 600, (score, asked[score])
+    assert (asked["sibling"] > 200) == (evaluation[0].id or "").startswith("pocket-vqa")
+
+
+def test_further_questions_are_asked_only_of_a_model_that_was_checked_on_them(tmp_path: Path) -> None:
+    left_out = {"skipped": [0], "unasked": None}
+    for unasked, expected in ((None, 0), ({}, 7), ({"1": [0, 1]}, 5)):
+        (tmp_path / SKIPPED).write_text(json.dumps({"pocket-caption": {"eval": left_out | {"unasked": unasked}}}))
+        (edit,) = requests("pocket-caption", "eval", 1, tmp_path)
+        assert edit.id == "pocket-caption/eval#0"
+        further = len(edit.paraphrases) + sum(probe.score not in ("near", "blind", "same") for probe in edit.probes)
+        assert further == expected
 
 
 def test_a_limit_gives_the_beginning_of_the_set() -> None:
@@ -58,11 +81,15 @@ def test_the_model_answers_everything_rightly_before_the_edit(evaluation: list[E
     asked += [(edit.rephrase, edit.image, edit.prediction) for edit in some]
     asked += [(edit.prompt, edit.image_rephrase, edit.prediction) for edit in some]
     asked += [(e.image_locality_prompt, e.image_locality_image, e.image_locality_answer) for e in some]
-    asked += [(p.prompt, p.image, p.answer) for e in some for p in e.probes if p.answer is not None]
+    probes = [(p.prompt, p.image, p.answer) for e in some for p in e.probes if p.answer is not None]
+    asked += [one for one in probes if one[1] is not None]
+    asked += [(q.prompt, q.image, e.prediction) for e in some for q in e.paraphrases]
     answers = generate(model, processor, [(prompt, image) for prompt, image, _ in asked])  # type: ignore[misc]
     assert answers == [answer for _, _, answer in asked]
-    facts = generate(model, processor, [(edit.locality_prompt, None) for edit in some])  # type: ignore[misc]
-    assert facts == [edit.locality_answer for edit in some]
+    facts = [(edit.locality_prompt, None, edit.locality_answer) for edit in some]
+    facts += [one for one in probes if one[1] is None]
+    answers = generate(model, processor, [(prompt, None) for prompt, _, _ in facts])  # type: ignore[misc]
+    assert answers == [answer for _, _, answer in facts]
 
 
 @pytest.mark.parametrize(

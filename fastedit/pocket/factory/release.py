@@ -7,6 +7,7 @@ float32, answers by greedy generation.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import platform
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastedit.pocket.edits import HARD_EVERY, SIZE, Record, draw
-from fastedit.pocket.factory.mixture import KINDS, held_out
+from fastedit.pocket.factory.mixture import CLAIM_KINDS, KINDS, REWORDED, held_out
 from fastedit.pocket.factory.packing import Line, Packer, forward, right_lines
 from fastedit.pocket.models import make_model, make_processor, make_tokenizer, to_pixels, wiring
 from fastedit.pocket.names import MODELS, SETS
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastedit.pocket.factory.release")
 GROUPS = {
     "held_out": (*KINDS, "caption", "flag_caption", "easy", "fact", "fact_untrained"),
+    "unseen_wordings": tuple(REWORDED + kind for kind in (*KINDS, "caption", "fact")),
+    "claims": CLAIM_KINDS,
     "unseen_pairs": ("unseen:colour", "unseen:shape", "unseen:describe", "unseen:where", "unseen:caption"),
     "untrained_two_hop": ("flag_capital_untrained", "flag_continent", "sides", "complement"),
 }
@@ -91,33 +94,46 @@ def accuracy(model: PreTrainedModel, processor: ProcessorMixin, kind: str, sampl
     return right / len(drawn)
 
 
-def unknown_records(model: PreTrainedModel, packer: Packer, name: str, split: str) -> list[int]:
-    """Return the numbers of the records of which the model gets an unedited question wrong.
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeftOut:
+    """What a model is not asked of a split.
 
-    Looks at so many numbers that the split is full without them.
+    skipped: numbers of the records of which it gets an unedited question wrong. unasked: by number of another record,
+    the places of those of its further questions that it gets wrong.
     """
+
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    unasked: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+
+def left_out(model: PreTrainedModel, packer: Packer, name: str, split: str) -> LeftOut:
+    """Ask a model the records of a split; looks at so many numbers that the split is full without the skipped."""
     left = {True: SIZE[split] // HARD_EVERY, False: SIZE[split] - SIZE[split] // HARD_EVERY}
-    unknown, number = [], 0
+    found, number = LeftOut(), 0
     while any(count > 0 for count in left.values()):
         drawn = [record for record in (draw(name, split, n) for n in range(number, number + 60)) if record]
         number += 60
-        for record, known in zip(drawn, _known(model, packer, drawn), strict=True):
-            if known:
-                left[record.hard] -= 1
-            else:
-                unknown.append(record.number)
-    return unknown
+        for record, wrong in zip(drawn, _wrong(model, packer, drawn), strict=True):
+            if "" in wrong:
+                found.skipped.append(record.number)
+                continue
+            left[record.hard] -= 1
+            if wrong:
+                found.unasked[record.number] = sorted(map(int, wrong))
+    return found
 
 
-def _known(model: PreTrainedModel, packer: Packer, drawn: Sequence[Record]) -> list[bool]:
+def _wrong(model: PreTrainedModel, packer: Packer, drawn: Sequence[Record[AnyScene]]) -> list[set[str]]:
+    """Return for each record the places of its further questions that are answered wrongly, "" for any other one."""
     rows: dict[tuple[int, AnyScene | None], list[Line]] = {}
     for place, record in enumerate(drawn):
-        for asked in record.unedited():
-            line = Line(str(place), asked.prompt, str(asked.answer), with_image=asked.scene is not None)
+        for which, asked in [*(("", one) for one in record.unedited()), *enumerate(record.further)]:
+            line = Line(f"{place}:{which}", asked.prompt, str(asked.answer), with_image=asked.scene is not None)
             rows.setdefault((place, asked.scene), []).append(line)
     blank = torch.zeros(1, 3, 64, 64)
-    known = [True] * len(drawn)
-    keys = list(rows)
+    wrong: list[set[str]] = [set() for _ in drawn]
+    # Rows of one batch are padded to the longest of them
+    keys = sorted(rows, key=lambda key: sum(packer.cost(line) for line in rows[key]))
     for at in range(0, len(keys), 64):
         part = keys[at : at + 64]
         pixels = torch.cat([blank if scene is None else to_pixels([render(scene)]) for _, scene in part])
@@ -125,8 +141,10 @@ def _known(model: PreTrainedModel, packer: Packer, drawn: Sequence[Record]) -> l
         with torch.no_grad():
             right = right_lines(forward(model, packer.wiring, packed, pixels), packed)
         for line, is_right in zip(packed.lines, right, strict=True):
-            known[int(line.kind)] &= is_right
-    return known
+            if not is_right:
+                whose, which = line.kind.split(":")
+                wrong[int(whose)].add(which)
+    return wrong
 
 
 def release(name: str, weights: Path, out: Path, *, seed: int, history: dict[str, Any], samples: int = 300) -> Path:
@@ -150,8 +168,9 @@ def release(name: str, weights: Path, out: Path, *, seed: int, history: dict[str
     measured["not_kept"] = {kind: held.pop(kind) for kind in tuple(held) if held[kind] < wanted(kind)}
     packer = Packer(processor.tokenizer, wiring(name, processor.tokenizer))
     loaded.set_attn_implementation("eager")
-    skipped = {s: {split: unknown_records(loaded, packer, s, split) for split in SIZE} for s in SETS}
-    (out / SKIPPED).write_text(json.dumps(skipped, separators=(",", ":")), encoding="utf-8")
+    omitted = {s: {split: left_out(loaded, packer, s, split) for split in SIZE} for s in SETS}
+    stored = {s: {split: dataclasses.asdict(one) for split, one in by.items()} for s, by in omitted.items()}
+    (out / SKIPPED).write_text(json.dumps(stored, separators=(",", ":")), encoding="utf-8")
     card = {
         "name": name,
         "architecture": type(loaded).__name__,
@@ -159,7 +178,7 @@ def release(name: str, weights: Path, out: Path, *, seed: int, history: dict[str
         "stored_dtype": "bfloat16",
         "measure": f"exact match of greedy generation in float32, {samples} fresh samples per kind (facts: all)",
         "accuracy": measured,
-        "records_left_out": {s: {split: len(numbers) for split, numbers in by.items()} for s, by in skipped.items()},
+        "records_left_out": {s: {split: len(one.skipped) for split, one in by.items()} for s, by in omitted.items()},
         "seed": seed,
         "training": {key: history[key] for key in ("label", "seconds", "cpu_seconds") if key in history},
         "reproduce": history.get("reproduce") or _commands(name, seed),
@@ -197,10 +216,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trained", type=Path, required=True, help="folder that fastedit.pocket.factory.train wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=300, help="fresh samples a kind for the card")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     history = json.loads((arguments.trained / "history.json").read_text(encoding="utf-8"))
-    release(arguments.model, arguments.trained / "weights.pt", arguments.out, seed=arguments.seed, history=history)
+    release(
+        arguments.model,
+        arguments.trained / "weights.pt",
+        arguments.out,
+        seed=arguments.seed,
+        history=history,
+        samples=arguments.samples,
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastedit.pocket.factory.mixture import KINDS, Mix, held_out
-from fastedit.pocket.factory.train import RECIPES, Optimiser, Trainer
+from fastedit.pocket import model_path
+from fastedit.pocket.factory.mixture import CLAIM_KINDS, KINDS, Mix, held_out
+from fastedit.pocket.factory.optimiser import Optimiser
+from fastedit.pocket.factory.packing import Packer
+from fastedit.pocket.factory.recipe import RECIPES
+from fastedit.pocket.factory.train import Trainer, commands, continue_from, measure, weights
 
 pytest.importorskip("easy_vqa", reason="easy-vqa is not installed (training reads its images)")
 
@@ -48,22 +52,41 @@ def test_failing_kinds_are_asked_and_weighed_more() -> None:
 
 def test_rows_have_every_kind(trainer: Trainer) -> None:
     seen = set()
-    for _ in range(4):
+    for _ in range(12):
         rows, images = trainer.mixer.batch(Mix())
         assert len(rows) == len(images) == 32
         seen |= {line.kind for row in rows for line in row}
         assert all(sum(trainer.packer.cost(line) for line in row) <= 176 for row in rows)
-    assert seen == {*KINDS, "caption", "fact", "easy"}
+    assert seen == {*KINDS, *CLAIM_KINDS, "caption", "fact", "easy"}
 
 
 @pytest.mark.parametrize(
-    "kind", ["colour", "caption", "easy", "fact_untrained", "unseen:shape", "sides", "flag_continent"]
+    "kind",
+    [
+        "colour",
+        "caption",
+        "easy",
+        "fact_untrained",
+        "unseen:shape",
+        "sides",
+        "flag_continent",
+        "reworded:colour",
+        "reworded:caption",
+        "reworded:fact",
+        "flag_denied",
+    ],
 )
 def test_held_out_samples_are_fixed(kind: str) -> None:
     first, second = held_out(kind, 12), held_out(kind, 12)
     assert [line for line, _ in first] == [line for line, _ in second]
     assert len(first) == 12
     assert all(line.answer for line, _ in first)
+
+
+def test_a_release_goes_on_with_a_larger_vocabulary(trainer: Trainer) -> None:
+    fresh = Trainer("pocket-llava", 3, trainer.recipe)
+    continue_from(fresh.model, fresh.tokenizer, model_path("pocket-llava"))
+    assert min(measure(fresh.model, Packer(fresh.tokenizer, fresh.wiring), ("colour", "where"), 30).values()) > 0.9
 
 
 def test_training_is_a_function_of_the_seed() -> None:
@@ -76,3 +99,13 @@ def test_training_is_a_function_of_the_seed() -> None:
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
+
+
+def test_the_last_cycle_can_be_told_what_to_ask_more() -> None:
+    told = weights(["check=4", "denied=1.5"])
+    assert told == {"check": 4.0, "denied": 1.5}
+    line = commands("pocket-llava", 0, RECIPES["pocket-llava"], 24, {"kinds": told, "loss": {"caption": 2.0}})
+    assert "--rows 24 --last-kinds check=4 denied=1.5 --last-loss caption=2 --out DIR && " in line
+    for pair in ("chekc=4", "check=0"):
+        with pytest.raises(ValueError, match=r"a weight is KIND=NUMBER, of one of .* and above 0 \(got che"):
+            weights([pair])
