@@ -1,0 +1,1 @@
+"""How the embedded model is made: a vision tower that learns names, then learns to speak through the language model."""

@@ -1,0 +1,112 @@
+"""What the unchanged language model answers in text, which the low-rank changes must not unlearn.
+
+Asked without a pattern it starts a sentence; after three answered questions of the same relation it answers in a word.
+These answers, right or wrong, are what training asks of it without the pattern: its form changes, what it knows stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+import zlib
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastedit.smol.facts import Fact, facts
+from fastedit.smol.models import TEXT_PROMPT
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+_PATTERN, _BATCH, _LONGEST = 3, 40, 7
+_MEASURED_SHARE = 4  # one fact of so many is never trained on in text
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Taught:
+    """One question in text and the language model's own answer. truth: the right one."""
+
+    relation: str
+    subject: str
+    prompt: str
+    answer: str
+    truth: str
+
+    @property
+    def measured(self) -> bool:
+        """Return whether it is kept for measuring."""
+        return kept_for_measuring(self.relation, self.subject)
+
+
+def kept_for_measuring(relation: str, subject: str) -> bool:
+    """Return whether a fact is never asked in training, neither in text nor through a picture."""
+    return zlib.crc32(f"text:{relation}:{subject}".encode()) % _MEASURED_SHARE == 0
+
+
+def pattern(relation: str) -> tuple[str, frozenset[str]]:
+    """Return answered questions of a relation, with different answers if there are, and whom they are about."""
+    chosen: dict[str, Fact] = {}
+    others = [fact for fact in facts() if fact.relation == relation]
+    for fact in random.Random(relation).sample(others, len(others)):
+        chosen.setdefault(fact.answer, fact)
+    shown = list(chosen.values())[:_PATTERN]
+    text = "".join(f"{TEXT_PROMPT.format(fact.prompts()[0])} {fact.answer}\n" for fact in shown)
+    return text, frozenset(fact.subject for fact in shown)
+
+
+def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> list[Taught]:
+    """Return the greedy answers to every fact's question in two wordings; those that do not end are left out."""
+    rng = random.Random(seed)
+    line_end = tokenizer("\n").input_ids[0]
+    ends = {tokenizer.eos_token_id, line_end}
+    by_relation: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts():
+        by_relation[fact.relation].append(fact)
+    taught: list[Taught] = []
+    for relation, asked in by_relation.items():
+        before, used = pattern(relation)
+        head = model.model(input_ids=tokenizer(before, return_tensors="pt").input_ids, use_cache=True)
+        # Questions of one length side by side need no padding
+        groups: dict[int, list[tuple[Fact, str, list[int]]]] = defaultdict(list)
+        for fact in asked:
+            prompts = fact.prompts()
+            for wording in (0, rng.randrange(1, len(prompts))) if fact.subject not in used else ():
+                ids = tokenizer(TEXT_PROMPT.format(prompts[wording])).input_ids
+                groups[len(ids)].append((fact, prompts[wording], ids))
+        for group in groups.values():
+            for at in range(0, len(group), _BATCH):
+                part = group[at : at + _BATCH]
+                rows = _continued(model, head.past_key_values, [ids for _, _, ids in part], ends)
+                for (fact, prompt, _), row in zip(part, rows, strict=True):
+                    answer = tokenizer.decode(row).strip() if row is not None else ""
+                    if answer:
+                        taught.append(Taught(relation, fact.subject, prompt, answer, fact.answer))
+    return taught
+
+
+def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]) -> list[list[int] | None]:
+    """Return the greedy tokens before an end; None where none comes."""
+    import torch
+
+    cache = copy.deepcopy(before)
+    cache.batch_repeat_interleave(len(prompts))
+    ids, steps = torch.tensor(prompts), []
+    with torch.no_grad():
+        for _ in range(_LONGEST):
+            hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            ids = model.lm_head(hidden).argmax(-1, keepdim=True)
+            steps.append(ids)
+    rows = torch.cat(steps, 1).tolist()
+    stops = [next((at for at, token in enumerate(row) if token in ends), None) for row in rows]
+    return [None if stop is None else row[:stop] for row, stop in zip(rows, stops, strict=True)]
+
+
+def stored(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[Taught]:
+    """Return what `teach` gives, from a file if it is there, else written to it."""
+    if not path.is_file():
+        taught = teach(model, tokenizer)
+        path.write_text(json.dumps([dataclasses.asdict(one) for one in taught]), encoding="utf-8")
+    return [Taught(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
