@@ -1,12 +1,14 @@
 """What an edit is fitted with: tensors in, per-edit values out, no model calls."""
 
 from fastedit.objectives.base import ROLES, Direction, Losses, Objective, Role, TokenBatch, beside_roles, branch_of
-from fastedit.objectives.invariant import InvariantConfig, InvariantObjective
+from fastedit.objectives.config import DUALS, PENALTY_MODES, InvariantConfig
+from fastedit.objectives.invariant import InvariantObjective
 from fastedit.objectives.layout import BatchLayout
-from fastedit.objectives.nll import KLObjective, NLLObjective
-from fastedit.objectives.tripartite import PENALTY_MODES, EnvironmentTable, tripartite
+from fastedit.objectives.nll import KLObjective, NLLObjective, RetainingObjective
+from fastedit.objectives.tripartite import EnvironmentTable, tripartite
 
 __all__ = [
+    "DUALS",
     "PENALTY_MODES",
     "ROLES",
     "BatchLayout",
@@ -18,6 +20,7 @@ __all__ = [
     "Losses",
     "NLLObjective",
     "Objective",
+    "RetainingObjective",
     "Role",
     "TokenBatch",
     "beside_roles",

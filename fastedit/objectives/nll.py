@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.objectives.base import KL_ROLES, Direction, Losses, Role, TokenBatch, all_correct
+from fastedit.objectives.base import KL_ROLES, Direction, Losses, Objective, Role, TokenBatch, all_correct, beside_roles
+from fastedit.objectives.roles import repeated
 from fastedit.ops import risk
 
 
@@ -42,6 +43,7 @@ class KLObjective:
         direction: "reverse_kl" or "forward_kl".
         rephrase_weight: fit the edit, and the mean of its rephrased views with this weight; an edit is right where they
             are as well, and its NLL is that of its worst view. None takes all views alike and asks for the edit alone.
+        n_views: views of every role but the edit's own; a role weighs the same whatever their number.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class KLObjective:
         rephrases: bool = False,
         direction: Direction = "reverse_kl",
         rephrase_weight: float | None = None,
+        n_views: int = 1,
     ) -> None:
         self.weight = weight
         self.direction = direction
         self.rephrase_weight = rephrase_weight
         fitted = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE) if rephrases else (Role.EDIT,)
         self.fitted = fitted
-        self.roles: tuple[Role, ...] = (*fitted, *KL_ROLES)
+        self.roles: tuple[Role, ...] = repeated((*fitted, *KL_ROLES), n_views)
 
     def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
         """Losses; ``steps`` is not used."""
@@ -85,6 +88,35 @@ class KLObjective:
         if len(self.fitted) == 1:
             return views[:, 0]
         return views[:, 0] + self.rephrase_weight * _mean_of_views(tokens, views[:, 1:], self.fitted[1:])
+
+
+class RetainingObjective:
+    """An objective without a KL term, plus one on rows of locality roles that its edits were given from outside.
+
+    An edit is right where it is itself, and the likeliest token of each of those rows is still what it was: else a fit
+    would stop at the first step that says the target, whatever that did to them.
+
+    Args:
+        inner: the objective, which has no locality views of its own. weight: of KL(before || after) on those rows.
+    """
+
+    def __init__(self, inner: Objective, weight: float) -> None:
+        self.inner, self.weight = inner, weight
+        self.roles: tuple[Role, ...] = inner.roles
+        self.beside: tuple[Role, ...] = beside_roles(inner)
+
+    def __call__(self, tokens: TokenBatch, steps: int | Tensor) -> Losses:
+        """The inner losses, with the term added to what is minimised."""
+        losses, layout = self.inner(tokens, steps), tokens.laid_out
+        _, out = layout.split(tokens.logits)
+        if out is None or tokens.reference is None:
+            return losses
+        kl = risk(out, tokens.reference, layout.out_edits, tokens.n_edits, kind="forward_kl")[0]
+        total = losses.total + self.weight * kl
+        moved = (out.detach().argmax(-1) != tokens.reference.argmax(-1)).long()
+        count = torch.zeros(tokens.n_edits, dtype=torch.long, device=moved.device)
+        correct = losses.correct & (count.index_add_(0, layout.out_edits, moved) == 0)
+        return Losses(total, losses.nll, correct, {**losses.parts, "retained_kl": kl.detach()})
 
 
 def _nll_by_role(tokens: TokenBatch, fitted: Tensor, roles: tuple[Role, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -18,3 +19,8 @@ class Role(IntEnum):
 ROLES = tuple(Role)
 CE_ROLES = (Role.EDIT, Role.TEXT_REPHRASE, Role.IMAGE_REPHRASE)
 KL_ROLES = (Role.TEXT_LOCALITY, Role.IMAGE_LOCALITY)
+
+
+def repeated(roles: Sequence[Role], n_views: int) -> tuple[Role, ...]:
+    """The roles in order, each as often as it shall have views; the edit's own once."""
+    return tuple(role for role in roles for _ in range(1 if role is Role.EDIT else n_views))

@@ -18,7 +18,6 @@ from fastedit.objectives.layout import BatchLayout, Group
 from fastedit.objectives.roles import ROLES
 from fastedit.ops import mmd2, risk
 
-PENALTY_MODES = ("prompt_env", "risk_env", "paper", "token")
 # σ² of the MMD kernel as multiples of the mean squared distance
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 GROUPS: tuple[Group, Group] = ("edit", "rephrased")

@@ -52,3 +52,16 @@ def test_an_edit_is_right_where_its_rephrased_views_are() -> None:
     tokens.logits = logits
     assert KLObjective(rephrases=True, rephrase_weight=0.5)(tokens, 0).correct.tolist() == [True, False]
     assert KLObjective(rephrases=True)(tokens, 0).correct.tolist() == [True, True]
+
+
+def test_a_role_weighs_the_same_whatever_the_number_of_its_views() -> None:
+    assert KLObjective(n_views=3).roles == (Role.EDIT, *[Role.TEXT_LOCALITY] * 3, *[Role.IMAGE_LOCALITY] * 3)
+    edit, role = [0] * 7, [0, 1, 1, 1, 2, 2, 2]
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = TokenBatch(
+        hidden=logits, logits=logits, labels=torch.arange(7) % 5, edit=torch.tensor(edit), role=torch.tensor(role),
+        n_edits=1,
+    )  # fmt: skip
+    each = torch.nn.functional.cross_entropy(logits, tokens.labels, reduction="none")
+    expected = torch.stack([each[0], each[1:4].mean(), each[4:].mean()]).mean()
+    torch.testing.assert_close(KLObjective(rephrases=True, n_views=3)(tokens, 0).total[0], expected)
