@@ -128,6 +128,11 @@ class Method:
         return ""
 
     @staticmethod
+    def notes(model: EditableModel, config: Any) -> dict[str, Any]:
+        """What provenance says of its settings on this model, plain values; by default nothing."""
+        return {}
+
+    @staticmethod
     def artifact(config: Any, name: str) -> str | None:
         """The kind of trained parts that it needs, if any; ``name`` is the method as spelled."""
         return None

@@ -9,7 +9,7 @@ from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec
 from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, layer_sites, positions_option
-from fastedit.settings import check_fit, check_ranges
+from fastedit.settings import check_fit, check_ranges, check_retain
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class LoRAConfig:
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
         capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
+        retain: how a sequence keeps earlier edits while the next one is fitted: "none", "nullspace" (its change sees
+            none of their inputs, AlphaEdit, arXiv 2410.02355) or "replay" (some of them are held by a KL term).
+        retain_share: "nullspace": most directions of a map's input that are kept from change, as a share.
+        retain_replayed, retain_weight: "replay": earlier edits in a fit, and their KL term's weight where the objective
+            has none.
         seed: of the first factor, the same for every edit.
     """
 
@@ -47,12 +52,17 @@ class LoRAConfig:
     stop_loss: float | None = 0.02
     check_every: int = 1
     capture: bool = False
+    retain: str = "none"
+    retain_share: float = 0.5
+    retain_replayed: int = 16
+    retain_weight: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_fit("lora", self)
         check_ranges("lora", self, at_least={"rank": 1}, positive=("alpha",))
         check_positions("lora", self.positions)
+        check_retain("lora", self)
 
 
 class LoRA(Method):

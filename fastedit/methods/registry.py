@@ -19,7 +19,7 @@ from fastedit.methods.tpatcher import TPatcher
 from fastedit.methods.unike.editor import UniKE
 from fastedit.methods.wise import WISE
 from fastedit.objectives import Direction, InvariantConfig, InvariantObjective, KLObjective, NLLObjective
-from fastedit.settings import nearest, typed
+from fastedit.settings import check_ranges, nearest, typed
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,30 @@ class KLConfig:
         kl_weight: of the KL term.
         kl_rephrases: also fit rephrased views.
         direction: "reverse_kl" (edited || unedited) or "forward_kl".
+        n_views: views of every role but the edit's own.
     """
 
     kl_weight: float = 1.0
     kl_rephrases: bool = False
     direction: Direction = "reverse_kl"
+    n_views: int = 1
 
     def __post_init__(self) -> None:
         if self.direction not in ("reverse_kl", "forward_kl"):
             raise ValueError(f"kl: direction is reverse_kl or forward_kl (got direction={self.direction!r})")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl: kl_weight is not negative (got kl_weight={self.kl_weight!r})")
+        check_ranges("kl", self, at_least={"n_views": 1})
+
+
+def _nll(_config: NLLConfig, _steps: int) -> NLLObjective:
+    return NLLObjective()
+
+
+def _kl(config: KLConfig, _steps: int) -> KLObjective:
+    return KLObjective(
+        config.kl_weight, rephrases=config.kl_rephrases, direction=config.direction, n_views=config.n_views
+    )
 
 
 def _checked(methods: dict[str, type[Method]]) -> dict[str, type[Method]]:
@@ -70,11 +83,8 @@ METHODS = _checked({
 })  # fmt: skip
 
 OBJECTIVES: dict[str, ObjectiveChoice] = {
-    "": ObjectiveChoice(NLLConfig, lambda _config, _steps: NLLObjective()),
-    "kl": ObjectiveChoice(
-        KLConfig,
-        lambda config, _steps: KLObjective(config.kl_weight, rephrases=config.kl_rephrases, direction=config.direction),
-    ),
+    "": ObjectiveChoice(NLLConfig, _nll),
+    "kl": ObjectiveChoice(KLConfig, _kl),
     "odedit": ObjectiveChoice(InvariantConfig, InvariantObjective),
 }
 

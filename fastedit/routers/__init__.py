@@ -18,6 +18,7 @@ class Routed(Protocol):
 
     spec: Any
     fixed: dict[str, Tensor]
+    texts: list[Mapping[str, str]]
 
     @property
     def size(self) -> int:
@@ -30,7 +31,8 @@ class Routed(Protocol):
 class Router(Protocol):
     """Scores prompts against stored edits; an edit may act where its score reaches its threshold.
 
-    Made from (model, stacked), whose deltas it decides for.
+    Made from (model, stacked), whose deltas it decides for. One that reads behind the deltas' split point has that
+    ``layer`` as an attribute, and walks there itself on the frozen model.
     """
 
     def scores(self, state: PackedState, fixed: Mapping[str, Tensor], own: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.probe import feed_forward_parts
 from fastedit.routers import Routed
+from fastedit.routers.claims import Claims, pairs_within
 
 
 class BallRouter:
@@ -35,6 +36,17 @@ class BallRouter:
             # Not by a matrix product, which loses the digits of small distances
             distance = torch.cdist(asked, keys, compute_mode="donot_use_mm_for_euclid_dist")
         return -distance
+
+    def claims(self, state: PackedState, fixed: Mapping[str, Tensor]) -> Claims:
+        """See `fastedit.routers.claims.Claiming`."""
+        keys, radius = fixed[f"{self._place}key"], fixed[f"{self._place}radius"][:, 0]
+        asked = prompt_keys(self.model, self.layer, state).to(keys.dtype)
+        found = []
+        for row, edit in pairs_within(asked, keys, radius):
+            distance = torch.linalg.vector_norm(asked[row] - keys[edit], dim=1)
+            inside = distance <= radius[edit]
+            found.append(Claims(row[inside], edit[inside], -distance[inside]))
+        return Claims.cat(found)
 
     def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
         """(B,) minus the radii."""

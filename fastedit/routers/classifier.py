@@ -10,7 +10,7 @@ question with another image by the entity. A product of two matrices scores a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.routers import Routed
+from fastedit.routers.claims import Claims, pairs_above
 from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
 from fastedit.routers.scope import trained_part
 
@@ -27,6 +28,12 @@ PREFIX = "classifier/"
 #: Distance of two images' centres (unit vectors) below which they are the same pixels: rounding stays far below it,
 #: other renderings of a scene far above.
 SAME_IMAGE = 0.02
+#: How much larger, in log-odds, the best claim on a prompt is than one that answers otherwise. Found on a train split.
+MARGIN = 0.75
+#: Where no claim is: how much nearer the image of one is than those of the others (the ratio test of Lowe, IJCV 2004).
+RATIO = 0.25
+#: Name of a delta's text that says which answer it installs; deltas without it agree with no other.
+ANSWER = "answer"
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,17 @@ class Disentangler(nn.Module):
         by_entity, by_relation = self.logits(entity, relation)
         return F.logsigmoid(by_entity) + F.logsigmoid(by_relation)
 
+    def least_entity(self, least: float) -> float:
+        """The cosine of entity vectors below which no probability's logarithm reaches ``least``.
+
+        Minus infinity where the entity head does not rise with the cosine.
+        """
+        slope, offset = self.slope.tolist(), self.offset.tolist()
+        # The other head's best, and what that leaves for this one
+        most = float(F.logsigmoid(torch.tensor(abs(slope[1]) + offset[1], dtype=torch.float64)))
+        rest = torch.tensor(least - most, dtype=torch.float64)
+        return (float(log_odds(rest)) - offset[0]) / slope[0] if slope[0] > 0 else -torch.inf
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, for an artifact."""
         return {PREFIX + name: tensor for name, tensor in self.state_dict().items()}
@@ -116,6 +134,16 @@ class ClassifierRouter:
         self.classifier = Disentangler.of(trained_part(model, options), model.device)
         given = options.get("threshold")
         self.least = float(self.classifier.threshold) if given is None else float(torch.tensor(given).log())
+        self.stacked = stacked
+        self._read: tuple[Sequence[Mapping[str, str]], Tensor] | None = None
+
+    @property
+    def answers(self) -> Tensor:
+        """(B,) int64, equal where two edits install the same answer; looked up once for many texts."""
+        texts = self.stacked.texts
+        if self._read is None or self._read[0] is not texts:
+            self._read = texts, answer_numbers([each.get(ANSWER) for each in texts])
+        return self._read[1]
 
     @torch.no_grad()
     def scores(self, state: PackedState, fixed: Mapping[str, Tensor], own: Tensor | None) -> Tensor:
@@ -127,23 +155,60 @@ class ClassifierRouter:
             by_entity = (entity * known_entity[own]).sum(1)
             return self.classifier.log_probability(by_entity, (relation * known_relation[own]).sum(1))
         found = self.classifier.log_probability(entity @ known_entity.T, relation @ known_relation.T)
-        return settled(found, self.least, tokens.centre(), fixed["image"].to(entity.dtype))
+        images = fixed["image"].to(entity.dtype)
+        return settled(found, self.least, tokens.centre(), images, self.answers.to(found.device))
+
+    @torch.no_grad()
+    def claims(self, state: PackedState, fixed: Mapping[str, Tensor]) -> Claims:
+        """See `fastedit.routers.claims.Claiming`; of a row that several edits claim, the one that is to have it."""
+        tokens = prompt_tokens(state)
+        entity, relation = self.classifier(tokens)
+        known_entity, known_relation = fixed["entity"].to(entity.dtype), fixed["relation"].to(relation.dtype)
+        found = []
+        for row, edit in pairs_above(entity, known_entity, self.classifier.least_entity(self.least)):
+            by_entity = (entity[row] * known_entity[edit]).sum(1)
+            score = self.classifier.log_probability(by_entity, (relation[row] * known_relation[edit]).sum(1))
+            reaches = score >= self.least
+            found.append(Claims(row[reaches], edit[reaches], score[reaches]))
+        return self._settled(Claims.cat(found), tokens.centre(), fixed["image"])
+
+    def _settled(self, claims: Claims, asked: Tensor, images: Tensor) -> Claims:
+        """What ``settled`` leaves of claims."""
+        rows, row = claims.row.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        edits, edit = claims.edit.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        scores = claims.score.new_full((len(rows), len(edits)), -torch.inf)
+        scores[row, edit] = claims.score
+        stored, answers = images[edits].to(asked.dtype), self.answers.to(edits.device)[edits]
+        left = Claims.reaching(settled(scores, self.least, asked[rows], stored, answers), scores.new_tensor(self.least))
+        return Claims(rows[left.row], edits[left.edit], left.score)
 
     def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
         """See `Router`."""
         return fixed["entity"].new_full((len(fixed["entity"]),), self.least)
 
 
-def settled(scores: Tensor, least: float, asked: Tensor, stored: Tensor, ratio: float = 0.5) -> Tensor:
+def answer_numbers(answers: Sequence[str | None]) -> Tensor:
+    """(B,) int64, equal for equal answers; one that is not known (None) is equal to no other."""
+    numbers: dict[str, int] = {}
+    known = [-1 - n if text is None else numbers.setdefault(text, len(numbers)) for n, text in enumerate(answers)]
+    return torch.tensor(known, dtype=torch.long)
+
+
+def settled(scores: Tensor, least: float, asked: Tensor, stored: Tensor, answers: Tensor) -> Tensor:
     """Scores in which no two edits claim one prompt.
 
     Edits of the same question about images that show the same (many pictures of one flag, say) all claim each other's
     prompts, and need not agree. Where one of them was made on the very image that is asked about, it acts, the newest
-    of several; else the one whose image is nearest, if the next is at least 1 / ``ratio`` times as far away (the ratio
-    test of Lowe, IJCV 2004, section 7.1); else none: what is left is a guess, and the base model's answer stands.
+    of several. Else the claim with the largest score acts, the newest of equal ones, if no other that is as large, but
+    for ``MARGIN``, installs another answer; or of those that are as large the one whose image is by far the nearest
+    (``RATIO``). Else none acts: what is left is a guess, and the base model's answer stands.
+
+    The score is learned, and sees what an image shows; the distance of images' centres sees how it is rendered, and
+    alone would take the right edit for a guess wherever two scenes look alike.
 
     Args:
-        scores: (R, B). least: what an edit needs to claim a prompt. asked: (R, d), stored: (B, d), centres of images.
+        scores: (R, B), logarithms of probabilities, changed in place. least: what an edit needs to claim a prompt.
+        asked: (R, d), stored: (B, d), centres of images. answers: (B,) int64, see ``answer_numbers``.
     Returns:
         (R, B), minus infinity at the edits that lost.
     """
@@ -155,15 +220,25 @@ def settled(scores: Tensor, least: float, asked: Tensor, stored: Tensor, ratio: 
     # (R', B'), of the rows that several claim and the edits that claim any of them
     claimed, given = claims[rows[:, None], edits], scores[rows[:, None], edits]
     distance = torch.cdist(asked[rows], stored[edits], compute_mode="donot_use_mm_for_euclid_dist")
-    distance = distance.masked_fill(~claimed, torch.inf)
-    same = distance <= SAME_IMAGE
-    best = given.masked_fill(~same, -torch.inf)
-    # Rounding does not decide between two edits of one question: of those that are as good, the last
+    same = claimed & (distance <= SAME_IMAGE)
+    # The claims of edits that were made on this very image, where there are any; else all claims
+    level = torch.where(same.any(1, keepdim=True), same, claimed)
     number = torch.arange(len(edits), device=scores.device)
-    newest = torch.where(same & (best >= best.amax(1, keepdim=True) - 1e-3), number, -1).amax(1)
-    (near, next_near), nearest = distance.topk(2, dim=1, largest=False).values.T, distance.argmin(1)
-    clear = torch.where(near <= ratio * next_near, nearest, -1)
-    winner = torch.where(same.any(1), newest, clear)
+    best = given.masked_fill(~level, -torch.inf)
+    # Rounding does not decide between two edits of one question: of those that are as good, the last
+    newest = torch.where(level & (best >= best.amax(1, keepdim=True) - 1e-3), number, -1).amax(1)
+    odds = log_odds(best)
+    rivals = level & (odds >= odds.gather(1, newest[:, None]) - MARGIN)
+    disputed = ~same.any(1) & (rivals & (answers[edits] != answers[edits][newest][:, None])).any(1)
+    nearby = distance.masked_fill(~rivals, torch.inf).topk(2, dim=1, largest=False)
+    is_clear = nearby.values[:, 0] <= RATIO * nearby.values[:, 1]
+    winner = torch.where(disputed, torch.where(is_clear, nearby.indices[:, 0], -1), newest)
     kept = ~claimed | (number == winner[:, None])
     scores[rows[:, None], edits] = given.masked_fill(~kept, -torch.inf)
     return scores
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """log(p / (1 - p)) of log(p), finite but for p = 0."""
+    near_one = scores.clamp(max=-1e-6)
+    return near_one - torch.log(-torch.expm1(near_one))

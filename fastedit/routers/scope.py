@@ -2,9 +2,10 @@
 
 SERAC (arXiv 2206.06520), section 3.2, in the embedding form: ``exp(-||e - e'||^2)`` of the asked and the cached
 question. The public multimodal port embeds the text alone with a language model of its own. Ours are two small heads on
-states that the edited model has computed anyway, at the point where the counterfactual delta begins: one reads the text
-tokens, one the image tokens. Squared distances add, so that an edit acts where question AND image are those of the
-edit; a question without image is never near one that has one.
+states of the frozen model at a fixed depth, where words know their neighbours (word embeddings know none, and what is
+trained on them knows no wording but those it has seen): one reads the text tokens, one the image tokens. Squared
+distances add, so that an edit acts where question AND image are those of the edit; a question without image is never
+near one that has one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.packed import token_indices, token_rows
+from fastedit.backbone.packed_forward import packed_prefix
 from fastedit.backbone.token_layout import token_layout
 from fastedit.routers import Routed
 
@@ -48,6 +50,8 @@ class ScopeShape:
         segments: parts of equal length that an image's tokens are averaged over, in their order.
         sees_image: False compares the text alone.
         dropout: in the heads, while they are trained.
+        layer: the states are those that enter this decoder layer, or the first that the delta can reach if that comes
+            later.
     """
 
     width: int
@@ -56,11 +60,14 @@ class ScopeShape:
     segments: int = 1
     sees_image: bool = True
     dropout: float = 0.2
+    layer: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "size", "hidden", "segments"):
             if getattr(self, name) < 1:
                 raise ValueError(f"scope: {name} is at least 1 (got {name}={getattr(self, name)!r})")
+        if self.layer < 0:
+            raise ValueError(f"scope: layer is at least 0 (got layer={self.layer!r})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"scope: dropout lies in [0, 1) (got dropout={self.dropout!r})")
 
@@ -108,13 +115,17 @@ class ScopeFeatures:
 
 
 @torch.no_grad()
-def scope_features(state: PackedState, segments: int) -> ScopeFeatures:
+def scope_features(model: EditableModel, state: PackedState, shape: ScopeShape) -> ScopeFeatures:
     """Features of the prompts of a state: tokens behind them, those of answers, do not count.
 
     Args:
-        state: R rows on the frozen model with all their tokens; the first wanted token of a row ends its prompt.
-        segments: see `ScopeShape`.
+        model: frozen; it walks to the layer of the shape where the state comes before that. No delta may act.
+        state: R rows with all their tokens; the first wanted token of a row ends its prompt.
+        shape: of the heads that read the features.
     """
+    if state.layer < shape.layer:
+        state = packed_prefix(model, state, shape.layer, "attention")
+    segments = shape.segments
     hidden, device = state.hidden.float(), state.hidden.device
     rows, width = len(state), hidden.shape[1]
     row = token_rows(state.counts, device)
@@ -253,12 +264,14 @@ class ScopeRouter:
     """An edit acts where the similarity of its embedding (fixed tensor "scope") reaches the spec's ``threshold``."""
 
     def __init__(self, model: EditableModel, stacked: Routed) -> None:
+        self.model = model
         self.heads = ScopeHeads.of(trained_part(model, stacked.spec.options), model.device)
+        self.layer = self.heads.shape.layer
         self.least = float(stacked.spec.options.get("threshold", 0.5))
 
     def scores(self, state: PackedState, fixed: Mapping[str, Tensor], own: Tensor | None) -> Tensor:
         """See `Router`; in 0..1."""
-        asked = self.heads(scope_features(state, self.heads.shape.segments))
+        asked = self.heads(scope_features(self.model, state, self.heads.shape))
         cached = fixed["scope"].to(asked.dtype)
         if own is None:
             return torch.exp(-squared_distances(asked, cached))

@@ -159,7 +159,10 @@ def target_loss(model: EditableModel, encoded: Any) -> float:
     return float(torch.nn.functional.cross_entropy(logits, encoded.labels[encoded.label_mask]))
 
 
-def test_an_edit_is_the_same_in_any_batch_and_the_model_stays(model: EditableModel, artifact: Artifact) -> None:
+def test_an_edit_is_the_same_in_any_batch_and_the_model_stays() -> None:
+    # Its networks are float32 and its ridge regression multiplies rounding: the model adds none
+    model = fastedit.load("random:llava-tiny", dtype="float64")
+    artifact = fastedit.train(model, "mend", make_edits(6), trainer=BRIEF, **SMALL)
     edits, before = make_edits(5), weights_hash(model.hf)
     runs = [
         fastedit.edit(model, edits, "mend", artifact=artifact, batch_size=size, evaluate=False, **SMALL)

@@ -12,6 +12,7 @@ from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import new_stack
 from fastedit.routers.ball import BallRouter, prompt_keys
+from fastedit.routers.claims import Claims
 from fastedit.testing import assert_close
 from tests.engine.conftest import picture
 
@@ -59,3 +60,8 @@ def test_scores_and_thresholds(model: EditableModel, layer: int) -> None:
     own = torch.tensor([0, 1, 1])
     assert_close(router.scores(state, stacked.fixed, own), every[torch.arange(3), own], length=64)
     assert router.threshold(stacked.fixed).tolist() == [-0.5, -1.5]
+    claims, dense = router.claims(state, stacked.fixed), Claims.reaching(every, router.threshold(stacked.fixed))
+    assert list(zip(claims.row.tolist(), claims.edit.tolist(), strict=True)) == list(
+        zip(dense.row.tolist(), dense.edit.tolist(), strict=True)
+    )
+    assert_close(claims.score, dense.score, length=64)

@@ -45,11 +45,16 @@ def walked(model: EditableModel, answers: bool, layer: int = 1) -> tuple[Any, Pa
     return encoded, packed_prefix(model, packed_start(model, encoded), layer, "attention")
 
 
+def features_of(model: EditableModel, answers: bool, *, segments: int = 2, layer: int = 0) -> ScopeFeatures:
+    shape = ScopeShape(model.hidden_size, segments=segments, layer=layer)
+    return scope_features(model, walked(model, answers)[1], shape)
+
+
 @pytest.mark.parametrize("segments", [1, 3])
 def test_features_are_means_of_text_and_image_tokens(model: EditableModel, segments: int) -> None:
     encoded = model.encode(QUESTIONS, answers=False)
     hidden = prefix(model, encoded, 1).hidden.float()
-    found = scope_features(walked(model, False)[1], segments)
+    found = features_of(model, False, segments=segments)
     for row in range(3):
         length = int(encoded.lengths[row])
         marks = encoded.image_mask[row, :length]
@@ -66,13 +71,25 @@ def test_features_are_means_of_text_and_image_tokens(model: EditableModel, segme
 
 
 def test_answers_behind_a_prompt_do_not_count(model: EditableModel) -> None:
-    without, behind = (scope_features(walked(model, answers)[1], 2) for answers in (False, True))
+    without, behind = (features_of(model, answers) for answers in (False, True))
     torch.testing.assert_close(without.text, behind.text)
     torch.testing.assert_close(without.image, behind.image)
 
 
+def test_the_depth_is_fixed_wherever_the_state_comes_from(model: EditableModel) -> None:
+    """A state before the layer is walked to it; one that is there, or behind it, is read as it is."""
+    deep = ScopeShape(model.hidden_size, layer=2)
+    early, there, behind = (scope_features(model, walked(model, True, layer)[1], deep) for layer in (0, 2, 3))
+    torch.testing.assert_close(early.text, there.text)
+    torch.testing.assert_close(early.image, there.image)
+    assert not torch.allclose(there.text, behind.text)
+    hidden = prefix(model, walked(model, True)[0], 2).hidden.float()
+    last = int(walked(model, False)[0].lengths[1]) - 1
+    torch.testing.assert_close(early.text[1, model.hidden_size :], hidden[1, last])
+
+
 def test_features_select_and_join(model: EditableModel) -> None:
-    found = scope_features(walked(model, False)[1], 2)
+    found = features_of(model, False)
     again = ScopeFeatures.cat([found.select([2]), found.select([0, 1])]).select([1, 2, 0])
     assert torch.equal(again.text, found.text)
     assert torch.equal(again.image, found.image)
@@ -162,7 +179,7 @@ def test_router_scores_own_and_all_edits_alike(model: EditableModel, monkeypatch
     heads = ScopeHeads(ScopeShape(model.hidden_size, size=4, hidden=8), seed=1).eval()
     monkeypatch.setitem(model.artifacts, "known", _Artifact(heads))
     _, state = walked(model, False)
-    stored = heads(scope_features(state, 1)).detach()
+    stored = heads(scope_features(model, state, heads.shape)).detach()
     spec = SimpleNamespace(options={"artifact": "known", "threshold": 0.7})
     router = ScopeRouter(model, SimpleNamespace(spec=spec, fixed={}, size=3, delta=None))  # type: ignore[arg-type]
     fixed = {"scope": stored}
@@ -180,7 +197,7 @@ def test_router_says_what_to_load(model: EditableModel) -> None:
         trained_part(model, {"artifact": "missing"})
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"segments": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"segments": 0}, {"layer": -1}, {"dropout": 1.0}])
 def test_shapes_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"scope: {next(iter(wrong))}"):
         ScopeShape(6, **wrong)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastedit.backbone import EditableModel
+from fastedit.data.report import target_key
 from fastedit.deltas import DeltaSpec, EditDelta, split_point
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import SolverConfig
@@ -26,7 +27,7 @@ from fastedit.methods.ldke.task import ClassifierTask
 from fastedit.methods.ldke.views import Untimed, walked
 from fastedit.objectives import ROLES, KLObjective, Objective
 from fastedit.requests import EditRequest, Query
-from fastedit.routers.classifier import ClassifierShape, Disentangler
+from fastedit.routers.classifier import ANSWER, ClassifierShape, Disentangler
 from fastedit.training import Artifact, TrainerConfig, require_artifact
 
 #: Edits whose layers are looked for together.
@@ -85,6 +86,11 @@ class LDKE(Method):
     def objective(config: LDKEConfig) -> Objective:
         """NLL of the edit and, weighed, of its rephrased views; KL(edited || unedited) on locality views."""
         return KLObjective(config.kl_weight, rephrases=True, rephrase_weight=config.rephrase_weight)
+
+    @staticmethod
+    def notes(model: EditableModel, config: LDKEConfig) -> dict[str, Any]:
+        """How layers are chosen: off where an edit has all candidates, or the settings name its layers."""
+        return {"localization": config.layers if _is_choice(config, model.n_layers) else "off"}
 
     @staticmethod
     def artifact(config: LDKEConfig, name: str) -> str | None:
@@ -184,13 +190,15 @@ class LDKE(Method):
         requests: Sequence[EditRequest],
         deltas: Sequence[EditDelta],
     ) -> list[EditDelta]:
-        """Say which classifier decides for them."""
+        """Say which classifier decides for them, and what they answer."""
         if shared.artifact is None:
             return list(deltas)
         options: dict[str, Any] = {"artifact": shared.artifact.id}
         if config.threshold is not None:
             options["threshold"] = config.threshold
-        return [_with_options(delta, options) for delta in deltas]
+        made = [_with_options(delta, options) for delta in deltas]
+        texts = [{ANSWER: target_key(request.target)} for request in requests]
+        return [replace(each, texts={**each.texts, **text}) for each, text in zip(made, texts, strict=True)]
 
 
 def _scores(model: EditableModel, config: LDKEConfig, rows: Sequence[EditRows]) -> Tensor:
@@ -213,7 +221,9 @@ def _vote(model: EditableModel, config: LDKEConfig, records: Sequence[EditReques
 
 
 def _voted(model: EditableModel, config: LDKEConfig, records: Sequence[EditRequest]) -> dict[str, list[int]]:
-    """What an artifact says of the vote: numbers of the layers."""
+    """What an artifact says of the vote: numbers of the layers; nothing where there is none to vote on."""
+    if not _is_choice(config, model.n_layers):
+        return {}
     candidates = candidate_layers(config, model.n_layers)
     return {"voted": [candidates[position] for position in _vote(model, config, records)]}
 
@@ -223,7 +233,7 @@ def _common_positions(
 ) -> tuple[int, ...] | None:
     """Places among the candidates that all edits have; None where each has its own."""
     candidates = candidate_layers(config, model.n_layers)
-    if isinstance(config.layers, str) and slots_of(config, candidates) == len(candidates):
+    if isinstance(config.layers, str) and not _is_choice(config, model.n_layers):
         return tuple(range(len(candidates)))
     if config.layers != "voted":
         return named_positions(config, model.n_layers)
@@ -233,6 +243,12 @@ def _common_positions(
     if not resources.pool:
         raise ValueError("ldke: records vote for layers='voted'; give pool=... (got pool=None)")
     return _vote(model, config, resources.pool)
+
+
+def _is_choice(config: LDKEConfig, n_layers: int) -> bool:
+    """Whether layers are looked for: the settings name none, and there are more candidates than an edit has."""
+    candidates = candidate_layers(config, n_layers)
+    return isinstance(config.layers, str) and slots_of(config, candidates) < len(candidates)
 
 
 def _told(request: EditRequest) -> str:

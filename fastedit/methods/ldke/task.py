@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel
 from fastedit.data import fingerprint
+from fastedit.data.report import target_key
 from fastedit.methods.ldke.views import RELATED, UNRELATED, Pairs, Questions, TokenStore
 from fastedit.requests import EditRequest
-from fastedit.routers.classifier import Disentangler, settled
-from fastedit.training import Artifact, TrainerConfig
+from fastedit.routers.classifier import Disentangler, answer_numbers, settled
+from fastedit.training import Artifact, TrainerConfig, processes
 
 #: Temperature of the contrastive terms.
 TEMPERATURE = 0.07
@@ -93,7 +94,7 @@ class ClassifierTask:
         records = self._records(step)
         keys: Keys = [(record, number) for record in records for number in range(len(self.questions.of[record]))]
         kinds = [self.questions.of[record][number].kind for record, number in keys]
-        entity, relation = self.classifier(self.store.get(keys))
+        entity, relation = self._own_vectors(records, keys)
         anchors = self._anchors(keys, kinds, step)
         pairs = Pairs.of(self.questions, keys, anchors)
         by_entity, by_relation = entity[anchors] @ entity.T, relation[anchors] @ relation.T
@@ -102,6 +103,14 @@ class ClassifierTask:
         contrast = contrast + self._contrast(relation, keys, kinds, "text_generality", self.questions.relation)
         total = value + self.contrast * contrast + self.decorrelation * _correlation(entity, relation)
         return total, {**parts, "contrast": float(contrast.detach())}
+
+    def _own_vectors(self, records: Sequence[int], keys: Keys) -> tuple[Tensor, Tensor]:
+        """Entity and relation vectors of all questions; of several processes each looks at its own records."""
+        mine = set(processes.own(records))
+        rows = [row for row, (record, _) in enumerate(keys) if record in mine]
+        entity, relation = self.classifier(self.store.get([keys[row] for row in rows]))
+        start, total = rows[0], len(keys)
+        return processes.gathered(entity, start, total), processes.gathered(relation, start, total)
 
     def _pair_loss(self, by_entity: Tensor, by_relation: Tensor, pairs: Pairs) -> tuple[Tensor, dict[str, float]]:
         device = by_entity.device
@@ -201,12 +210,14 @@ class ClassifierTask:
         every = self.classifier.log_probability(asked[0] @ stored[0].T, asked[1] @ stored[1].T)
         alone = every.gather(1, own_column[:, None])[:, 0]
         kinds = [self.questions.of[record][number].kind for record, number in keys]
+        answers = answer_numbers([target_key(self.records[record].target) for record in known]).to(every.device)
         found: list[tuple[float, dict[str, float]]] = []
         for probability in THRESHOLDS:
             least = float(torch.tensor(probability).log())
-            value, edit = settled(every.clone(), least, asked[2], stored[2]).max(1)
+            value, edit = settled(every.clone(), least, asked[2], stored[2], answers).max(1)
             acts = value >= least
-            found.append((probability, _rates(kinds, alone >= least, acts, acts & (edit == own_column), len(known))))
+            right = acts & (edit == own_column)
+            found.append((probability, _rates(kinds, alone >= least, acts, right, len(known))))
         most = max(rates["score"] for _, rates in found)
         # Of those that are as good, the one with most room on both sides
         best = [each for each in found if each[1]["score"] >= most - PLATEAU]

@@ -75,7 +75,8 @@ class Questions:
 def _asked(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
     now = record.prediction
     # Not as views, which feed some answer where a probe has none
-    made = [Asked(probe.kind, probe.prompt, probe.image, probe.answer) for probe in record.probes]
+    made = [Asked(probe.kind, probe.prompt, probe.image, probe.answer) for probe in record.probes
+            if probe.score in UNRELATED]  # fmt: skip
     probed = {one.kind for one in made}
     for each in views.of(number):
         query = each.view.query

@@ -19,7 +19,7 @@ from fastedit.methods.meta.views import CHANGED, KEPT, MetaBatch, MetaViews, Row
 from fastedit.objectives import ROLES, Losses, Objective, Role, TokenBatch
 from fastedit.objectives.base import CE_ROLES, all_correct, losses_by_role
 from fastedit.requests import EditRequest
-from fastedit.training import Artifact, TrainerConfig
+from fastedit.training import Artifact, TrainerConfig, processes
 
 #: Records whose gradients the statistics are taken from.
 MEASURED = 256
@@ -133,7 +133,7 @@ class MetaTask:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of a batch of records."""
-        chosen = self._records(step)
+        chosen = processes.own(self._records(step))
         views = [self.views.chosen(index, epoch, self.locality) for index, epoch in chosen]
         batch = self._batch([index for index, _ in chosen], views)
         # An edit is new in its batch: an objective that changes with the steps takes it as one that has just got to
@@ -150,7 +150,7 @@ class MetaTask:
         unedited model's, for what must stay.
         """
         found: dict[str, list[float]] = {}
-        size = self.trainer.batch_size
+        size = processes.at_once(self.trainer.batch_size)
         for start in range(self.n_train, len(self.records), size):
             chosen = list(range(start, min(start + size, len(self.records))))
             batch = self._batch(chosen, [list(range(len(self.views.of(index)))) for index in chosen])
@@ -194,7 +194,7 @@ class MetaTask:
 
     def _gradients(self, chosen: Sequence[int], size: int | None = None) -> list[Gradients]:
         """Of the edits themselves, so many at a time."""
-        size = size or self.trainer.batch_size
+        size = size or processes.at_once(self.trainer.batch_size)
         parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         return [
             edit_gradients(self.model, self.spec.sites, self.store.get([(index, 0) for index in part]))

@@ -81,6 +81,8 @@ class MetaViews:
         made = [MetaView(kind, by_role[role]) for kind, role in zip((*CHANGED, *KEPT), ROLES, strict=False)
                 if role in by_role]  # fmt: skip
         for probe in record.probes:
+            if probe.score not in KEPT:  # unseen wordings and further probes are for measuring
+                continue
             # What is fed to a question that has no known answer is the answer to it with its image
             answer = probe.answer or record.prediction or record.target
             role = Role.TEXT_LOCALITY if probe.image is None else Role.IMAGE_LOCALITY

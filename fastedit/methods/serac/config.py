@@ -13,7 +13,15 @@ from fastedit.objectives.base import all_correct, losses_by_role
 from fastedit.settings import check_fit, check_ranges
 
 _POSITIVE = ("alpha", "scope_recall", "scope_batch", "valid_records", "scope_size", "scope_hidden", "scope_segments")
-_NOT_NEGATIVE = ("rank", "edit_weight", "image_edit_weight", "locality_weight", "scope_weight", "memory_mib")
+_NOT_NEGATIVE = (
+    "scope_wordings",
+    "rank",
+    "edit_weight",
+    "image_edit_weight",
+    "locality_weight",
+    "scope_weight",
+    "memory_mib",
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,14 @@ class SERACConfig:
         context: how a cached edit stands before a question; "{question}" and "{answer}" are the edit's.
         threshold: similarity from which on an edit answers. The switch is hard under both protocols: the port mixes
             the probabilities of both models under teacher forcing, and switches at 0.5 when it generates.
+        scope_layer: the scope reads states that enter this layer of the frozen model, or the first trained one if that
+            comes later; None is the middle of the decoder. 0 is word embeddings, unless ``layers`` begins later.
+        scope_wordings: rewordings of every record's question (``fastedit.fitting.wordings``) that the scope learns to
+            accept, and as many of other questions that it learns to refuse.
         scope_size, scope_hidden, scope_segments, scope_dropout: of the scope's heads, see ``ScopeShape``.
-        faithful: the published choices where ours differ: the scope sees the text alone, image locality is no part of
-            the loss, and the scope is trained through the mixture of both models only. The text encoder stays ours
-            (states of the edited model; DistilBERT there).
+        faithful: the published choices where ours differ: the scope sees the text alone and no rewordings, image
+            locality is no part of the loss, and the scope is trained through the mixture of both models only. The text
+            encoder stays ours (states of the edited model; DistilBERT there).
         edit_weight: on the NLL of an edit and of its rephrased text (mean).
         image_edit_weight: on the NLL of its rephrased image.
         locality_weight: on the KL of each kind of locality.
@@ -54,6 +66,8 @@ class SERACConfig:
     alpha: float = 16.0
     context: str = "{question} {answer}\n"
     threshold: float = 0.5
+    scope_layer: int | None = None
+    scope_wordings: int = 4
     scope_size: int = 64
     scope_hidden: int = 256
     scope_segments: int = 1
@@ -75,6 +89,8 @@ class SERACConfig:
                 raise ValueError(f"serac: context holds {field} exactly once (got context={self.context!r})")
         check_fit("serac", self)
         check_ranges("serac", self, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, shares=("swap",))
+        if self.scope_layer is not None and self.scope_layer < 0:
+            raise ValueError(f"serac: scope_layer is 0 or more (got scope_layer={self.scope_layer!r})")
         if not 0 <= self.scope_dropout < 1:
             raise ValueError(
                 f"serac: scope_dropout lies in 0 to 1, without 1 (got scope_dropout={self.scope_dropout!r})"
@@ -107,3 +123,22 @@ class SeracObjective:
         total = (table * torch.tensor(self.factors).to(table)).sum(1)
         nll = table[:, int(Role.EDIT)].detach()
         return Losses(total, nll, all_correct(tokens), {"nll": nll})
+
+
+def mixed(before: Tensor | None, after: Tensor | None, share: Tensor) -> Tensor:
+    """log((1 - s) softmax(before) + s softmax(after)), or the logits of the one that is heard.
+
+    Raises:
+        ValueError: they are of different answers.
+    """
+    if before is None or after is None:
+        found = after if before is None else before
+        assert found is not None
+        return found
+    if before.shape != after.shape:
+        raise ValueError(
+            "serac: an answer has as many tokens behind a question as behind its cached edit "
+            f"(got {before.shape[0]} and {after.shape[0]})"
+        )
+    share = share.clamp(1e-6, 1 - 1e-6)
+    return torch.logaddexp(before.log_softmax(-1) + torch.log1p(-share), after.log_softmax(-1) + share.log())

@@ -120,6 +120,8 @@ class SERAC(Method):
         if artifact is None:
             raise ValueError("serac: needs a trained part, see fastedit.train(model, 'serac', records) (got none)")
         known = dict(artifact.config["method"])
+        # One trained before there was a choice read what enters the first trained layer
+        known.setdefault("scope_layer", 0)
         for name, mine in _trained_settings(model, config).items():
             if known.get(name) != mine:
                 raise ValueError(
@@ -147,15 +149,30 @@ class SERAC(Method):
             _check_fits(model, request, template)
         encoded = model.encode([Query(request.prompt, request.image) for request in requests], answers=False)
         state = packed_prefix(model, packed_start(model, encoded), *split_point(SERAC.spec(model, config)))
-        points = shared.heads(scope_features(state, shared.heads.shape.segments))
+        points = shared.heads(scope_features(model, state, shared.heads.shape))
         return [
             ComputedDelta({"scope": point}, {"template": template}, {"artifact": shared.artifact.id})
             for point, template in zip(points, templates, strict=True)
         ]
 
 
+def _scope_layer(model: EditableModel, config: SERACConfig) -> int:
+    """The layer whose input the scope reads.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    layer = model.n_layers // 2 if config.scope_layer is None else config.scope_layer
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(
+            f"serac: scope_layer is one of the model's layers, 0 to {model.n_layers - 1} (got scope_layer={layer!r})"
+        )
+    return layer
+
+
 def _shape(model: EditableModel, config: SERACConfig) -> ScopeShape:
     return ScopeShape(
+        layer=_scope_layer(model, config),
         width=model.hidden_size,
         size=config.scope_size,
         hidden=config.scope_hidden,
@@ -174,6 +191,7 @@ def _trained_settings(model: EditableModel, config: SERACConfig) -> dict[str, An
         "scale": spec.options["scale"],
         "context": config.context,
         "faithful": config.faithful,
+        "scope_layer": _scope_layer(model, config),
         "scope_size": config.scope_size,
         "scope_segments": config.scope_segments,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,32 +13,57 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.packed import token_rows
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec, split_point
-from fastedit.methods.meta.views import CHANGED, MetaViews
+from fastedit.fitting.wordings import reworded
+from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
 from fastedit.requests import Query
-from fastedit.routers.scope import ScopeFeatures, ScopeHeads, scope_features, scope_loss, squared_distances
+from fastedit.routers.scope import ScopeFeatures, ScopeHeads, ScopeShape, scope_features, scope_loss, squared_distances
+from fastedit.training import processes
 
 #: Questions whose features are made together.
 CHUNK = 256
+#: Kinds of rewordings: of a record's question, and of one that must stay.
+REWORDED, REWORDED_KEPT = "reworded", "reworded_kept"
+#: What must stay and is nearest in words: the same image asked about something else.
+NEAREST = "same"
 
 
 class FeatureStore:
-    """What the scope sees of the views of records, kept as long as there is room.
+    """What the scope sees of the views of records and of rewordings, kept as long as there is room.
 
     Args:
-        model: frozen. spec: of the deltas. views: of the records. segments: of images.
+        model: frozen. spec: of the deltas. views: of the records. shape: of the heads.
+        wordings: rewordings of a record's question, and as many of what must stay.
         room: bytes.
     """
 
-    def __init__(self, model: EditableModel, spec: DeltaSpec, views: MetaViews, segments: int, room: int) -> None:
-        self.model, self.spec, self.views, self.segments, self.room = model, spec, views, segments, room
+    def __init__(
+        self, model: EditableModel, spec: DeltaSpec, views: MetaViews, shape: ScopeShape, wordings: int, room: int
+    ) -> None:
+        self.model, self.spec, self.views, self.shape = model, spec, views, shape
+        self.wordings, self.room = wordings, room
         self._kept: dict[int, ScopeFeatures] = {}
 
+    def questions(self, index: int) -> list[tuple[str, Query]]:
+        """Every question of a record that has features, in their order: its views, then rewordings, by kind."""
+        asked = [(each.kind, each.view.query) for each in self.views.of(index)]
+        changed = [query for kind, query in asked if kind in CHANGED[:2]]
+        kept = [query for kind, query in asked if kind not in CHANGED]
+        nearest = [query for kind, query in asked if kind == NEAREST]
+        rng = random.Random(f"{self.views.seed}|wordings|{index}")
+        for number in range(self.wordings):
+            asked.append((REWORDED, _reworded(rng.choice(changed), rng)))
+            # Every other one of what is nearest in words
+            sources = nearest if nearest and number % 2 == 0 else kept
+            if sources:
+                asked.append((REWORDED_KEPT, _reworded(rng.choice(sources), rng)))
+        return asked
+
     def get(self, chosen: Sequence[int]) -> list[ScopeFeatures]:
-        """Features of all views of some records."""
+        """Features of all questions of some records."""
         missing = [index for index in dict.fromkeys(chosen) if index not in self._kept]
         made: dict[int, ScopeFeatures] = {}
         if missing:
-            queries = [[each.view.query for each in self.views.of(index)] for index in missing]
+            queries = [[query for _, query in self.questions(index)] for index in missing]
             whole = self._made([query for each in queries for query in each])
             start = 0
             for index, queries_of in zip(missing, queries, strict=True):
@@ -59,16 +86,24 @@ class FeatureStore:
         Args:
             heads: trained. chosen: records. recall: weight of the rephrases.
         """
-        parts = self.get(chosen)
-        kinds = [each.kind for index in chosen for each in self.views.of(index)]
-        row = token_rows([len(part) for part in parts], self.model.device)
-        points = heads(ScopeFeatures.cat(parts))
-        first = torch.tensor([kind == CHANGED[0] for kind in kinds], device=row.device)
-        changed = torch.tensor([kind in CHANGED for kind in kinds], device=row.device)
+        asked = [self.questions(index) for index in chosen]
+        kinds = [kind for each in asked for kind, _ in each]
+        row = token_rows([len(each) for each in asked], self.model.device)
+        # Of several processes each looks at its own records
+        start = sum(len(each) for each in asked[: processes.bounds(len(chosen))[0]])
+        points = heads(ScopeFeatures.cat(self.get(processes.own(chosen))))
+        points = processes.gathered(points, start, len(row))
+
+        def of(*wanted: str) -> Tensor:
+            return torch.tensor([kind in wanted for kind in kinds], device=row.device)
+
+        first, changed = of(CHANGED[0]), of(*CHANGED, REWORDED)
         edits = points[first]
         distance = (points - edits[row]).square().sum(1)
         each = scope_loss(distance, changed)
-        loss = recall * _mean(each, changed & ~first) + _mean(each, ~changed)
+        # Rewordings are many: in means of their own they do not drown what a record has one of
+        loss = recall * (_mean(each, of(*CHANGED[1:])) + _mean(each, of(REWORDED)))
+        loss = loss + _mean(each, of(*KEPT)) + _mean(each, of(REWORDED_KEPT))
         others = squared_distances(points[changed], edits)
         apart = row[changed][:, None] != torch.arange(len(edits), device=row.device)
         outside = scope_loss(others, torch.zeros_like(others, dtype=torch.bool))[apart]
@@ -80,8 +115,12 @@ class FeatureStore:
         for start in range(0, len(queries), CHUNK):
             encoded = self.model.encode(queries[start : start + CHUNK], answers=False)
             state = packed_prefix(self.model, packed_start(self.model, encoded), *split_point(self.spec))
-            parts.append(scope_features(state, self.segments))
+            parts.append(scope_features(self.model, state, self.shape))
         return ScopeFeatures.cat(parts)
+
+
+def _reworded(query: Query, rng: random.Random) -> Query:
+    return replace(query, prompt=reworded(query.prompt, rng))
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from fastedit.deltas.counterfactual import PREFIX, shared_shapes
 from fastedit.deltas.kinds import new_stack
 from fastedit.fitting.views import TrainingView
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
-from fastedit.methods.serac.config import SERACConfig, SeracObjective
-from fastedit.methods.serac.scope import CHUNK, FeatureStore
+from fastedit.methods.serac.config import SERACConfig, SeracObjective, mixed
+from fastedit.methods.serac.scope import CHUNK, REWORDED, FeatureStore
 from fastedit.objectives import Objective, Role, TokenBatch
 from fastedit.objectives.base import CE_ROLES
 from fastedit.requests import EditRequest, Query
 from fastedit.routers.scope import ScopeFeatures, ScopeHeads, squared_distances
-from fastedit.training import Artifact, TrainerConfig
+from fastedit.training import Artifact, TrainerConfig, processes
 
 #: Similarity below which the counterfactual model cannot be heard in the mixture, and is not asked.
 UNHEARD = 1e-4
@@ -78,7 +78,8 @@ class SeracTask:
         self.compares = not isinstance(objective, SeracObjective)
         self.heads, self.records, self.trainer, self.config = heads, records, trainer, dict(config)
         self.views = MetaViews(records, trainer.seed)
-        self.features = FeatureStore(model, spec, self.views, heads.shape.segments, settings.memory_mib << 20)
+        words = 0 if settings.faithful else settings.scope_wordings
+        self.features = FeatureStore(model, spec, self.views, heads.shape, words, settings.memory_mib << 20)
         self.stack: Any = new_stack(spec, 1, device=model.device, trainable=False)
         self.stack.weights = self._first_weights()
         heads.standardise(self.features.edits(range(min(self.n_train, CHUNK))))
@@ -100,12 +101,13 @@ class SeracTask:
         rng = random.Random(f"{self.trainer.seed}|{step}")
         chosen = rng.sample(range(self.n_train), self.trainer.batch_size)
         self.heads.train()
+        processes.draw_apart()
         tokens = self._mixture(chosen, step, rng)
         # Records change from step to step: an objective that changes with the steps is taken where it is complete
         losses = self.objective(tokens, min(step, int(getattr(self.objective, "start", step))))
         # By tokens: long targets are what copying is learned from, short ones can be guessed
         length = torch.bincount(tokens.edit[tokens.is_role(*CE_ROLES)], minlength=tokens.n_edits)
-        total = SCALE * (losses.total * length).sum() / length.sum()
+        total = SCALE * (losses.total * length).sum() / processes.mean(float(length.sum()))
         parts: dict[str, float] = {}
         if self.settings.scope_weight and not self.settings.faithful:
             size = min(self.n_train, self.settings.scope_batch)
@@ -127,11 +129,9 @@ class SeracTask:
         for index, features in zip(held, self.features.get(held), strict=True):
             points = self.heads(features)
             acts = (torch.exp(-squared_distances(points, points[:1])[:, 0]) >= 0.5).tolist()
-            for each, inside in zip(self.views.of(index), acts, strict=True):
-                if each.kind in KEPT:
-                    found.setdefault(each.kind, []).append(float(not inside))
-                else:
-                    found.setdefault(f"{each.kind}_scope", []).append(float(inside))
+            for (kind, _), inside in zip(self.features.questions(index), acts, strict=True):
+                wanted = kind in (*CHANGED, REWORDED)
+                found.setdefault(f"{kind}_scope" if wanted else kind, []).append(float(inside == wanted))
         copied = self._copied(held)
         scores = {kind: sum(values) / len(values) for kind, values in sorted(found.items())}
         for kind, values in copied.items():
@@ -159,6 +159,7 @@ class SeracTask:
     def _mixture(self, chosen: Sequence[int], step: int, rng: random.Random) -> TokenBatch:
         """Label tokens of the records' views, as the mixture of both models predicts them."""
         views, counts, contexts = self._asked(chosen, step, rng)
+        chosen = processes.own(chosen)
         queries = [each.view.query for each in views]
         device = self.model.device
         roles = torch.tensor([int(each.view.role) for each in views], device=device)
@@ -178,7 +179,7 @@ class SeracTask:
             after = {n: logits if inside[n] else logits.detach() for n, logits in after.items()}
         states = _rows(hidden, state.wanted_counts, heard)
         labels_by_row = {**unedited, **_rows(labels, state.wanted_counts, heard)}
-        logits = [_mixed(frozen.get(row), after.get(row), share[row]) for row in range(len(views))]
+        logits = [mixed(frozen.get(row), after.get(row), share[row]) for row in range(len(views))]
         row = token_rows([len(labels_by_row[n]) for n in range(len(views))], device)
         # Objectives compare states of what must change only
         blank = hidden.new_zeros(1, hidden.shape[1])
@@ -233,7 +234,10 @@ class SeracTask:
             views += numbered
             counts.append(len(numbered))
             contexts += [self.settings.cached(record.prompt, target)] * len(numbered)
-        return views, counts, contexts
+        # Drawn for all records, asked by each of several processes for its own
+        start, end = processes.bounds(len(counts))
+        rows = slice(sum(counts[:start]), sum(counts[:end]))
+        return views[rows], counts[start:end], contexts[rows]
 
     def _similarity(
         self, chosen: Sequence[int], views: Sequence[_Numbered], counts: Sequence[int], inside: Tensor
@@ -257,7 +261,7 @@ class SeracTask:
     def _copied(self, held: Sequence[int]) -> dict[str, list[float]]:
         """By kind of what must change: whether the counterfactual model gives every token of the target."""
         found: dict[str, list[float]] = {}
-        size = self.trainer.batch_size
+        size = processes.at_once(self.trainer.batch_size)
         for start in range(0, len(held), size):
             part = held[start : start + size]
             pairs = [(self.records[i], each) for i in part for each in self.views.of(i) if each.kind in CHANGED]
@@ -309,22 +313,3 @@ def _rows(values: Tensor, counts: Sequence[int], chosen: Sequence[bool]) -> dict
     """Values (T, ...) of the chosen rows by their number, ``counts`` tokens each."""
     numbers = [number for number, wanted in enumerate(chosen) if wanted]
     return dict(zip(numbers, torch.split(values, list(counts)), strict=True))
-
-
-def _mixed(before: Tensor | None, after: Tensor | None, share: Tensor) -> Tensor:
-    """log((1 - s) softmax(before) + s softmax(after)), or the logits of the one that is heard.
-
-    Raises:
-        ValueError: they are of different answers.
-    """
-    if before is None or after is None:
-        found = after if before is None else before
-        assert found is not None
-        return found
-    if before.shape != after.shape:
-        raise ValueError(
-            "serac: an answer has as many tokens behind a question as behind its cached edit "
-            f"(got {before.shape[0]} and {after.shape[0]})"
-        )
-    share = share.clamp(1e-6, 1 - 1e-6)
-    return torch.logaddexp(before.log_softmax(-1) + torch.log1p(-share), after.log_softmax(-1) + share.log())

@@ -18,7 +18,7 @@ from fastedit.data.images import image_key
 from fastedit.deltas.attention_memory import encode
 from fastedit.methods.captured import answer_inputs
 from fastedit.requests import EditRequest, Query
-from fastedit.training import Artifact, TrainerConfig
+from fastedit.training import Artifact, TrainerConfig, processes
 
 ENCODERS = ("enc_sem", "enc_tru")
 #: Names of the states of a triplet, as they stand in the artifact.
@@ -92,6 +92,13 @@ def states_of(model: EditableModel, found: Sequence[Triplet], sites: Sequence[Si
     return {key: torch.cat(parts) for key, parts in kept.items()}
 
 
+def _walked(model: EditableModel, found: Sequence[Triplet], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """States of all triplets; of several processes each walks a part of them."""
+    start, end = processes.bounds(len(found))
+    states = states_of(model, found[start:end], sites)
+    return {key: processes.gathered(values, start, len(found)) for key, values in states.items()}
+
+
 class KnowledgeTask:
     """The encoders of every layer as a training ``Task``: contrastive losses on stored states.
 
@@ -129,7 +136,7 @@ class KnowledgeTask:
                 f"(got {self.count} triplets, held={self.held})"
             )
         self._model, self._layers = model, [site.layer for site in sites]
-        self.states = states_of(model, found, sites)
+        self.states = _walked(model, found, sites)
         self.temperature, self.batch = temperature, max(2, trainer.batch_size)
         self.config = {"width": width, "temperature": temperature, "triplets": self.count, "layers": self._layers}
         self.fingerprint = f"{model.fingerprint}:{self.config}:{_digest(found)}"
@@ -195,9 +202,9 @@ class KnowledgeTask:
         return unit_rms(zeta @ back).float()
 
     def _losses(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        right, wrong = (self._encoded(layer, "enc_tru", name, chosen) for name in ("positive", "negative"))
+        right, wrong = (self._shared(layer, "enc_tru", name, chosen) for name in ("positive", "negative"))
         truthful = truthful_loss(right, wrong, self.temperature)
-        asked, right, wrong, again = (self._encoded(layer, "enc_sem", name, chosen) for name in STATES)
+        asked, right, wrong, again = (self._shared(layer, "enc_sem", name, chosen) for name in STATES)
         semantic = semantic_loss(asked, right, wrong, self.temperature)
         return semantic + same_loss(asked, again, self.temperature), truthful
 
@@ -206,6 +213,11 @@ class KnowledgeTask:
         states = self.states[f"{layer}:{name}"]
         weights = [self._weights[f"{layer}:{encoder}.{number}"] for number in range(4)]
         return functional.normalize(encode(states if chosen is None else states[chosen], weights), dim=1)
+
+    def _shared(self, layer: int, encoder: str, name: str, chosen: Tensor) -> Tensor:
+        """The same of a step's states; of several processes each encodes a part of them."""
+        start, end = processes.bounds(len(chosen))
+        return processes.gathered(self._encoded(layer, encoder, name, chosen[start:end]), start, len(chosen))
 
     def _drawn(self, width: int, seed: int) -> dict[str, Tensor]:
         """First weights: uniform with variance 1 / (3 d_in); biases 0."""

@@ -16,6 +16,7 @@ from fastedit.deltas import split_point
 from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Resources
+from fastedit.methods.ldke import editor
 from fastedit.methods.ldke.config import candidate_layers
 from fastedit.methods.ldke.editor import LDKE, LDKEConfig
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
@@ -148,11 +149,30 @@ def test_other_ways_to_choose_layers(model: EditableModel, edits: list[EditReque
     rows = prepare(model, LDKE.spec(model, LDKEConfig(**SMALL, top=1)), views, Untimed())
     expected = voted_layers(layer_scores(model, spec_rows[0], rows), 1)
     assert chosen(layers="voted", top=1) == [expected] * 4
+    told_of = run(model, edits, route=False, steps=1, evaluate=False, layers="voted", top=1).provenance
+    assert told_of["notes"] == {"localization": "voted"}
     with pytest.raises(ValueError, match=r"records vote for layers='voted'; give pool="):
         LDKE.setup(model, LDKEConfig(**SMALL, layers="voted", top=1, route=False), Resources())
     assert len(artifact.config["voted"]) == 1
     kept = LDKE.setup(model, LDKEConfig(**SMALL, layers="voted", top=1), Resources(artifact=artifact))
     assert kept.positions == tuple(artifact.config["voted"])
+
+
+def test_where_all_candidates_are_taken_nothing_is_looked_for(
+    model: EditableModel, edits: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a localization pass")
+
+    monkeypatch.setattr(editor, "layer_scores", none)
+    trainer = {"steps": 1, "batch_size": 4, "valid_every": None}
+    made = fastedit.train(model, "ldke", make_edits(10), trainer=trainer, valid_records=2, **SMALL, top=2)
+    assert "voted" not in made.config
+    for layers in ("auto", "voted", "random", 1):
+        settings = {"layers": layers, "top": 2, "route": False, "steps": 1, "evaluate": False}
+        assert run(model, edits, **settings).provenance["notes"] == {"localization": "off"}
+    with pytest.raises(AssertionError, match="a localization pass"):
+        run(model, edits, top=1, route=False, steps=1, evaluate=False)
 
 
 def test_what_is_routed_out_is_untouched_to_the_bit(

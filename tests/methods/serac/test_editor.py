@@ -96,7 +96,12 @@ def test_applied_edits_need_their_trained_part(
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"layers": 1}, "sites"), ({"context": "{answer} {question} "}, "context"), ({"scope_size": 4}, "scope_size")],
+    [
+        ({"layers": 1}, "sites"),
+        ({"context": "{answer} {question} "}, "context"),
+        ({"scope_size": 4}, "scope_size"),
+        ({"scope_layer": 1}, "scope_layer"),
+    ],
 )
 def test_edits_have_the_settings_of_their_trained_part(
     model: EditableModel, artifact: Artifact, change: dict[str, Any], told: str
@@ -111,6 +116,21 @@ def test_training_comes_first(model: EditableModel, edits: list[EditRequest]) ->
         fastedit.edit(model, edits, "serac")
     with pytest.raises(ValueError, match=r"fastedit.train\(model, 'odedit\+serac', records\)"):
         fastedit.edit(model, edits, "odedit+serac")
+
+
+def test_the_scope_reads_the_middle_of_the_model(
+    model: EditableModel, edits: list[EditRequest], artifact: Artifact
+) -> None:
+    assert artifact.config["scope"]["layer"] == model.n_layers // 2
+    # One trained before there was a choice reads what enters the first trained layer, and says nothing of it
+    earlier = {**artifact.config, "scope": {**artifact.config["scope"], "layer": 0}}
+    earlier["method"] = {k: v for k, v in earlier["method"].items() if k != "scope_layer"}
+    old = replace(artifact, config=earlier)
+    assert SERAC.setup(model, SERACConfig(**CONFIG, scope_layer=0), Resources(artifact=old)).heads.shape.layer == 0
+    with pytest.raises(ValueError, match="got scope_layer=2, trained with 0"):
+        SERAC.setup(model, SERACConfig(**CONFIG), Resources(artifact=old))
+    with pytest.raises(ValueError, match=r"scope_layer is one of the model's layers, 0 to 3 \(got scope_layer=4\)"):
+        fastedit.train(model, "serac", edits, trainer=TRAINER, **CONFIG, scope_layer=4)
 
 
 def test_layers_follow_the_model(model: EditableModel) -> None:

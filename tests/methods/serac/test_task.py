@@ -149,6 +149,29 @@ def test_a_broken_off_run_ends_with_the_same_bits(model: EditableModel, tmp_path
     assert train_task(task_of(model, scope_dropout=0.2), TRAINER, checkpoint=path).id == whole.id
 
 
+def test_the_scope_learns_from_rewordings_of_what_must_change_and_of_what_must_stay(model: EditableModel) -> None:
+    task = task_of(model, scope_wordings=3)
+    asked = task.features.questions(0)
+    plain = [(each.kind, each.view.query) for each in task.views.of(0)]
+    assert asked[: len(plain)] == plain
+    own, kept = ([query for kind, query in asked if kind == name] for name in ("reworded", "reworded_kept"))
+    assert len(own) == len(kept) == 3
+    changed = {query.prompt for kind, query in plain if kind in ("reliability", "text_generality")}
+    assert all(query.image is task.records[0].image for query in own)
+    assert {query.prompt for query in own}.isdisjoint(changed)
+    assert asked == task.features.questions(0)
+    (features,) = task.features.get([0])
+    assert len(features) == len(asked)
+    # Heads that tell nothing apart: every question in scope costs what must stay, rewordings as much as the rest
+    losses = {}
+    for wordings in (0, 3):
+        task.features.wordings = wordings
+        task.features._kept.clear()
+        losses[wordings] = float(task.features.loss(task.heads.eval(), range(4), 4.0).detach())
+    assert losses[3] > losses[0]
+    assert task_of(model, faithful=True).features.wordings == 0
+
+
 def test_validation_scores_what_acts_and_what_is_copied(model: EditableModel) -> None:
     task = task_of(model)
     found = task.validate()
