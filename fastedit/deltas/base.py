@@ -151,7 +151,7 @@ class StackedDelta(Protocol):
         """Write parts or fixed tensors of one edit."""
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
-        """Edit number ``index`` as a value of its own."""
+        """Edit number ``index`` as a value of its own, a copy on the device of the stack."""
 
     def begin_step(self, *, outer: bool = False) -> None:
         """Forget the gradients of the step before; ``outer``: the step's may be left as outer products."""
@@ -307,9 +307,9 @@ class FlatStack:
         return None
 
     def unstack(self, index: int, *, model_fingerprint: str = "", request_id: str = "") -> EditDelta:
-        """Edit number ``index`` as a value of its own (copied to host memory)."""
+        """Edit number ``index`` as a value of its own, a copy on the device of the stack."""
         kept = {**self.parts, **self.fixed}
-        tensors = {name: part[index].detach().to("cpu", copy=True).contiguous() for name, part in kept.items()}
+        tensors = {name: part[index].detach().clone().contiguous() for name, part in kept.items()}
         return EditDelta(self.spec, tensors, model_fingerprint, request_id, self.texts[index])
 
     def copy_from(self, deltas: Sequence[EditDelta]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastedit.backbone.cpu_linear import choose_linear, onednn_product
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
+from fastedit.deltas.nullspace import projected
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import implementations
 
@@ -49,6 +50,8 @@ class FullDelta(FlatStack):
 
     #: Whether gradients may stay outer products: not where something reads or changes ``grad`` after the backward pass.
     keeps_outer = True
+    #: By site, orthonormal directions (d_in, m) of its input that are not seen while the deltas are fitted; or none.
+    kept_inputs: Sequence[Tensor] = ()
 
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
@@ -68,6 +71,8 @@ class FullDelta(FlatStack):
         name = self.part_names()[site]
         offsets = rows.token_offsets(x.shape[0], self.size)
         x = x.to(self.flat.dtype)
+        if self.kept_inputs:
+            x = projected(x, self.kept_inputs[site])
         if self.trainable and torch.is_grad_enabled():
             changed: Tensor = _PerEditLinear.apply(self.anchor, x, self, name, offsets)  # type: ignore[no-untyped-call]
             return changed

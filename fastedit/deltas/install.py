@@ -17,10 +17,11 @@ from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.vision import VISION, VISION_LAYER
 from fastedit.deltas.base import DeltaSpec, StackedDelta
 from fastedit.deltas.hooks import hooked, stock_refused
-from fastedit.deltas.questions import answering, best_of
+from fastedit.deltas.questions import answering
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.requests import Query
 from fastedit.routers import Router, make_router
+from fastedit.routers.claims import claims_of
 
 FFN_NAMES = frozenset({"up", "gate", "down"})
 PLACEHOLDER = "{prompt}"
@@ -122,6 +123,11 @@ class RowsHolder:
         """Whether any of the deltas asks another question."""
         return self._of_texts()[0]
 
+    @property
+    def needs_choice(self) -> bool:
+        """Whether a call has to tell which of the deltas acts on which row."""
+        return self.routed or (self.rows.counts is None and self.stacked.size > 1)
+
     def _of_texts(self) -> tuple[bool, Tensor]:
         """Whether another question is asked, and ``answering`` of the deltas: looked up once for many texts."""
         texts = self.stacked.texts
@@ -154,14 +160,13 @@ class RowsHolder:
             # It may run a part of the model to see what that would do; what other routers choose from is not part of it
             for holder in (self, *self.model.holders):
                 entered.enter_context(holder.paused())
-            scores = self.router.scores(state, self.stacked.fixed, edit_of_row)
-        threshold = self.router.threshold(self.stacked.fixed)
-        if edit_of_row is not None:
-            chosen = torch.where(scores >= threshold[edit_of_row], edit_of_row, -1)
-        else:
-            # The largest of what is left over its edit's own threshold
-            allowed = torch.where(scores >= threshold, scores, -torch.inf)
-            chosen = best_of(allowed, self._of_texts()[1])
+            if edit_of_row is None:
+                claims = claims_of(self.router, state, self.stacked.fixed)
+                chosen = claims.best(len(state), self._of_texts()[1])
+            else:
+                scores = self.router.scores(state, self.stacked.fixed, edit_of_row)
+                threshold = self.router.threshold(self.stacked.fixed)[edit_of_row]
+                chosen = torch.where(scores >= threshold, edit_of_row, -1)
         self.choice = chosen.tolist()
 
     def rewrite_prompts(self, queries: Sequence[Query]) -> list[Query]:
@@ -193,6 +198,7 @@ class RowsHolder:
         if key not in running.memory:
             acting = layout.acting(positions)
             if self.choice is None:
+                self._check_rows()
                 made = TokenSpans.of(self.rows, layout.counts, n_edits, acting)
             else:
                 alone = getattr(self.stacked, "is_mapped", False)
@@ -201,6 +207,15 @@ class RowsHolder:
             running.memory[key] = made
         found: TokenSpans = running.memory[key]
         return found
+
+    def _check_rows(self) -> None:
+        """Refuse rows that nobody said anything of where there are several deltas."""
+        if self.rows.counts is None and self.stacked.size > 1:
+            raise ValueError(
+                "attach: deltas that were fitted apart act on the rows that name them, in calls of the stock model "
+                "with edit_ids= or select=; answer and generate of the fastedit model take one at a time, "
+                f"fastedit.applied(model, delta) (got {self.stacked.size} deltas)"
+            )
 
     def _own(self, rows: int) -> Tensor | None:
         """(R,) int64, the edit of each row; None where any may act."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastedit.deltas.base import DeltaSpec, EditDelta, FlatStack
 from fastedit.deltas.full import accumulate_full
+from fastedit.deltas.nullspace import projected
 from fastedit.deltas.options import LowRankOptions, options_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.ops import low_rank
@@ -26,6 +27,9 @@ class LowRankDelta(FlatStack):
     Options of the spec: ``rank``, ``scale`` (alpha / rank), ``seed``.
     Parts: ``"{layer}.{name}:down"`` (B, d_in, r) and ``"{layer}.{name}:up"`` (B, r, d_out).
     """
+
+    #: By site, orthonormal directions (d_in, m) of its input that are not seen while the deltas are fitted; or none.
+    kept_inputs: Sequence[Tensor] = ()
 
     def __init__(
         self, spec: DeltaSpec, size: int, *, dtype: torch.dtype, device: torch.device | str, trainable: bool
@@ -57,6 +61,8 @@ class LowRankDelta(FlatStack):
     def delta(self, site: int, x: Tensor, rows: Rows | TokenSpans, _output: Tensor | None = None) -> Tensor:
         """Change of site number ``site``'s output for x (tokens, d_in), tokens sorted by edit: (tokens, d_out)."""
         down, up = (self.differentiable(name) for name in self._pairs[site])
+        if self.kept_inputs:
+            x = projected(x.to(self.flat.dtype), self.kept_inputs[site])
         offsets = rows.offsets_tensor(x.shape[0], self.size, x.device)
         # Half-precision tokens are taken as they are; sums and factors are float32 all the same
         narrow = x.dtype in (torch.bfloat16, torch.float16) and self.flat.dtype == torch.float32

@@ -94,7 +94,7 @@ class ViewSource:
                 "views: locality views are drawn from a pool or from other edits; give pool=..., or views='record' to "
                 f"use the record's own locality questions (got edits={len(self.edits)}, pool=None)"
             )
-        lacking = [role.name.lower() for role in sorted(roles) if not self._can_fill(role)]
+        lacking = [role.name.lower() for role in sorted(set(roles)) if not self._can_fill(role)]
         if lacking:
             message = (
                 f"views: no record has what {', '.join(lacking)} views are made of; the objective goes without them "
@@ -116,13 +116,22 @@ class ViewSource:
         return True
 
     def views(self, index: int, roles: Sequence[Role]) -> list[TrainingView]:
-        """Views of edit number ``index``, sorted by role; a role that cannot be filled is absent."""
+        """Views of edit number ``index``, sorted by role; a role that cannot be filled is absent.
+
+        Args:
+            index: of the edit. roles: of the views; one that is named several times has as many views, all different,
+                as far as there are: a record has one of each.
+        """
         edit = self.edits[index]
         digest = hashlib.sha256(f"{self.seed}|{edit.prompt}|{edit.target}|{edit.id}".encode()).digest()
         rng = random.Random(digest)
-        made = []
+        made: list[TrainingView] = []
         for role in sorted(roles):
-            query = self._record(edit, role) if self.source == "record" else self._heldout(edit, index, role, rng)
+            earlier = [view.query for view in made if view.role is role]
+            if self.source == "record":
+                query = None if earlier else self._record(edit, role)
+            else:
+                query = self._heldout(edit, index, role, rng, earlier)
             if query is not None:
                 made.append(TrainingView(role, query))
         return made
@@ -136,36 +145,46 @@ class ViewSource:
             return None if edit.image_rephrase is None else Query(edit.prompt, edit.image_rephrase, edit.target)
         return _text_locality(edit) if role is Role.TEXT_LOCALITY else _image_locality(edit)
 
-    def _heldout(self, edit: EditRequest, index: int, role: Role, rng: random.Random) -> Query | None:
+    def _heldout(
+        self, edit: EditRequest, index: int, role: Role, rng: random.Random, earlier: Sequence[Query]
+    ) -> Query | None:
+        """A view of the role that is none of the earlier ones."""
         if role is Role.EDIT:
             return Query(edit.prompt, edit.image, edit.target)
         if role is Role.TEXT_REPHRASE:
-            return Query(self._paraphrase(edit, rng), edit.image, edit.target)
+            wording = self._paraphrase(edit, rng, {query.prompt for query in earlier})
+            return None if wording is None else Query(wording, edit.image, edit.target)
         if role is Role.IMAGE_REPHRASE:
             return None if edit.image is None else Query(edit.prompt, _shaken(edit.image, rng), edit.target)
         if role is Role.TEXT_LOCALITY:
-            return self._draw(_text_locality, index, rng)
-        return self._near(edit, index, rng) or self._draw(_image_locality, index, rng)
+            return self._draw(_text_locality, index, rng, earlier)
+        return self._near(edit, index, rng, earlier) or self._draw(_image_locality, index, rng, earlier)
 
-    def _paraphrase(self, edit: EditRequest, rng: random.Random) -> str:
-        known = sorted(set(self._paraphrases[_normal(edit.prompt)]) - {edit.prompt, edit.rephrase or ""})
-        return rng.choice(known) if known else rng.choice(WRAPPERS).format(edit.prompt)
+    def _paraphrase(self, edit: EditRequest, rng: random.Random, earlier: set[str]) -> str | None:
+        known = sorted(set(self._paraphrases[_normal(edit.prompt)]) - {edit.prompt, edit.rephrase or ""} - earlier)
+        if known:
+            return rng.choice(known)
+        wrapped = [text for wrapper in WRAPPERS if (text := wrapper.format(edit.prompt)) not in earlier]
+        return rng.choice(wrapped) if wrapped else None
 
-    def _near(self, edit: EditRequest, index: int, rng: random.Random) -> Query | None:
+    def _near(self, edit: EditRequest, index: int, rng: random.Random, earlier: Sequence[Query]) -> Query | None:
         """The edit's own question about another image of the pool, with that record's answer before its edit."""
         if not self.near:
             return None
         candidates = [i for i in self._by_question[_normal(edit.prompt)] if not (self.own and i == index)]
         for candidate in rng.sample(candidates, len(candidates)):
             record = self.pool[candidate]
-            if record.prediction and not _same_image(record.image, edit.image):
+            images = (edit.image, *(query.image for query in earlier))
+            if record.prediction and not any(_same_image(record.image, image) for image in images):
                 return Query(edit.prompt, record.image, record.prediction)
         return None
 
-    def _draw(self, part: Callable[[EditRequest], Query | None], index: int, rng: random.Random) -> Query | None:
-        """The given locality question of a random record other than the edit itself."""
+    def _draw(
+        self, part: Callable[[EditRequest], Query | None], index: int, rng: random.Random, earlier: Sequence[Query]
+    ) -> Query | None:
+        """The given locality question of a random record other than the edit itself, none of the earlier ones."""
         edit = self.edits[index]
-        asked_already = _text_locality(edit), _image_locality(edit)
+        asked_already = (_text_locality(edit), _image_locality(edit), *earlier)
 
         def of(chosen: int) -> Query | None:
             query: Query | None = part(self.pool[chosen])

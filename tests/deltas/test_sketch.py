@@ -15,7 +15,7 @@ from fastedit.deltas.base import FlatStack
 from fastedit.deltas.kinds import new_stack
 from fastedit.deltas.sketch import sketched
 from fastedit.objectives import InvariantConfig
-from fastedit.objectives.invariant import DualNetwork
+from fastedit.objectives.multiplier import DualNetwork
 
 
 def filled(edits: int = 3, d_in: int = 40, d_out: int = 25) -> FlatStack:

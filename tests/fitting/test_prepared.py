@@ -77,8 +77,9 @@ def test_edits_are_those_of_whole_rows(
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    # Norms of the others compute in float32, where a gradient that is added up before or behind one differs
-    [("random:blip2-tiny", 1e-12), ("random:qwen2vl-tiny", 1e-6), ("random:llava-tiny", 1e-6)],
+    # Adam divides the rounding of small gradients by its epsilon of 1e-8; norms of the others compute in float32, where
+    # a gradient that is added up before or behind one differs
+    [("random:blip2-tiny", 1e-10), ("random:qwen2vl-tiny", 1e-6), ("random:llava-tiny", 1e-6)],
 )
 @pytest.mark.parametrize(
     ("method", "options"),

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fastedit import EditRequest
-from fastedit.fitting.views import ViewSource, jittered
+from fastedit.fitting.views import WRAPPERS, ViewSource, jittered
 from fastedit.objectives import ROLES, Role
+from fastedit.objectives.roles import repeated
 from tests.engine.conftest import make_edits, picture
 
 
@@ -163,3 +164,26 @@ def test_views_that_no_edit_will_have_are_told(
         ViewSource(bare, None, source=source).check((Role.EDIT,))
         # One that has it is enough
         ViewSource([*bare, edits[0]], None, source=source).check(ROLES)
+
+
+def test_a_role_that_is_named_several_times_has_different_views(edits: list[EditRequest]) -> None:
+    pool, roles = make_edits(12)[5:], repeated(ROLES, 3)
+    source = ViewSource(edits, pool)
+    for index in range(len(edits)):
+        views = source.views(index, roles)
+        assert [view.role for view in views] == sorted(roles)
+        for role in ROLES[1:]:
+            queries = [view.query for view in views if view.role is role]
+            assert all(a != b for n, a in enumerate(queries) for b in queries[:n]), role
+        # The first of each is what it is alone, as long as nothing was drawn before it
+        assert views[1] == source.views(index, ROLES)[1]
+
+
+def test_different_views_are_as_many_as_there_are(edits: list[EditRequest]) -> None:
+    """Wordings end with those that wrap the question; a record has one of each."""
+    edit = EditRequest("Which colour is the box?", "blue", picture(3))
+    pool = [EditRequest("Which colour is the box?", "red", picture(1), rephrase="What colour has the box?")]
+    wordings = [v.query.prompt for v in ViewSource([edit], pool).views(0, (Role.TEXT_REPHRASE,) * 9)]
+    assert wordings[0] == "What colour has the box?"
+    assert len(wordings) == len(set(wordings)) == 1 + len(WRAPPERS)
+    assert [view.role for view in ViewSource(edits, None, source="record").views(1, repeated(ROLES, 3))] == list(ROLES)
