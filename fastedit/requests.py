@@ -11,11 +11,30 @@ from dataclasses import dataclass
 
 from fastedit.visuals import ImageSource, Video, VisualSource, checked_visual, images_of
 
-__all__ = ["PROBE_KINDS", "EditRequest", "ImageSource", "Probe", "Query", "Video", "VisualSource", "images_of"]
+__all__ = [
+    "PARAPHRASE_KINDS",
+    "PROBE_KINDS",
+    "WORDINGS",
+    "EditRequest",
+    "ImageSource",
+    "Probe",
+    "Query",
+    "Video",
+    "VisualSource",
+    "images_of",
+]
 
-#: What a probe varies: "near" same question and another image, "blind" same question and no image,
-#: "same" same image and another question.
-PROBE_KINDS: tuple[str, ...] = ("near", "blind", "same")
+#: What a probe varies: "near" same question and another image, "blind" same question and no image, "same" same image
+#: and another question, "sibling" same image and wording but another object, "negated" a question with "not" and
+#: "contrary" a false claim about the same image, "text_locality" and "image_locality" an unrelated question.
+PROBE_KINDS: tuple[str, ...] = (
+    "near", "blind", "same", "sibling", "negated", "contrary", "text_locality", "image_locality"
+)  # fmt: skip
+#: How a probe is worded: as training data are, or as nothing that is trained on.
+WORDINGS: tuple[str, ...] = ("", "unseen")
+#: Scores of the edit question in other words than `EditRequest.rephrase`: in those that nothing is trained on, the same
+#: about another image of the thing, and as it was but more politely or carelessly put.
+PARAPHRASE_KINDS: tuple[str, ...] = ("text_generality_unseen", "image_generality_unseen", "polite")
 
 
 def _text(owner: str, name: str, value: object) -> None:
@@ -77,11 +96,13 @@ class Probe:
     """A question at which an edit must not fire.
 
     Args:
-        kind: "near" (same question, other image), "blind" (same question, no image) or "same" (same image,
-            other question).
+        kind: one of `PROBE_KINDS`: "near" (same question, other image), "blind" (same question, no image), "same"
+            (same image, other question), "sibling" (same image and wording, other object), "negated", "contrary"
+            (claims about the same image), "text_locality" or "image_locality" (unrelated).
         prompt: the question, not empty.
-        image: None exactly when `kind` is "blind".
+        image: None where `kind` is "blind" or "text_locality"; an image where it is "near" or "image_locality".
         answer: the right answer where it is known; else the model's own answer before the edit is the reference.
+        wording: "" or "unseen": in words that no training data have, which is a score of its own.
     Raises:
         TypeError, ValueError: "Probe: rule (got name=...)".
     """
@@ -90,6 +111,7 @@ class Probe:
     prompt: str
     image: VisualSource | None = None
     answer: str | None = None
+    wording: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in PROBE_KINDS:
@@ -97,10 +119,17 @@ class Probe:
         _text("Probe", "prompt", self.prompt)
         _visual("Probe", self, "image")
         _optional_text("Probe", "answer", self.answer)
-        if self.kind == "blind" and self.image is not None:
-            raise ValueError("Probe: a blind probe has no image (got kind='blind' with an image)")
-        if self.kind == "near" and self.image is None:
-            raise ValueError("Probe: a near probe needs another image (got kind='near', image=None)")
+        if self.kind in ("blind", "text_locality") and self.image is not None:
+            raise ValueError(f"Probe: a {self.kind} probe has no image (got kind={self.kind!r} with an image)")
+        if self.kind in ("near", "image_locality") and self.image is None:
+            raise ValueError(f"Probe: a {self.kind} probe needs another image (got kind={self.kind!r}, image=None)")
+        if self.wording not in WORDINGS:
+            raise ValueError(f'Probe: wording must be "" or "unseen" (got wording={self.wording!r:.80})')
+
+    @property
+    def score(self) -> str:
+        """The score that the probe counts for."""
+        return f"{self.kind}_{self.wording}" if self.wording else self.kind
 
     @property
     def query(self) -> Query:
@@ -126,6 +155,8 @@ class EditRequest:
             image (image locality); image and prompt go together, an answer needs both.
         portability: questions whose answer follows from the edit, with that answer.
         probes: questions at which the edit must not fire.
+        paraphrases: the edit question in further words, of a kind of `PARAPHRASE_KINDS`, which is the score it counts
+            for; without an answer the target is wanted. Nothing is ever fitted or trained on them.
         prediction: the answer that a model gave before the edit, where the record has one (MMEdit "pred").
         id: stable name of the record, for example "vqa_eval.json#17".
         tags: free marks, for example ("hard",).
@@ -148,6 +179,7 @@ class EditRequest:
     prediction: str | None = None
     id: str = ""
     tags: tuple[str, ...] = ()
+    paraphrases: tuple[Query, ...] = ()
 
     def __post_init__(self) -> None:
         owner = "EditRequest"
@@ -167,6 +199,11 @@ class EditRequest:
         object.__setattr__(self, "portability", _members(self.portability, "portability", Query))
         object.__setattr__(self, "probes", _members(self.probes, "probes", Probe))
         object.__setattr__(self, "tags", _members(self.tags, "tags", str))
+        object.__setattr__(self, "paraphrases", _members(self.paraphrases, "paraphrases", Query))
+        for number, each in enumerate(self.paraphrases):
+            if each.kind not in PARAPHRASE_KINDS:
+                got = f"paraphrases[{number}].kind={each.kind!r:.80}"
+                raise ValueError(f"{owner}: paraphrases have a kind of {', '.join(PARAPHRASE_KINDS)} (got {got})")
         if self.locality_answer is not None and self.locality_prompt is None:
             raise ValueError(f"{owner}: locality_answer needs locality_prompt (got locality_prompt=None)")
         _together(

@@ -180,3 +180,19 @@ def check_fit(owner: str, config: Any) -> None:
             raise ValueError(f"{owner}: {name} names at least one (got {name}=())")
         if isinstance(given, tuple) and len(set(given)) != len(given):
             raise ValueError(f"{owner}: {name} names each once (got {name}={given!r})")
+
+
+RETAIN = ("none", "nullspace", "replay")
+
+
+def check_retain(owner: str, config: Any) -> None:
+    """Refuse settings of what a sequence keeps of its earlier edits that are no possible ones.
+
+    Raises:
+        ValueError: names the field, the rule and the value.
+    """
+    if config.retain not in RETAIN:
+        raise ValueError(f"{owner}: retain is one of {list(RETAIN)} (got retain={config.retain!r})")
+    check_ranges(
+        owner, config, at_least={"retain_replayed": 1}, not_negative=("retain_weight",), shares=("retain_share",)
+    )

@@ -42,6 +42,8 @@ def test_images_are_paths_or_pictures() -> None:
         ({"image_locality_answer": "x"}, ValueError, "image_locality_answer needs"),
         ({"portability": "x"}, TypeError, "portability must be a list of Query"),
         ({"probes": [Query("x")]}, TypeError, r"probes must hold Probe \(got probes\[0\] of type Query\)"),
+        ({"paraphrases": [Query("x")]}, ValueError, r"paraphrases have a kind of text_.*polite \(got .*kind=''"),
+        ({"paraphrases": [Probe("blind", "x")]}, TypeError, "paraphrases must hold Query"),
         ({"tags": "hard"}, TypeError, "tags must be a list of str"),
         ({"prediction": 3}, TypeError, "prediction must be text"),
         ({"id": None}, TypeError, "id must be text"),
@@ -62,6 +64,9 @@ def test_an_empty_prediction_is_a_prediction() -> None:
         ({"kind": "far", "prompt": "x"}, "kind must be one of near, blind, same"),
         ({"kind": "near", "prompt": "x"}, "a near probe needs another image"),
         ({"kind": "blind", "prompt": "x", "image": "y"}, "a blind probe has no image"),
+        ({"kind": "text_locality", "prompt": "x", "image": "y"}, "a text_locality probe has no image"),
+        ({"kind": "image_locality", "prompt": "x"}, "a image_locality probe needs another image"),
+        ({"kind": "same", "prompt": "x", "image": "y", "wording": "odd"}, 'wording must be "" or "unseen"'),
         ({"kind": "same", "prompt": " ", "image": "y"}, "prompt must not be empty"),
         ({"kind": "same", "prompt": "x", "image": "y", "answer": ""}, "answer must not be empty"),
     ],
@@ -69,6 +74,10 @@ def test_an_empty_prediction_is_a_prediction() -> None:
 def test_a_probe_is_what_its_kind_says(fields: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Probe(**fields)
+
+
+def test_a_probe_in_unseen_wording_counts_for_another_score() -> None:
+    assert [Probe("same", "x", "y.png", wording=wording).score for wording in ("", "unseen")] == ["same", "same_unseen"]
 
 
 def test_a_probe_is_a_query() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fastedit.data.images import check_image
 from fastedit.data.problems import SHOWN, Collector, ImageError, MissingImageError, Problem
 from fastedit.data.reader import EditList
-from fastedit.data.schema import IMAGE_FIELDS
+from fastedit.data.schema import IMAGE_FIELDS, MEMBER_FIELDS
 from fastedit.requests import EditRequest, ImageSource
 from fastedit.visuals import image_places
 
@@ -66,7 +66,7 @@ def image_fields(edit: EditRequest) -> Iterator[tuple[str, ImageSource]]:
     for field in IMAGE_FIELDS:
         for place, source in image_places(getattr(edit, field)):
             yield field + place, source
-    for name in ("portability", "probes"):
+    for name in MEMBER_FIELDS:
         for position, member in enumerate(getattr(edit, name)):
             for place, source in image_places(member.image):
                 yield f"{name}[{position}].image{place}", source

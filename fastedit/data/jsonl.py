@@ -1,7 +1,7 @@
 """Plain JSON Lines with our own names: one object a line, whose keys are the fields of `EditRequest`.
 
 Only `prompt` and `target` must be there; an absent part is left out or null. A JSON list of the same objects is read
-as well. `portability`, `probes`, `tags` and `id` are as in `fastedit.data.mmedit`.
+as well. `portability`, `probes`, `paraphrases`, `tags` and `id` are as in `fastedit.data.mmedit`.
 """
 
 from __future__ import annotations

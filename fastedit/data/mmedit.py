@@ -5,7 +5,8 @@ the literal prefix "nq question: ". It is kept, because the published (legacy) n
 `without_prefix` removes it for protocols that ask the bare question.
 
 Keys beside the 11, ours: `portability`, a list of {"prompt", "image", "answer", "kind"}; `probes`, a list of
-{"kind", "prompt", "image", "answer"}; `tags`, a list of texts; `id`.
+{"kind", "prompt", "image", "answer", "wording"}; `paraphrases`, a list like `portability`; `tags`, a list of texts;
+`id`.
 """
 
 from __future__ import annotations

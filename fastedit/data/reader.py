@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +19,12 @@ from fastedit.data.fields import Fields
 from fastedit.data.files import JsonObject, RawRecord, read_records
 from fastedit.data.images import resolve_image
 from fastedit.data.problems import Collector, ImageError, MissingImageError, Problem, RecordErrors
-from fastedit.data.schema import IMAGE_FIELDS, Schema
+from fastedit.data.schema import IMAGE_FIELDS, MEMBER_FIELDS, Schema
 from fastedit.requests import EditRequest
 from fastedit.visuals import ImageSource, VisualSource, image_places, with_images
 
 #: Edit sets that are built in.
-EMBEDDED = ("pocket-vqa", "pocket-caption")
+EMBEDDED = ("pocket-vqa", "pocket-caption", "icon-entity", "icon-vqa", "icon-caption")
 SPLITS = ("train", "eval")
 SkipMissing: TypeAlias = bool | Literal["parts"]
 
@@ -98,7 +99,7 @@ def read_edits(
     Every record is checked before one is returned, also those beyond `limit`.
 
     Args:
-        source: "pocket-vqa", "pocket-caption", or the path of a JSON or JSON Lines file.
+        source: one of `EMBEDDED` ("pocket-vqa", "icon-vqa" ...), or the path of a JSON or JSON Lines file.
         format: "mmedit", "vlkeb" or "jsonl"; None to detect it by content.
         images: image root. If given, every image of a returned request is a `pathlib.Path` to an existing file
             below it; else paths are text, relative to a root that is not known yet.
@@ -170,10 +171,9 @@ def _no_such_file(source: str) -> str:
 
 
 def _embedded(name: str, split: str, limit: int | None) -> list[EditRequest]:
-    # Drawing the pocket world takes Pillow and time; who reads a file does not need it.
-    from fastedit.pocket import edit_set
-
-    return list(edit_set(name, split=split, limit=limit))
+    # Drawing a world takes Pillow and time; who reads a file does not need it.
+    world = importlib.import_module(f"fastedit.{'smol' if name.startswith('icon-') else 'pocket'}")
+    return list(world.edit_set(name, split=split, limit=limit))
 
 
 def _read_file(
@@ -275,7 +275,7 @@ class _Resolver:
         }
         lost = [field for field in IMAGE_FIELDS if getattr(edit, field) is not None and found[field] is None]
         changes: dict[str, object] = dict(found)
-        for name in ("portability", "probes"):
+        for name in MEMBER_FIELDS:
             members = []
             for position, member in enumerate(getattr(edit, name)):
                 # The edit's own image is reported once, in its own field.

@@ -10,10 +10,20 @@ from pathlib import Path
 
 from fastedit.data.fields import Fields
 from fastedit.data.images import store_image
-from fastedit.requests import PROBE_KINDS, EditRequest, Probe, Query, Video, VisualSource, images_of
+from fastedit.requests import (
+    PARAPHRASE_KINDS,
+    PROBE_KINDS,
+    WORDINGS,
+    EditRequest,
+    Probe,
+    Query,
+    Video,
+    VisualSource,
+    images_of,
+)
 
 #: Keys that every format accepts beside its own.
-SHARED_KEYS = ("portability", "probes", "tags", "id")
+SHARED_KEYS = ("portability", "probes", "paraphrases", "tags", "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,8 @@ def read_request(fields: Fields, schema: Schema, name: str, portability: tuple[Q
     for field, companion in _NEEDS:
         if fields.value.get(keys[field]) is not None and fields.value.get(keys[companion]) is None:
             fields.problem(f"needs {keys[companion]!r}, which is absent", keys[field])
-    queries = (*portability, *_queries(fields))
+    queries = (*portability, *_queries(fields, "portability"))
+    paraphrases = tuple(_queries(fields, "paraphrases", PARAPHRASE_KINDS))
     probes = tuple(_probes(fields))
     tags = fields.texts("tags")
     own_id = fields.text("id", empty=True) if "id" in fields.value else None
@@ -86,16 +97,19 @@ def read_request(fields: Fields, schema: Schema, name: str, portability: tuple[Q
     if fields.failed:
         return None
     identity = own_id or f"{name}#{fields.record.index}"
-    return EditRequest(**read, portability=queries, probes=probes, id=identity, tags=tags)  # type: ignore[arg-type]
+    parts = {"portability": queries, "probes": probes, "paraphrases": paraphrases, "id": identity, "tags": tags}
+    return EditRequest(**read, **parts)  # type: ignore[arg-type]
 
 
-def _queries(fields: Fields) -> Iterator[Query]:
-    for member in fields.members("portability"):
+def _queries(fields: Fields, name: str, kinds: tuple[str, ...] = ()) -> Iterator[Query]:
+    for member in fields.members(name):
         prompt = member.text("prompt", required=True)
         image = member.image("image")
         answer = member.text("answer", strip=True)
         kind = member.text("kind", empty=True)
         member.unknown(("prompt", "image", "answer", "kind"))
+        if kinds and kind not in kinds:
+            member.problem(f"must be one of {', '.join(kinds)}", "kind", kind)
         if prompt is not None and not member.failed:
             yield Query(prompt, image, answer, kind or "")
 
@@ -106,16 +120,19 @@ def _probes(fields: Fields) -> Iterator[Probe]:
         prompt = member.text("prompt", required=True)
         image = member.image("image")
         answer = member.text("answer", strip=True)
-        member.unknown(("kind", "prompt", "image", "answer"))
+        wording = member.text("wording", empty=True) or ""
+        member.unknown(("kind", "prompt", "image", "answer", "wording"))
+        if wording not in WORDINGS:
+            member.problem('must be "" or "unseen"', "wording", wording)
         if kind is not None and kind not in PROBE_KINDS:
             member.problem(f"must be one of {', '.join(PROBE_KINDS)}", "kind", kind)
         has_image = member.value.get("image") is not None
-        if kind == "blind" and has_image:
-            member.problem("must be null in a blind probe", "image", member.value.get("image"))
-        if kind == "near" and not has_image:
-            member.problem("must be another image in a near probe", "image")
+        if kind in ("blind", "text_locality") and has_image:
+            member.problem(f"must be null in a {kind} probe", "image", member.value.get("image"))
+        if kind in ("near", "image_locality") and not has_image:
+            member.problem(f"must be another image in a {kind} probe", "image")
         if kind is not None and prompt is not None and not member.failed:
-            yield Probe(kind, prompt, image, answer)
+            yield Probe(kind, prompt, image, answer, wording)
 
 
 def write_request(edit: EditRequest, schema: Schema, images: str | os.PathLike[str] | None) -> dict[str, object]:
@@ -135,14 +152,17 @@ def write_request(edit: EditRequest, schema: Schema, images: str | os.PathLike[s
     for field, key in schema.keys.items():
         value = getattr(edit, field)
         record[key] = path(value) if field in IMAGE_FIELDS else value
-    if edit.portability:
-        record["portability"] = [
-            {"prompt": q.prompt, "image": path(q.image), "answer": q.answer} | ({"kind": q.kind} if q.kind else {})
-            for q in edit.portability
-        ]
+    for name, queries in (("portability", edit.portability), ("paraphrases", edit.paraphrases)):
+        if queries:
+            record[name] = [
+                {"prompt": q.prompt, "image": path(q.image), "answer": q.answer} | ({"kind": q.kind} if q.kind else {})
+                for q in queries
+            ]
     if edit.probes:
         record["probes"] = [
-            {"kind": p.kind, "prompt": p.prompt, "image": path(p.image), "answer": p.answer} for p in edit.probes
+            {"kind": p.kind, "prompt": p.prompt, "image": path(p.image), "answer": p.answer}
+            | ({"wording": p.wording} if p.wording else {})
+            for p in edit.probes
         ]
     if edit.tags:
         record["tags"] = list(edit.tags)
@@ -153,7 +173,8 @@ def write_request(edit: EditRequest, schema: Schema, images: str | os.PathLike[s
     return record
 
 
-#: Fields of a request that hold an image.
+#: Fields of a request that hold questions with images of their own, then those that hold an image.
+MEMBER_FIELDS = ("portability", "probes", "paraphrases")
 IMAGE_FIELDS = ("image", "image_rephrase", "image_locality_image")
 
 

@@ -1,11 +1,12 @@
 """Scores: metrics without model calls, and the two protocols that use them."""
 
-from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference
+from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference, bootstrap_over_groups
 from fastedit.evaluation.normalise import contains, exact_match, normalise, token_f1
 from fastedit.evaluation.protocol import (
     MUST_CHANGE,
     MUST_STAY,
     PROTOCOLS,
+    UNSEEN,
     EditScores,
     EvaluationView,
     evaluation_views,
@@ -17,11 +18,13 @@ __all__ = [
     "MUST_CHANGE",
     "MUST_STAY",
     "PROTOCOLS",
+    "UNSEEN",
     "EditScores",
     "EvaluationView",
     "Score",
     "bootstrap",
     "bootstrap_difference",
+    "bootstrap_over_groups",
     "contains",
     "evaluation_views",
     "exact_match",

@@ -111,3 +111,29 @@ def bootstrap_difference(
     # inf - inf is NaN, and so absent: two runs that both diverged on an edit do not differ there.
     pairs = [None if a is None or b is None else float(a) - float(b) for a, b in zip(first, second, strict=True)]
     return bootstrap(pairs, seed=seed, resamples=resamples, level=level)
+
+
+def bootstrap_over_groups(
+    groups: Sequence[Sequence[float | None]], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Score:
+    """Return the mean over groups of the mean within each, with its interval: edits are resampled within their group.
+
+    For what holds over several models and sets at once, each of which counts the same.
+
+    Args:
+        groups: one value an edit by group; None or NaN where the edit has none. A group without values does not count.
+        seed, resamples, level: as in `bootstrap`.
+    """
+    scores = [bootstrap(group, seed=seed, resamples=resamples, level=level) for group in groups]
+    kept = [(group, score) for group, score in zip(groups, scores, strict=True) if score.n]
+    if not kept:
+        return Score(math.nan, math.nan, math.nan, 0)
+    drawn = np.zeros(resamples)
+    for number, (group, _) in enumerate(kept):
+        values = np.asarray([math.nan if value is None else float(value) for value in group], dtype=np.float64)
+        # Groups are drawn apart, or their errors would add up instead of averaging out
+        drawn += _resampled_means(values[~np.isnan(values)], seed + number, resamples) / len(kept)
+    drawn.sort()
+    tail = math.floor((1.0 - level) / 2.0 * (resamples - 1))
+    mean = sum(score.mean for _, score in kept) / len(kept)
+    return Score(mean, float(drawn[tail]), float(drawn[resamples - 1 - tail]), sum(score.n for _, score in kept))

@@ -112,7 +112,8 @@ def _tokens(row: AskedRow, _target: str) -> float | None:
 
 def _ten_best(row: AskedRow, _target: str) -> float | None:
     """Rank-ordered agreement of the ten best tokens, of the two localities."""
-    return _fed(row, "top10") if row.view.score in ("text_locality", "image_locality") else None
+    localities = ("text_locality", "image_locality")
+    return _fed(row, "top10") if row.view.score.removesuffix("_unseen") in localities else None
 
 
 #: By protocol, columns in their order; "{score}" is the question's score and "{kind}" its kind.

@@ -27,8 +27,14 @@ PROTOCOLS: Mapping[str, str] = {
 }
 
 #: Scores in the order in which they are shown.
-MUST_CHANGE = ("reliability", "text_generality", "image_generality", "portability")
-MUST_STAY = ("text_locality", "image_locality", "near", "blind", "same")
+MUST_CHANGE = ("reliability", "text_generality", "text_generality_unseen", "image_generality",
+               "image_generality_unseen", "polite", "portability")  # fmt: skip
+MUST_STAY = ("text_locality", "text_locality_unseen", "image_locality", "image_locality_unseen", "near", "near_unseen",
+             "blind", "same", "same_unseen", "sibling", "negated", "contrary")  # fmt: skip
+#: By score, its twin: the same questions in words that nothing was trained on.
+UNSEEN: Mapping[str, str] = {
+    name.removesuffix("_unseen"): name for name in (*MUST_CHANGE, *MUST_STAY) if name.endswith("_unseen")
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ def evaluation_views(request: EditRequest) -> list[EvaluationView]:
         views.append(EvaluationView("text_generality", Query(request.rephrase, request.image, target), True))
     if request.image_rephrase is not None:
         views.append(EvaluationView("image_generality", Query(request.prompt, request.image_rephrase, target), True))
+    for each in request.paraphrases:
+        views.append(EvaluationView(each.kind, Query(each.prompt, each.image, each.answer or target), True))
     views += [EvaluationView("portability", query, True) for query in request.portability if query.answer is not None]
     if request.locality_prompt is not None:
         query = Query(request.locality_prompt, None, request.locality_answer)
@@ -79,7 +87,7 @@ def evaluation_views(request: EditRequest) -> list[EvaluationView]:
     if request.image_locality_prompt is not None:
         query = Query(request.image_locality_prompt, request.image_locality_image, request.image_locality_answer)
         views.append(EvaluationView("image_locality", query, False))
-    views += [EvaluationView(probe.kind, probe.query, False) for probe in request.probes]
+    views += [EvaluationView(probe.score, probe.query, False) for probe in request.probes]
     return views
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastedit.data import RecordErrors, check_images, fingerprint, read_edits, write_jsonl
-from fastedit.requests import EditRequest, Probe, Query, Video
+from fastedit.requests import PARAPHRASE_KINDS, WORDINGS, EditRequest, Probe, Query, Video
 
 prompts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20).filter(
     lambda text: bool(text.strip())
@@ -39,9 +39,12 @@ def edits(draw: st.DrawFn) -> list[EditRequest]:
                 draw(paths) if local else None, draw(prompts) if local else None, maybe(answers) if local else None,
                 tuple(Query(draw(prompts), maybe(paths), maybe(answers), draw(st.sampled_from(["", "2-hop"])))
                       for _ in range(draw(st.integers(0, 2)))),
-                tuple(Probe(kind, draw(prompts), draw(paths) if kind == "near" else None, maybe(answers))
+                tuple(Probe(kind, draw(prompts), draw(paths) if kind == "near" else None, maybe(answers),
+                            draw(st.sampled_from(WORDINGS)))
                       for kind in draw(st.lists(st.sampled_from(["near", "blind", "same"]), max_size=2))),
                 maybe(st.just("") | answers), f"id {number}", tuple(draw(st.lists(prompts, max_size=2))),
+                tuple(Query(draw(prompts), maybe(paths), maybe(answers), kind)
+                      for kind in draw(st.lists(st.sampled_from(PARAPHRASE_KINDS), max_size=2))),
             )
         )  # fmt: skip
     return made

@@ -59,7 +59,7 @@ def test_written_files_are_read_back_with_their_images(tmp_path: Path) -> None:
             f"What is in {i}? é\u2028", f"thing {i}", picture, "Again?", None, "Who?", "me",
             portability=(Query("And then?", picture, "x", "2-hop"),),
             probes=(Probe("near", f"What is in {i}?", pictures[i - 1], "y"), Probe("blind", f"What is in {i}?")),
-            tags=("hard",), id=f"pocket-{i}",
+            tags=("hard",), id=f"pocket-{i}", paraphrases=(Query("What, please?", picture, f"thing {i}", "polite"),),
         )
         for i, picture in enumerate(pictures)
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def test_written_files_are_read_back_with_their_images(tmp_path: Path) -> None:
     assert (again.detection.format, again.detection.release) == ("mmedit", None)
     assert [edit.id for edit in again] == ["pocket-0", "pocket-1", "pocket-2"]
     for before, after in zip(edits, again, strict=True):
-        assert after.probes[0].image != after.image
+        assert after.probes[0].image != after.image == after.paraphrases[0].image
         assert (before.prompt, before.tags, before.portability[0].kind) == (
             after.prompt, after.tags, after.portability[0].kind
         )  # fmt: skip

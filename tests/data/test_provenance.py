@@ -25,6 +25,7 @@ def test_every_field_but_the_id_counts() -> None:
         "portability": (), "probes": (), "tags": (), "id": "other", "prompt": "P", "target": "T", "image": "I.png",
         "rephrase": "R", "image_rephrase": "J.png", "locality_prompt": "L", "locality_answer": "LA",
         "image_locality_image": "K.png", "image_locality_prompt": "M", "image_locality_answer": "MA", "prediction": "O",
+        "paraphrases": (Query("Q", kind="polite"),),
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(EditRequest)}
     for name, value in changed.items():

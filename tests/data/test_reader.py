@@ -184,7 +184,9 @@ def test_arguments_are_checked(
 def test_files_and_folders_must_exist(write: Callable[..., Path], record: Callable[..., dict], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="did you mean 'pocket-vqa'"):
         read_edits("pocket-vq")
-    with pytest.raises(FileNotFoundError, match="embedded sets are pocket-vqa, pocket-caption"):
+    with pytest.raises(
+        FileNotFoundError, match="embedded sets are pocket-vqa, pocket-caption, icon-entity, icon-vqa, icon-caption"
+    ):
         read_edits(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match="images must be an existing folder"):
         read_edits(write([record(0)]), images=tmp_path / "none")

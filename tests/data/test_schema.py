@@ -72,6 +72,22 @@ def test_without_an_id_a_record_is_named_by_its_place(record: Callable[..., dict
         ({"probes": [{"kind": "far", "prompt": "x"}]}, "probes[0].kind", "must be one of near, blind, same"),
         ({"probes": [{"kind": "near", "prompt": "x"}]}, "probes[0].image", "must be another image in a near probe"),
         ({"probes": [{"kind": "blind", "prompt": "x", "image": "y"}]}, "probes[0].image", "must be null in a blind"),
+        (
+            {"probes": [{"kind": "text_locality", "prompt": "x", "image": "y"}]},
+            "probes[0].image",
+            "must be null in a te",
+        ),
+        (
+            {"probes": [{"kind": "blind", "prompt": "x", "wording": "odd"}]},
+            "probes[0].wording",
+            'must be "" or "unseen"',
+        ),
+        (
+            {"paraphrases": [{"prompt": "x", "kind": "odd"}]},
+            "paraphrases[0].kind",
+            "must be one of text_generality_uns",
+        ),
+        ({"paraphrases": [{"prompt": "x"}]}, "paraphrases[0].kind", "must be one of text_generality_unseen"),
         ({"probes": [{"kind": "same", "image": "y"}]}, "probes[0].prompt", "must be present"),
         ({"probes": {"kind": "same"}}, "probes", "must be a list"),
         ({"portability": [{"prompt": "x", "image": "/y"}]}, "portability[0].image", "must be relative"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference
+from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference, bootstrap_over_groups
 
 
 def test_the_mean_and_the_count_are_exact() -> None:
@@ -123,3 +123,19 @@ def test_a_score_reads_well_and_is_frozen() -> None:
     assert str(score) == "0.912 [0.870, 0.950] (n=200)"
     with pytest.raises(dataclasses.FrozenInstanceError):
         score.mean = 1.0  # type: ignore[misc]
+
+
+def test_groups_count_alike_whatever_their_size() -> None:
+    generator = np.random.default_rng(0)
+    small, large = generator.normal(1.0, 1.0, 40).tolist(), generator.normal(0.0, 1.0, 4000).tolist()
+    found = bootstrap_over_groups([[*small, None], large, []])
+    assert found.mean == pytest.approx((np.mean(small) + np.mean(large)) / 2)
+    assert found.n == 4040
+    # The error of a mean of two is half that of each, added in squares
+    expected = 1.96 * np.sqrt(np.var(small) / 40 + np.var(large) / 4000) / 2
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
+    alone = bootstrap_over_groups([small])
+    assert alone == bootstrap(small)
+    assert bootstrap_over_groups([[], [None]]).n == 0
+    constant = bootstrap_over_groups([[1.0, 1.0], [0.0]])
+    assert (constant.mean, constant.low, constant.high) == (0.5, 0.5, 0.5)
