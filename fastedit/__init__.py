@@ -22,18 +22,21 @@ if TYPE_CHECKING:
     from fastedit.engine.attach import Attachment, attach, attached
     from fastedit.engine.memory.plan import MemoryPlan, plan_memory
     from fastedit.engine.profiling.utilisation import measure_peak
+    from fastedit.engine.score import ModelScores, score
     from fastedit.engine.train import train
     from fastedit.export.changes import apply_delta
     from fastedit.export.from_peft import from_peft
     from fastedit.ledger import DamagedLedger, Ledger, LedgerError, open_ledger
+    from fastedit.ledger.consolidate import Consolidated, consolidate
     from fastedit.methods import method_names
     from fastedit.training import Artifact, load_artifact, save_artifact
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Artifact",
     "Attachment",
+    "Consolidated",
     "DamagedLedger",
     "EditDelta",
     "EditRequest",
@@ -41,6 +44,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "MemoryPlan",
+    "ModelScores",
     "Probe",
     "Query",
     "Run",
@@ -52,6 +56,7 @@ __all__ = [
     "apply_delta",
     "attach",
     "attached",
+    "consolidate",
     "edit",
     "from_peft",
     "implementations",
@@ -64,6 +69,7 @@ __all__ = [
     "plan_memory",
     "read_edits",
     "save_artifact",
+    "score",
     "train",
     "wrap",
 ]
@@ -71,12 +77,14 @@ __all__ = [
 _LAZY = {
     "Artifact": "fastedit.training",
     "Attachment": "fastedit.engine.attach",
+    "Consolidated": "fastedit.ledger.consolidate",
     "DamagedLedger": "fastedit.ledger",
     "EditDelta": "fastedit.deltas",
     "EditableModel": "fastedit.backbone",
     "Ledger": "fastedit.ledger",
     "LedgerError": "fastedit.ledger",
     "MemoryPlan": "fastedit.engine.memory.plan",
+    "ModelScores": "fastedit.engine.score",
     "Run": "fastedit.engine",
     "RunInterrupted": "fastedit.engine",
     "RunStopped": "fastedit.engine",
@@ -84,6 +92,7 @@ _LAZY = {
     "apply_delta": "fastedit.export.changes",
     "attach": "fastedit.engine.attach",
     "attached": "fastedit.engine.attach",
+    "consolidate": "fastedit.ledger.consolidate",
     "edit": "fastedit.engine",
     "from_peft": "fastedit.export.from_peft",
     "load": "fastedit.backbone",
@@ -94,6 +103,7 @@ _LAZY = {
     "plan_memory": "fastedit.engine.memory.plan",
     "read_edits": "fastedit.data",
     "save_artifact": "fastedit.training",
+    "score": "fastedit.engine.score",
     "train": "fastedit.engine.train",
     "wrap": "fastedit.backbone.wrapping",
 }

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextvars
 import io
+import json
 import os
 import pty
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastedit
-from fastedit.progress import EVERY_S, ProgressLine, duration, progress
+from fastedit.progress import (
+    EVERY_S,
+    NOW_S,
+    ProgressLine,
+    duration,
+    expect_memory,
+    log_progress,
+    planning_memory,
+    progress,
+    show_on_board,
+)
 from fastedit.training import TrainerConfig
 from tests.engine.conftest import make_edits
 
@@ -65,6 +78,91 @@ def test_what_an_earlier_run_did_says_nothing_about_speed(clock: Clock) -> None:
     line.advance(5)
     assert line.left_s() == pytest.approx(10)
     assert line.status().startswith("95/100")
+
+
+def test_speed_is_told_of_the_last_seconds_and_on_average(clock: Clock) -> None:
+    line = ProgressLine("editing", 100, False, unit="edits")
+    for _ in range(10):
+        clock.now += 1
+        line.advance(4)
+    assert line.status() == "40/100, 0:10, 4 edits/s now, 4 on average, about 0:15 left"
+    for _ in range(int(NOW_S)):
+        clock.now += 1
+        line.advance(1)
+    assert line.per_s_now() == pytest.approx(1)
+    assert line.per_s() == pytest.approx(2)
+    clock.now += 2 * NOW_S
+    assert line.per_s_now() is None
+    assert line.status() == "60/100, 1:10, 0.857 edits/s, about 0:47 left"
+
+
+def test_items_that_were_done_before_are_no_speed(clock: Clock) -> None:
+    line = ProgressLine("editing", 100, False, unit="edits")
+    line.skip(50)
+    clock.now += 10
+    assert line.status() == "50/100, 0:10"
+    line.advance(10)
+    assert line.per_s() == line.per_s_now() == pytest.approx(1)
+    assert line.left_s() == pytest.approx(40)
+
+
+def test_failed_items_and_memory_against_the_plan_are_told(clock: Clock) -> None:
+    line = ProgressLine("editing", 10, False, unit="edits")
+    line.note(failed=2, memory_mib=1234.5)
+    assert line.status() == "0/10, 0:00, 2 failed, 1,234 MiB"
+    context = contextvars.copy_context()
+    context.run(expect_memory, 2000.0)
+    assert context.run(line.status) == "0/10, 0:00, 2 failed, 1,234 of 2,000 MiB"
+    with planning_memory():
+        expect_memory(3000.0)
+        assert line.status().endswith("1,234 of 3,000 MiB")
+    assert line.status() == "0/10, 0:00, 2 failed, 1,234 MiB"
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_has_an_entry_a_second_and_those_of_start_and_end(clock: Clock, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    with log_progress(path), progress("editing", 100, False) as line:
+        for _ in range(38):
+            clock.now += 0.125
+            line.advance()
+        line.note(failed=1, memory_mib=10.0)
+    logged = entries(path)
+    assert [entry["event"] for entry in logged] == ["start", *["progress"] * 4, "end"]
+    assert [entry["done"] for entry in logged] == [0, 8, 16, 24, 32, 38]
+    assert logged[0] | {"time": ""} == {
+        "event": "start", "time": "", "label": "editing", "done": 0, "total": 100, "elapsed_s": 0.0, "left_s": None,
+        "per_s": None, "per_s_now": None, "failed": 0, "memory_mib": None, "planned_mib": None,
+    }  # fmt: skip
+    assert logged[-1]["per_s"] == pytest.approx(8)
+    assert (logged[-1]["failed"], logged[-1]["memory_mib"]) == (1, 10.0)
+    with progress("scoring", 1, False):
+        pass
+    assert entries(path) == logged
+    with log_progress(path), progress("scoring", 1, False):
+        pass
+    assert entries(path)[: len(logged)] == logged
+    with (
+        pytest.raises(ValueError, match=r"--log-json: a file that can be written \(got .*new': Is a directory\)"),
+        log_progress(tmp_path / "new"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_a_run_counts_its_failed_edits_in_the_log(mode: str, tmp_path: Path) -> None:
+    model = fastedit.load("random:llava-tiny")
+    path = tmp_path / "log.jsonl"
+    with log_progress(path), pytest.warns(RuntimeWarning, match="diverg"):
+        run = fastedit.edit(model, make_edits(3), "ft", lr=1e30, steps=3, mode=mode, batch_size=1)
+    failed = sum(outcome.status in ("diverged", "diverging") for outcome in run.outcomes)
+    assert failed > 0
+    last = [entry for entry in entries(path) if entry["label"].startswith("editing") and entry["event"] == "end"][-1]
+    assert (last["done"], last["total"], last["failed"]) == (3, 3, failed)
+    assert last["memory_mib"] > 100
 
 
 def test_without_a_terminal_lines_are_plain_and_rare(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,3 +303,25 @@ def test_what_comes_before_the_first_step_is_said_too(capsys: pytest.CaptureFixt
     fastedit.edit(model, make_edits(3), "grace", steps=1, pool=make_edits(6)[3:], evaluate=False, show_progress=True)
     labels = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
     assert labels == ["checking the records", "setting up grace", "editing"]
+
+
+def test_progress_is_shown_on_a_tensorboard(tmp_path: Path, clock: Clock) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with show_on_board(tmp_path / "board"), progress("editing", 4, False, unit="edits") as line:
+        for _ in range(4):
+            clock.now += 2
+            line.note(failed=1, memory_mib=100.0)
+            line.advance()
+    told = EventAccumulator(str(tmp_path / "board")).Reload()
+    # The start, four edits and the end, at what was done then
+    assert [each.step for each in told.Scalars("editing/failed")] == [0, 1, 2, 3, 4, 4]
+    assert [each.value for each in told.Scalars("editing/per_s")] == pytest.approx([0.5] * 5)
+    assert told.Scalars("editing/memory_mib")[-1].value == 100.0
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match="--tensorboard: a folder that can be written"),
+        show_on_board(tmp_path / "file"),
+    ):
+        pass

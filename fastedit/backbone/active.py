@@ -35,6 +35,10 @@ class Holder(Protocol):
     def rewrites_prompts(self) -> bool:
         """Whether other questions are asked."""
 
+    @property
+    def needs_choice(self) -> bool:
+        """Whether a call has to tell which of the deltas acts on which row, by a router or otherwise."""
+
     def acting(self) -> Holder | None:
         """The holder of the deltas that act in the running call: itself, unless they change."""
 
@@ -82,6 +86,24 @@ def installed_on(model: Any) -> tuple[Holder, ...]:
 def is_listed(holder: Changing) -> bool:
     """Whether what stands for changing deltas is installed in the running context."""
     return any(each is holder for each in _listed())
+
+
+def refuse_others(model: Any) -> None:
+    """Refuse a walk of a model whose modules have deltas of another editable model that only the other can choose from.
+
+    Raises:
+        ValueError: such deltas act now.
+    """
+    for holder in _all():
+        if holder.model is model or holder.model.hf is not model.hf:
+            continue
+        if holder.needs_choice and not holder.is_paused:
+            raise ValueError(
+                "attach: edits that have to be chosen from act in calls of the stock model, and of the fastedit model "
+                "that they were attached to; attach them to the one that is called, fastedit.attach(model, deltas) "
+                "instead of fastedit.attach(hf_model, deltas, processor) (got a call of another fastedit model around "
+                "the same stock model)"
+            )
 
 
 @contextmanager

@@ -60,8 +60,9 @@ def load(
     """Return a frozen multimodal model that can be edited.
 
     Args:
-        name_or_path: an embedded model ("pocket-llava"), "random:<shape>" (a stock configuration with random weights),
-            a local folder, or a Hugging Face id. Only safetensors are read; code from a checkpoint is never run.
+        name_or_path: an embedded model ("pocket-llava", "smol-llava"), "random:SHAPE" (a stock configuration with
+            random weights), a local folder, or a Hugging Face id. Only safetensors are read; code from a checkpoint is
+            never run.
         quantize: "none", "nf4" or "int8" (bitsandbytes) for the decoder's linear maps; head, vision side and
             projector are left as they are. A checkpoint that is already quantized keeps its own.
         dtype: "float32", "bfloat16", "float16", "float64", or None for what the checkpoint was stored in. "auto" is
@@ -108,7 +109,14 @@ def load(
         else:
             target = place if spread is None else spread
             hf, processor, quantizer = _load_checkpoint(name, quantize, dtype, target, attention, keep, template)
-        return _editable(hf, processor, quantizer, name, template, place, linear, image_cache_mib, state_cache_mib)
+        model = _editable(hf, processor, quantizer, name, template, place, linear, image_cache_mib, state_cache_mib)
+    model.loaded_with = {
+        "quantize": quantize, "dtype": dtype, "device": str(place) if spread is None else None,
+        "device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder, "attention": attention,
+        "template": template, "keep": keep, "seed": seed, "image_cache_mib": image_cache_mib,
+        "state_cache_mib": state_cache_mib, "linear": linear,
+    }  # fmt: skip
+    return model
 
 
 def _make_random(

@@ -99,6 +99,8 @@ class EditableModel:
         self.artifacts: dict[str, Any] = {}
         #: What was stacked of deltas that stay in storage, or are live.
         self.stacks = Recent(STACKS)
+        #: Arguments of ``load`` that give this model again; None for one that was in memory already.
+        self.loaded_with: dict[str, Any] | None = None
         self._cache_mib = image_cache_mib, state_cache_mib
         self._fingerprint: str | None = None
         self._lock = threading.RLock()

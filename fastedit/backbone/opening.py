@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastedit.smol.names import MODEL as SMOL
+
 from .adapters import check_configuration, has_family
 from .checkpoint import CONFIG, Checkpoint, open_checkpoint, reading, stored_tensors
 from .completeness import check_weights
@@ -116,9 +118,13 @@ def resolve_name(name: str) -> str:
         from fastedit.pocket import model_path
 
         return str(model_path(name))
+    if name == SMOL:
+        from fastedit.smol.models import model_path as smol_path
+
+        return str(smol_path())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
-    known = ("pocket-llava", "pocket-blip2", "pocket-qwen2vl", *(RANDOM_PREFIX + shape for shape in SHAPES))
+    known = ("pocket-llava", "pocket-blip2", "pocket-qwen2vl", SMOL, *(RANDOM_PREFIX + shape for shape in SHAPES))
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise ValueError(
         "load: name_or_path must be an embedded model, random:<shape>, a folder that exists, or a Hugging Face id "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .active import refuse_others
 from .attention import AttentionPlan, Past, attend, padded, plan_attention, varlen_function
 from .constant_past import ConstantPast
 from .generic.adapter import generic
@@ -111,6 +112,7 @@ def packed_prefix(
     """
     if (state.layer, state.stage) == (layer, stage):
         return state
+    refuse_others(model)
     if state.stage == VISION:
         state = renewed(model, state)
     traced = generic(model.adapter)
@@ -142,6 +144,7 @@ def packed_tail(model: EditableModel, state: PackedState, past: Past | None = No
         model: frozen. state: at any point.
         past: keys and values of earlier tokens, which this extends; None with a state that has constants uses those.
     """
+    refuse_others(model)
     traced = generic(model.adapter)
     if traced is not None:
         return traced.walker.tail(state, past)

@@ -177,7 +177,12 @@ class StockCalls:
         taken = inspect.signature(self.model.hf.forward).parameters
         inputs = {name: value for name, value in given.items() if name in taken and isinstance(value, Tensor)}
         inputs |= {"input_ids": ids, "attention_mask": mask.to(ids.dtype)}
-        with _inside(holder, None), self._deciding(holder, self._prompts(inputs, ids), ends=True):
+        with ExitStack() as entered:
+            entered.enter_context(_inside(holder, None))
+            # A router may read behind the point where deltas begin
+            for each in (holder, *self.model.holders):
+                entered.enter_context(each.paused())
+            entered.enter_context(self._deciding(holder, self._prompts(inputs, ids), ends=True))
             with suppress(_Routed):
                 self.model.hf(**inputs)
             return list(holder.choice)
@@ -243,9 +248,12 @@ class StockCalls:
         """Inside the block the holder's router chooses as soon as the residual stream is at the split point.
 
         Args:
-            ends: whether the forward ends there.
+            ends: whether the forward ends there, or behind it where the router reads a later layer.
         """
         layer, stage = holder.point
+        later = getattr(holder.router, "layer", layer)
+        if ends and later > layer:
+            layer, stage = later, "attention"
         text = self.model.adapter.text
         module = text.layers[layer] if stage == "attention" else text.feed_forward_entry(layer)
         done = False

@@ -30,6 +30,7 @@ _TYPES: dict[str, Any] = {
     "show_progress": bool | None,
     "seed": int,
     "score_at": tuple[int, ...],
+    "score_sample": int | None,
 }
 _CHOICES = {"mode": MODES, "conflicts": CONFLICTS, "bind": BINDS}
 

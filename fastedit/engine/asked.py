@@ -48,6 +48,10 @@ def asked_parts(edit: EditRequest, *, fitted: bool, scored: bool, predicted: boo
                 "image_locality_answer", edit.image_locality_answer,
             )  # fmt: skip
     if scored:
+        for number, each in enumerate(edit.paraphrases):
+            place, answer = f"paraphrases[{number}]", each.answer or edit.target
+            answer_field = f"{place}.answer" if each.answer else "target"
+            yield AskedPart(f"{place}.prompt", each.prompt, f"{place}.image", each.image, answer_field, answer)
         yield from _members("portability", edit.portability)
         yield from _members("probes", edit.probes)
 

@@ -136,9 +136,11 @@ class AttachedCalls:
                 ids = given.get("input_ids", given.get("inputs"))
                 before = _EDIT_IDS.get()
                 chosen = self._chosen(edit_ids, given)
-                asked = (
-                    self._asked(chosen, given) if holder.rewrites_prompts and not self.calls.goes_on(given) else None
-                )
+                asked = None
+                if holder.rewrites_prompts and not self.calls.goes_on(given):
+                    chosen = self._asking(chosen, given)
+                    if max(chosen) >= 0:
+                        asked = RewrittenPrompts(self.model, holder, chosen, given)
                 if asked is not None:
                     given, ids, chosen = asked.given, asked.given["input_ids"], asked.chosen
                 _EDIT_IDS.set(MappingProxyType({**before, id(self): chosen}))
@@ -158,13 +160,12 @@ class AttachedCalls:
 
         return generate
 
-    def _asked(self, chosen: list[int] | None, given: dict[str, Any]) -> RewrittenPrompts | None:
-        """Prompts with the questions that deltas ask instead; None where none does."""
-        if chosen is None and self.holder.router is None:
-            chosen = [0] * len(prompt_tokens(self.model, given)[0])
-        if chosen is None:
-            chosen = self.calls.choose(self.holder, given, *prompt_tokens(self.model, given))
-        return RewrittenPrompts(self.model, self.holder, chosen, given) if max(chosen) >= 0 else None
+    def _asking(self, chosen: list[int] | None, given: dict[str, Any]) -> list[int]:
+        """By row the delta that asks another question, -1 for none."""
+        if chosen is not None:
+            return chosen
+        ids, mask = prompt_tokens(self.model, given)
+        return [0] * len(ids) if self.holder.router is None else self.calls.choose(self.holder, given, ids, mask)
 
     def _chosen(self, edit_ids: Any, given: dict[str, Any]) -> list[int] | None:
         """By row of a call the number of a delta, -1 for none; of beams each as its prompt; None leaves it to routers.

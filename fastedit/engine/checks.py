@@ -14,7 +14,9 @@ from fastedit.requests import EditRequest
 from fastedit.training import Artifact, load_artifact, require_artifact
 
 
-def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: int) -> None:
+def check_sequence(
+    plan: EditPlan, mode: str, score_at: Sequence[int], edits: int, score_sample: int | None = None
+) -> None:
     """Refuse a sequence that the method cannot make, or scores at gaps that there are not.
 
     Raises:
@@ -22,6 +24,17 @@ def check_sequence(plan: EditPlan, mode: str, score_at: Sequence[int], edits: in
     """
     if mode == "sequential" and plan.method.sequence == "none":
         raise ValueError(f"edit: {plan.name} edits one question at a time and keeps no sequence (got mode={mode!r})")
+    retain = getattr(plan.config, "retain", "none")
+    if retain != "none" and mode != "sequential":
+        raise ValueError(
+            f"edit: retain belongs to mode='sequential', where edits follow one another (got mode={mode!r}, "
+            f"retain={retain!r})"
+        )
+    if score_sample is not None and (mode != "sequential" or score_sample < 1):
+        raise ValueError(
+            f"edit: score_sample is at least 1, or None, and belongs to mode='sequential' (got mode={mode!r}, "
+            f"score_sample={score_sample!r})"
+        )
     if score_at and mode != "sequential":
         raise ValueError(f"edit: score_at belongs to mode='sequential' (got mode={mode!r}, score_at={score_at!r})")
     for count in score_at:

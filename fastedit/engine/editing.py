@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import torch
-
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import on_frozen_model, with_gradients
-from fastedit.backbone.quantization import expanded_layers
 from fastedit.data import fingerprint
-from fastedit.deltas import EditDelta, split_point
+from fastedit.deltas import EditDelta
 from fastedit.engine import provenance
 from fastedit.engine.apply import check_editable
 from fastedit.engine.arguments import check_arguments
 from fastedit.engine.checks import check_conflicts, check_sequence, trained_parts
 from fastedit.engine.interrupted import carrying
-from fastedit.engine.memory.oom import once_more, peak_memory_mib
+from fastedit.engine.memory.oom import peak_memory_mib
 from fastedit.engine.memory.plan import largest_batch
+from fastedit.engine.parallel.workers import workers_of
 from fastedit.engine.preflight import check_run
 from fastedit.engine.profiling.flops import Peak, is_counted, nfu
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.engine.profiling.utilisation import necessary_flops
+from fastedit.engine.readying import expanded, ready_device, set_up
 from fastedit.engine.run import Run, Timing
-from fastedit.engine.run_state import EditJob, EditLedger, EndedEdits, RunState
+from fastedit.engine.run_state import EditJob, EditLedger, EndedEdits, RunState, ending
 from fastedit.engine.schedule import run_sequential, run_single
-from fastedit.engine.soundness import check_finite, not_finite, warn_of
+from fastedit.engine.soundness import not_finite, warn_of
 from fastedit.evaluation import PROTOCOLS, EditScores, summarise
 from fastedit.fitting.views import ViewSource
 from fastedit.methods import resolve
-from fastedit.methods.base import Resources, is_computed
+from fastedit.methods.base import is_computed
 from fastedit.objectives import beside_roles
-from fastedit.ops import keep_freed_memory
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
@@ -77,9 +75,13 @@ def edit(
     ledger: EditLedger | None = None,
     peak: Peak | None = None,
     score_at: Sequence[int] = (),
+    score_sample: int | None = None,
     artifact: Artifact | str | Path | None = None,
     conflicts: str = "error",
     bind: str = "content",
+    engine: str | None = None,
+    workers: int | None = None,
+    resources: Mapping[str, float] | None = None,
     **overrides: Any,
 ) -> Run:
     """Edit a frozen model: each edit gets a delta of its own, and nothing of the model is written.
@@ -103,11 +105,17 @@ def edit(
         ledger: from ``fastedit.open_ledger``: every edit is committed there as it ends, with its outcome and scores,
             and what is committed of these edits already is not made again. Memory does not grow with their number.
         score_at: in sequence, also score after so many edits, all edits so far (``run.checkpoints``).
+        score_sample: in sequence, score at most so many of the edits so far, drawn anew each time; None scores all.
         artifact: trained parts of the method, from ``fastedit.train``, or a file of them.
         conflicts: "error" refuses a sequence that gives one question about one image two answers; "last" makes all the
             edits, and each is scored by what it asked for.
         bind: "content" lets the deltas act on exactly these weights; "architecture" on any of the same names and
             shapes, in another dtype or quantization for example, with a warning that says how they were fitted.
+        engine: None makes the edits in this process; "processes" in several of this machine, "ray" in those of a Ray
+            cluster (docs/scaling.md). Results do not depend on it. An edit that fails three times by itself is set
+            aside: it has no place in the run, and its reason is in ``run.provenance["set_aside"]``.
+        workers: of an engine, how many processes; each has the model. None is 2.
+        resources: of "ray", what each worker takes: {"GPU": 1}; None is one CPU.
         peak: of the machine, from ``fastedit.measure_peak``; fills ``run.timing.nfu``.
         overrides: fields of the method's and the objective's config.
     Returns:
@@ -121,11 +129,12 @@ def edit(
     check_arguments(
         model, edits, pool=pool, ledger=ledger, artifact=artifact, method=method, batch_size=batch_size,
         mode=mode, views=views, near=near, evaluate=evaluate, seed=seed, show_progress=show_progress,
-        score_at=score_at, conflicts=conflicts, bind=bind,
+        score_at=score_at, score_sample=score_sample, conflicts=conflicts, bind=bind,
     )  # fmt: skip
+    spread = workers_of(engine, workers, resources)
     check_editable(model)
     plan = resolve(method, overrides)
-    check_sequence(plan, mode, score_at, len(edits))
+    check_sequence(plan, mode, score_at, len(edits), score_sample)
     trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)
     if trained is not None and "artifact" in spec.options:
@@ -142,7 +151,7 @@ def edit(
     if isinstance(batch_size, str):
         batch_size = largest_batch(model, plan, edits, evaluate=evaluate, keep_deltas=ledger is None, mode=mode)
     job = EditJob(model, edits, plan, spec, solver, source, () if pool is None else pool, trained, seed, bind)
-    run = RunState(job, EndedEdits(timer), timer)
+    run = RunState(job, EndedEdits(timer), timer, score_sample=score_sample, workers=spread)
     described = partial(
         _provenance, method=method, mode=mode, batch_size=batch_size, views=views, near=near, seed=seed, pool=pool
     )
@@ -167,33 +176,22 @@ def _made(
     peak: Peak | None,
 ) -> Run:
     """Make the edits of a run that have not ended yet, and score them."""
-    job, model = run.job, run.job.model
-    if model.device.type == "cpu":
-        keep_freed_memory()
-    elif model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
+    job, ended = run.job, run.ended
+    ready_device(job.model.device)
     describe = partial(described, job)
-    with carrying(run, partial(_finished, run, describe, evaluate)):
-        if len(run.ended.outcomes) < len(job.edits):
-            _set_up(run, show_progress)
-        with expanded_layers(model, split_point(job.spec)[0]) if job.spec.sites else nullcontext():
+    with carrying(run, partial(_finished, run, describe, evaluate)), ending(run.workers):
+        here = run.workers is None or (mode == "sequential" and job.plan.method.sequence != "route")
+        if here and len(ended.outcomes) < len(job.edits):
+            set_up(run, show_progress)
+        with expanded(job):
             if mode == "single":
                 run_single(run, batch_size, evaluate, show_progress)
             else:
                 run_sequential(run, batch_size, evaluate, show_progress, score_at)
-        numbers = range(len(job.edits)) if run.ended.store is None else run.ended.store.members
+        numbers = range(len(job.edits)) if ended.store is None else ended.store.members
+        if ended.set_aside:
+            return _finished(run, describe, evaluate, [number for number in numbers if number not in ended.set_aside])
         return _result(run, numbers, run.ended.deltas_of(numbers), describe(), evaluate=evaluate, peak=peak)
-
-
-def _set_up(run: RunState, show_progress: bool | None) -> None:
-    """Make what all edits of a run share, and ask the model a first question."""
-    job, model, plan, timer = run.job, run.job.model, run.job.plan, run.timer
-    resources = Resources(job.pool, job.artifact, job.seed, plan.prefix)
-    with timer.phase("setup"), progress(f"setting up {plan.name}", 0, show_progress):
-        run.shared = once_more(model, lambda: plan.method.setup(model, plan.config, resources), "setting up the method")
-    # Behind the setup, which refuses trained parts of another shape before the model is asked anything
-    with timer.phase("setup"):
-        once_more(model, lambda: check_finite(model, job.edits), "asking the first question")
 
 
 def _result(
@@ -211,13 +209,18 @@ def _result(
     scores = summarise(scored, seed=run.job.seed) if evaluate else {}
     timing = _timing(run, peak)
     notes |= {"not_finite": not_finite(scored)} if evaluate else {}
+    notes |= {} if run.workers is None else {"workers": run.workers.described()}
     warn_of(outcomes, scored)
-    return Run(deltas, outcomes, scores, scored, timing, notes, run.ended.checkpoints, run.job.artifact)
+    edits = run.job.edits
+    requests = edits if list(numbers) == list(range(len(edits))) else [edits[number] for number in numbers]
+    return Run(deltas, outcomes, scores, scored, timing, notes, run.ended.checkpoints, run.job.artifact, requests)
 
 
 def _finished(run: RunState, describe: Callable[[], dict[str, Any]], evaluate: bool, numbers: Sequence[int]) -> Run:
-    """What there is of a run that ended early."""
+    """What there is of a run that ended early, or that gave up some edits."""
+    aside = [{"edit": n, "id": run.job.edits[n].id, "reason": why} for n, why in sorted(run.ended.set_aside.items())]
     notes = {**describe(), "finished": {"edits": list(numbers), "of": len(run.job.edits)}}
+    notes |= {"set_aside": aside} if aside else {}
     return _result(run, numbers, run.ended.deltas_of(numbers), notes, evaluate=evaluate and bool(run.ended.scores))
 
 
@@ -226,7 +229,8 @@ def _timing(run: RunState, peak: Peak | None) -> Timing:
     outcomes = [outcome for number, outcome in sorted(run.ended.outcomes.items()) if number in run.ended.made]
     spent = run.timer.total(without=("evaluation",))
     used = None
-    if peak is not None and spent and is_counted(run.job.spec, run.job.model):
+    # Seconds of several processes are not those of one peak
+    if peak is not None and run.workers is None and spent and is_counted(run.job.spec, run.job.model):
         objective = run.job.plan.build_objective(run.job.solver.steps)
         roles, beside = objective.roles, beside_roles(objective)
         necessary = necessary_flops(run.job.model, run.job.spec, run.job.views, roles, outcomes, beside)
@@ -247,6 +251,7 @@ def _provenance(
     return {
         "method": method,
         "config": job.plan.settings(),
+        "notes": job.plan.method.notes(model, job.plan.config),
         "solver": {**vars(job.solver)},
         "sites": [f"{site.layer}.{site.name}" for site in job.spec.sites],
         "run": settings,
@@ -259,6 +264,7 @@ def _provenance(
             "quantize": model.quantize,
             "linear": model.linear,
             "device": str(model.device),
+            "parameters": model.hf.num_parameters(),
             **provenance.prompts(model),
         },
         "data": {"edits": len(job.edits), "fingerprint": fingerprint(job.edits)},

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel, Encoded
 from fastedit.backbone.encoding import answer_tokens, own_answer_tokens
-from fastedit.backbone.generation import Reader, likeliest
+from fastedit.backbone.generation import Reader
 from fastedit.deltas import DeltaSpec, Rows, RowsHolder, StackedDelta, installed
-from fastedit.engine.memory.oom import Halving
+from fastedit.engine.asking import MEMORY, Asker, has_text, merged_states, split_states
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import (
     EditScores,
@@ -25,9 +25,6 @@ from fastedit.requests import EditRequest, Query
 
 # Reference answers kept with a model (some 100 bytes each); more than one batch asks for
 MOST_ANSWERS = 200_000
-# Bytes for the keys and values of the questions that are read together, and for the logits held at a time
-MEMORY = 1 << 30
-LOGITS = 64 << 20
 
 
 @dataclass
@@ -50,14 +47,13 @@ class _Fed:
 
     def by_row(self) -> dict[int, Tensor]:
         """The states of each row."""
-        return _split(self.before, self.labels)
+        return split_states(self.before, self.labels)
 
 
-class Evaluator:
+class Evaluator(Asker):
     """Scores edits under both protocols. Every question is read once up to where the deltas begin to act.
 
-    An answer that is fed shows greedy decoding as far as its tokens are the argmax: only the rest is decoded. The
-    unedited model's answers are remembered with it.
+    The unedited model's answers are remembered with it.
 
     Args:
         model: frozen; no other delta may act.
@@ -78,9 +74,8 @@ class Evaluator:
         memory: int = MEMORY,
         row_limit: int = 256,
     ) -> None:
-        self.model, self.spec, self.timer = model, spec, timer
-        self.max_new_tokens, self.memory = max_new_tokens, memory
-        self._room = Halving(model, row_limit, "asking {} questions")
+        super().__init__(model, max_new_tokens=max_new_tokens, memory=memory, row_limit=row_limit)
+        self.spec, self.timer = spec, timer
         self._answers = model.reference_answers
 
     def scores(
@@ -97,32 +92,22 @@ class Evaluator:
         """
         with self.timer.phase("evaluation"), torch.no_grad():
             rows = [AskedRow(edit, view) for edit, request in enumerate(requests) for view in evaluation_views(request)]
-            done = 0
-            while done < len(rows):
-                chosen = rows[done : done + self._room.size]
-                with self._room.trial(len(chosen)):
-                    encoded = self.model.encode([row.view.query for row in chosen], answers=False)
-                    part = chosen[: self._fitting(encoded)]
-                    self._room.trying = len(part)
-                    self._part(part, encoded, stacked, Rows() if shared else _rows_of(part, stacked.size))
-                    done += len(part)
-                    self._room.done += len(part)
-                self._forget_some()
+            self.ask(
+                rows,
+                lambda part, encoded: self._part(
+                    part, encoded, stacked, Rows() if shared else _rows_of(part, stacked.size)
+                ),
+                lambda part: [row.view.query for row in part],
+            )
+            self._forget_some()
             return [edit_scores([row for row in rows if row.edit == edit]) for edit in range(len(requests))]
-
-    def _fitting(self, encoded: Encoded) -> int:
-        """How many of these rows have room for their keys and values."""
-        width = self.model.stored_per_token * torch.finfo(self.model.dtype).bits // 8
-        capacity = int(encoded.lengths.max()) + self.max_new_tokens
-        return max(1, min(len(encoded), self.memory // (width * capacity)))
 
     def _part(self, rows: Sequence[AskedRow], encoded: Encoded, stacked: StackedDelta, where: Rows) -> None:
         """Fill in what is asked of some rows."""
-        encoded = encoded if len(rows) == len(encoded) else encoded.select(range(len(rows)))
         given = {
             number: answer_tokens(self.model, row.view.query, int(encoded.lengths[number]))
             for number, row in enumerate(rows)
-            if _has_text(row.view.query.answer)
+            if has_text(row.view.query.answer)
         }
         longest = max((len(tokens) for tokens in given.values()), default=0)
         reader = Reader(self.model, encoded, max(longest, self.max_new_tokens))
@@ -136,7 +121,7 @@ class Evaluator:
                 after, answers = self._after(reader, fed.groups, most)
                 self._score(rows, fed, after)
                 for number, row in enumerate(rows):
-                    row.after, row.broken_after = self._text(answers[number]), number in reader.broken
+                    row.after, row.broken_after = self.text(answers[number]), number in reader.broken
                     row.acted = None if holder.choice is None else holder.choice[number] >= 0
 
     def _ask_anew(self, holder: RowsHolder, rows: Sequence[AskedRow], fed: _Fed, room: int) -> None:
@@ -158,7 +143,7 @@ class Evaluator:
             states, answers = self._after(reader, groups, reader.rooms(self.max_new_tokens))
             after |= {moved[n]: state for n, state in states.items()}
             for n, old in enumerate(moved):
-                rows[old].after, rows[old].broken_after = self._text(answers[n]), n in reader.broken
+                rows[old].after, rows[old].broken_after = self.text(answers[n]), n in reader.broken
         self._score(rows, fed, after)
 
     def _after(
@@ -167,18 +152,18 @@ class Evaluator:
         """Ask the edited model: by row, the states that predict what is fed, and the tokens of the answer."""
         reader.broken = set()
         last = reader.read()
-        states = _merged([self._feed(reader, last, group) for group in groups], groups)
+        states = merged_states([self.feed(reader, last, group) for group in groups], groups)
         labels = {number: tokens for group in groups for number, tokens in group.items()}
-        written, coming = self._agreed(reader, last, states, labels, most)
-        return _split(states, labels), {**written, **reader.decode(coming, most, written)}
+        written, coming = self.agreed(reader, last, states, labels, most)
+        return split_states(states, labels), {**written, **reader.decode(coming, most, written)}
 
     def _before(
         self, rows: Sequence[AskedRow], reader: Reader, given: dict[int, tuple[int, ...]], most: Sequence[int]
     ) -> _Fed:
         """Ask the unedited model; its own answers are fed to the rows that have none."""
         last = reader.read()
-        states = self._feed(reader, last, given)
-        written, coming = self._agreed(reader, last, states, given, most)
+        states = self.feed(reader, last, given)
+        written, coming = self.agreed(reader, last, states, given, most)
         keys = [self._key(row.view.query) for row in rows]
         known = {key: self._answers[key] for key in keys if key in self._answers}
         coming = {number: token for number, token in coming.items() if keys[number] not in known}
@@ -187,7 +172,7 @@ class Evaluator:
         decoded = reader.decode({number: coming[number] for number in sorted(first.values())}, most, written)
         for number, tokens in {**written, **decoded}.items():
             if number in decoded or number not in coming:
-                known.setdefault(keys[number], self._text(tokens))
+                known.setdefault(keys[number], self.text(tokens))
         # Those of logits that were not finite are not remembered: what is would not say so
         broken = {keys[number] for number in reader.broken}
         for number, row in enumerate(rows):
@@ -198,65 +183,9 @@ class Evaluator:
                 self.model, replace(rows[number].view.query, answer=rows[number].before), reader.lengths[number]
             )
             for number in range(len(rows))
-            if number not in given and _has_text(rows[number].before)
+            if number not in given and has_text(rows[number].before)
         }
-        return _Fed((given, reference), _merged([states, self._feed(reader, last, reference)], (given, reference)))
-
-    def _feed(self, reader: Reader, last: Tensor, answers: dict[int, tuple[int, ...]]) -> Tensor:
-        """Final hidden states (T, d) that predict the answers' tokens, rows in order; ``last`` (R, d) ends prompts."""
-        rows = sorted(answers)
-        if not rows:
-            return last[:0]
-        inner = {row: answers[row][:-1] for row in rows if len(answers[row]) > 1}
-        states = reader.extend(inner, dict.fromkeys(inner, 0)) if inner else last[:0]
-        # The first token is predicted by the end of the prompt, the others by the tokens before them
-        source, start, order = torch.cat([last, states]), len(last), []
-        for row in rows:
-            order += [row, *range(start, start + len(answers[row]) - 1)]
-            start += len(answers[row]) - 1
-        return source[torch.tensor(order, device=last.device)]
-
-    def _agreed(
-        self, reader: Reader, last: Tensor, states: Tensor, answers: dict[int, tuple[int, ...]], most: Sequence[int]
-    ) -> tuple[dict[int, list[int]], dict[int, int]]:
-        """By row: the fed tokens that greedy decoding gives as well; and the token after them, where it goes on.
-
-        Where nothing is fed, that is the token after the prompt, whose end is in ``last`` (R, d). Rows whose logits are
-        not finite are noted with the reader, and do not go on.
-        """
-        (chosen, sound), written, coming = self._likeliest(states), {}, {}
-        start = 0
-        for row in sorted(answers):
-            labels, predicted = answers[row], chosen[start : start + len(answers[row])]
-            good = all(sound[start : start + len(labels)])
-            start += len(labels)
-            same = next(
-                (n for n, pair in enumerate(zip(labels, predicted, strict=True)) if pair[0] != pair[1]), len(labels)
-            )
-            # All of it, the end token included, is the whole answer
-            written[row] = list(labels[: min(same, len(labels) - 1, most[row])])
-            if not good:
-                reader.broken.add(row)
-            elif same < len(labels) and len(written[row]) < most[row]:
-                coming[row] = predicted[same]
-        free = [row for row in range(len(last)) if row not in answers]
-        for row, token, good in zip(free, *self._likeliest(last[free]), strict=True):
-            if good:
-                coming[row] = token
-            else:
-                reader.broken.add(row)
-                written[row] = []
-        return written, coming
-
-    def _likeliest(self, states: Tensor) -> tuple[list[int], list[bool]]:
-        """Token of the largest logit of every final hidden state (T, d), and whether that is finite."""
-        tokens: list[int] = []
-        sound: list[bool] = []
-        for part in torch.split(states, self._tokens_at_once()) if len(states) else ():
-            chosen, good = likeliest(self.model.head(part))
-            tokens += chosen
-            sound += good
-        return tokens, sound
+        return _Fed((given, reference), merged_states([states, self.feed(reader, last, reference)], (given, reference)))
 
     def _score(self, rows: Sequence[AskedRow], fed: _Fed, states: Mapping[int, Tensor]) -> None:
         """Fill ``legacy`` and ``kl`` from final hidden states by row, some tokens at a time."""
@@ -267,7 +196,7 @@ class Evaluator:
         device = after.device
         labels = torch.tensor([token for number in numbers for token in fed.labels[number]], device=device)
         row = torch.tensor([n for n, number in enumerate(numbers) for _ in fed.labels[number]], device=device)
-        size = self._tokens_at_once()
+        size = self.tokens_at_once()
         tables = [
             token_scores(self.model.head(b), self.model.head(a), part)
             for b, a, part in zip(*(torch.split(each, size) for each in (fed.before, after, labels)), strict=True)
@@ -277,14 +206,6 @@ class Evaluator:
             rows[number].legacy = {name: means[name][n] for name in ("accuracy", "top1", "top10")}
             rows[number].kl = means["kl"][n]
 
-    def _tokens_at_once(self) -> int:
-        """Tokens whose logits are held at a time."""
-        return max(1, LOGITS // (4 * self.model.vocab_size))
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text.strip()
-
     def _key(self, query: Query) -> tuple[Hashable, str, str, int]:
         return self.model.active_key, query.prompt, self.model.images.identity(query.image), self.max_new_tokens
 
@@ -292,28 +213,6 @@ class Evaluator:
         """Keep the remembered answers to a number, the newest."""
         for key in list(self._answers)[: max(0, len(self._answers) - MOST_ANSWERS)]:
             self._answers.pop(key, None)
-
-
-def _merged(states: Sequence[Tensor], groups: Sequence[dict[int, tuple[int, ...]]]) -> Tensor:
-    """States (T, d) of groups of rows as one, rows in order."""
-    places: dict[int, range] = {}
-    start = 0
-    for group in groups:
-        for row in sorted(group):
-            places[row] = range(start, start + len(group[row]))
-            start += len(group[row])
-    order = [place for row in sorted(places) for place in places[row]]
-    return torch.cat(list(states))[torch.tensor(order, dtype=torch.long, device=states[0].device)]
-
-
-def _split(states: Tensor, labels: dict[int, tuple[int, ...]]) -> dict[int, Tensor]:
-    """States (T, d), rows in order, by row."""
-    rows = sorted(labels)
-    return dict(zip(rows, torch.split(states, [len(labels[row]) for row in rows]), strict=True))
-
-
-def _has_text(text: str | None) -> bool:
-    return bool((text or "").strip())
 
 
 def _rows_of(rows: Sequence[AskedRow], size: int) -> Rows:

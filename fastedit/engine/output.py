@@ -60,16 +60,19 @@ def claim_result(file: str | Path, *, expected_bytes: int | None = None, field: 
 
 
 def expected_output_bytes(model: EditableModel, plan: EditPlan, n_edits: int, *, evaluate: bool = True) -> int:
-    """Bytes that a run writes: its deltas and, where it is scored, its scores. An estimate, for a disk's room.
+    """Bytes that a run writes: deltas, a page and, where it is scored, scores. An estimate, for a disk's room.
 
     Args:
         model: loaded. plan: of the method. n_edits: how many. evaluate: whether they are scored.
     """
+    from fastedit.report import expected_page_bytes
+
     spec = plan.method.spec(model, plan.config)
     element = 8 if model.dtype == torch.float64 else 4
     shapes = new_stack(spec, 0, trainable=False).stored_shapes().values()
     scalars: int = sum(math.prod(shape) for shape in shapes)
-    return n_edits * (scalars * element + _ENTRY + _PART * len(shapes) + (_SCORES if evaluate else 0))
+    page = expected_page_bytes(n_edits if evaluate else 0)
+    return page + n_edits * (scalars * element + _ENTRY + _PART * len(shapes) + (_SCORES if evaluate else 0))
 
 
 def require_room(folder: Path, expected_bytes: int | None, field: str) -> None:

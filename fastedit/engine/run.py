@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,12 +14,12 @@ from fastedit.deltas import EditDelta
 from fastedit.engine.saving import SCORES, read_run, write_run
 from fastedit.evaluation import EditScores, Score
 from fastedit.fitting.solver import FitOutcome
+from fastedit.requests import EditRequest
 from fastedit.training import Artifact, require_artifact
 
 if TYPE_CHECKING:
     from fastedit.backbone import EditableModel
     from fastedit.export import Exported
-    from fastedit.requests import EditRequest
 
 #: Numbers of a fit's outcome, in order.
 LOSSES = ("loss", "nll", "first_nll", "best_nll")
@@ -60,6 +61,7 @@ class Run:
         provenance: everything needed to repeat and compare the run.
         checkpoints: of a sequence, number of edits made -> as ``scores``, of the edits so far.
         artifact: trained parts that the deltas need to act.
+        requests: what was asked for, in order, where the run was made in this process; it is not saved.
     """
 
     deltas: Sequence[EditDelta]
@@ -70,6 +72,7 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
     artifact: Artifact | None = None
+    requests: Sequence[EditRequest] = field(default=(), repr=False, compare=False)
 
     def __repr__(self) -> str:
         ends = ", ".join(f"{count} {status}" for status, count in Counter(o.status for o in self.outcomes).items())
@@ -102,15 +105,23 @@ class Run:
 
         The deltas go to ``deltas.safetensors``; those of a ledger are copied to files in the folder's ``deltas/``.
         Trained parts go to ``artifact.safetensors``, all else to ``scores.json``. A run that was saved there before
-        stays until this one is there as a whole, and is gone then.
+        stays until this one is there as a whole, and is gone then. ``report.html`` is a page about it, for a browser;
+        where that alone cannot be written there is a warning.
 
         Raises:
             ValueError: another process writes there, or the folder's ``deltas/`` holds those of a run that was not
                 saved; nothing was written.
             OSError: it cannot be written, or the disk is full; what was there is as it was.
         """
-        folder = Path(folder)
-        write_run(folder, self.record(), self.deltas, self.artifact)
+        from fastedit.report import REPORT, run_page, write_page
+
+        folder, record = Path(folder), self.record()
+        write_run(folder, record, self.deltas, self.artifact)
+        try:
+            write_page(folder / REPORT, run_page(record, self.requests))
+        except OSError as error:
+            detail = f"run: it is saved in {str(folder)!r}, but its page {REPORT} could not be written: {error}"
+            warnings.warn(detail, RuntimeWarning, stacklevel=2)
         return folder
 
     def export(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import DeltaSpec, EditDelta
+from fastedit.engine.leaving import Leaving
 from fastedit.engine.profiling.timing import PhaseTimer
 from fastedit.evaluation import EditScores, Score
 from fastedit.fitting.solver import FitOutcome, SolverConfig
@@ -19,6 +20,9 @@ from fastedit.fitting.views import ViewSource
 from fastedit.methods import EditPlan
 from fastedit.requests import EditRequest
 from fastedit.training import Artifact
+
+#: How fits end that came to nothing.
+FAILED = ("diverging", "diverged")
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,13 @@ class EndedEdits:
     store: EditStore | None = None
     outcomes: dict[int, FitOutcome] = field(default_factory=dict)
     scores: dict[int, EditScores] = field(default_factory=dict)
-    #: Those that this run made itself.
+    #: Those that this run made itself, and how many of them came to nothing.
     made: set[int] = field(default_factory=set)
+    failed: int = 0
     #: In memory, without a store.
     deltas: dict[int, EditDelta] = field(default_factory=dict)
+    #: Given up, each with the reason; on several workers alone.
+    set_aside: dict[int, str] = field(default_factory=dict)
     #: Of a sequence, scores after so many edits.
     checkpoints: dict[int, Mapping[str, Mapping[str, Score]]] = field(default_factory=dict)
 
@@ -136,6 +143,7 @@ class EndedEdits:
                 self.store.commit(number, delta, outcome)
         self.outcomes[number] = outcome
         self.made.add(number)
+        self.failed += outcome.status in FAILED
 
     def timeline(self) -> Sequence[int | None]:
         """What acts in sequence, in order, by number of the edit; None are edits of earlier runs."""
@@ -158,6 +166,40 @@ class EndedEdits:
         return [self.deltas[number] for number in numbers]
 
 
+class Workers(Protocol):
+    """Several processes that make edits (``engine.parallel.workers``)."""
+
+    def single(self, run: RunState, batch_size: int, evaluate: bool, show: bool | None) -> None:
+        """See ``schedule.run_single``."""
+
+    def together(
+        self,
+        run: RunState,
+        acting: Sequence[EditDelta],
+        numbers: Sequence[int],
+        state: str,
+        batch_size: int,
+        show: bool | None,
+    ) -> dict[int, EditScores]:
+        """Score edits while all these deltas act, and keep the scores as those of a state."""
+
+    def described(self) -> dict[str, Any]:
+        """For the run's provenance."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+@contextmanager
+def ending(workers: Workers | None) -> Iterator[None]:
+    """End workers behind the block."""
+    try:
+        yield
+    finally:
+        if workers is not None:
+            workers.close()
+
+
 @dataclass
 class RunState:
     """What every batch of a run shares.
@@ -165,11 +207,22 @@ class RunState:
     Args:
         job: what was asked. ended: the edits that have ended. timer: seconds by phase.
         shared: made by the method's ``setup``.
+        retention: of a sequence, keeps earlier edits while the next one is fitted (``engine.retention``); None without.
+        score_sample: of a sequence, most edits that are scored at a time; None is all.
         on_step: gets, at every step, how many edits the steps of those at work amount to.
+        workers: make the edits that do not see each other (``engine.parallel``); None makes them here.
     """
 
     job: EditJob
     ended: EndedEdits
     timer: PhaseTimer
     shared: Any = None
+    retention: Any = None
+    score_sample: int | None = None
     on_step: Callable[[float], None] | None = None
+    workers: Workers | None = None
+    #: Takes fitted deltas to ``ended``.
+    leaving: Leaving = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaving = Leaving(self.job.model.device, self.ended.keep, self.timer)

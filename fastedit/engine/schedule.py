@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from fastedit.deltas import EditDelta, accumulate, company, stack
@@ -12,10 +14,11 @@ from fastedit.deltas.growing import Beneath, GrowingSum, grows
 from fastedit.engine.checks import question_of
 from fastedit.engine.evaluate import Evaluator
 from fastedit.engine.fitting import make_deltas
-from fastedit.engine.memory.oom import Halving, once_more
+from fastedit.engine.leaving import Fitted
+from fastedit.engine.memory.oom import Halving, once_more, peak_memory_mib
+from fastedit.engine.retention import Retention
 from fastedit.engine.run_state import RunState
 from fastedit.evaluation import EditScores, summarise
-from fastedit.fitting.solver import FitOutcome
 from fastedit.methods.base import Method
 from fastedit.progress import ProgressLine, progress
 
@@ -27,25 +30,30 @@ FIT_SHARE = 0.7
 ALONE = "alone"
 
 
-def run_single(run: RunState, batch_size: int, evaluate: bool, show: bool | None) -> None:
-    """Every edit alone on the base model; where memory runs out, half as many together."""
-    ended, every = run.ended, range(len(run.job.edits))
+def run_single(
+    run: RunState, batch_size: int, evaluate: bool, show: bool | None, numbers: Sequence[int] | None = None
+) -> None:
+    """Every edit alone on the base model; where memory runs out, half as many together. ``numbers``: only these."""
+    if run.workers is not None:
+        run.workers.single(run, batch_size, evaluate, show)
+        return
+    ended, every = run.ended, range(len(run.job.edits)) if numbers is None else numbers
     waiting = deque(number for number in every if number not in ended.outcomes)
     room = Halving(run.job.model, batch_size, "in a batch of {}", "batches of {}")
-    with progress("editing", len(every), show) as line:
+    with progress("editing", len(every), show, unit="edits") as line:
         scored = Scoring(run, batch_size, line) if evaluate else None
         run.on_step = line.underway if scored is None else scored.fitting
 
-        def take(number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-            ended.keep(number, delta, outcome)
+        def take(number: int, fitted: Fitted) -> None:
             room.done += 1
+            note_outcomes(run, line)
             if scored is None:
                 line.advance()
             else:
-                scored.add(number, delta)
+                scored.add(number, fitted)
 
         if scored is None:
-            line.advance(len(every) - len(waiting))
+            line.skip(len(every) - len(waiting))
         else:
             scored.recall()
         while waiting:
@@ -57,6 +65,11 @@ def run_single(run: RunState, batch_size: int, evaluate: bool, show: bool | None
             scored.flush()
 
 
+def note_outcomes(run: RunState, line: ProgressLine) -> None:
+    """Tell a progress line how many edits have failed and the memory that the run has used."""
+    line.note(failed=run.ended.failed, memory_mib=peak_memory_mib(run.job.model.device))
+
+
 class Scoring:
     """Scores edits that have ended, a batch at a time."""
 
@@ -64,7 +77,7 @@ class Scoring:
         self.run, self.line = run, line
         self._room = Halving(run.job.model, batch_size, "scoring {} edits")
         self._evaluator = Evaluator(run.job.model, run.job.spec, run.timer)
-        self._ended: list[tuple[int, EditDelta]] = []
+        self._ended: dict[int, Fitted] = {}
         self._share = FIT_SHARE
 
     def recall(self) -> None:
@@ -72,14 +85,14 @@ class Scoring:
         ended = self.run.ended
         known = ended.known_scores(ALONE)
         ended.scores.update({number: known[number] for number in ended.outcomes if number in known})
-        self.line.advance(len(ended.scores))
+        self.line.skip(len(ended.scores))
         missing = [number for number in sorted(ended.outcomes) if number not in known]
         for number, delta in zip(missing, ended.deltas_of(missing), strict=True):
-            self.add(number, delta)
+            self.add(number, Fitted(None, delta))
 
-    def add(self, number: int, delta: EditDelta) -> None:
+    def add(self, number: int, fitted: Fitted) -> None:
         """One more has ended."""
-        self._ended.append((number, delta))
+        self._ended[number] = fitted
         if len(self._ended) >= self._room.size:
             self.flush()
 
@@ -89,18 +102,26 @@ class Scoring:
 
     def flush(self) -> None:
         """Score those that wait for it."""
+        # Scores are of edits that are kept: one that could not be is fitted again
+        self.run.leaving.land()
+        self._ended = {number: each for number, each in self._ended.items() if number in self.run.ended.outcomes}
         # What memory has no room for beside a batch stays here until there is room
         while self._ended:
-            part = self._ended[: self._room.size]
+            part = dict(islice(self._ended.items(), self._room.size))
             with self._room.trial(len(part)):
-                stacked = stack([delta for _, delta in part], device=self.run.job.model.device)
-                found = self._evaluator.scores([self.run.job.edits[number] for number, _ in part], stacked)
-                scores = {number: each for (number, _), each in zip(part, found, strict=True)}
+                try:
+                    stacked = stack([fitted.nearest for fitted in part.values()], device=self.run.job.model.device)
+                    found = self._evaluator.scores([self.run.job.edits[number] for number in part], stacked)
+                except BaseException:
+                    # Room may be short
+                    self.run.leaving.release()
+                    raise
+                scores = dict(zip(part, found, strict=True))
                 self.run.ended.keep_scores(ALONE, scores)
                 self.run.ended.scores.update(scores)
                 self._room.done += len(part)
                 self.line.advance(len(part))
-                del self._ended[: len(part)]
+                self._ended = {number: each for number, each in self._ended.items() if number not in part}
                 spent = self.run.timer.total()
                 self._share = self.run.timer.total(without=("evaluation",)) / spent if spent else FIT_SHARE
 
@@ -114,6 +135,7 @@ def run_sequential(run: RunState, batch_size: int, evaluate: bool, show: bool | 
     apart = run.job.plan.method.sequence == "route"
     if apart:
         run_single(run, batch_size, False, show)
+    run.retention = Retention.of(run.job, run.timer)
     sequence = InSequence(run, batch_size, show)
     label = "scoring in sequence" if apart else "editing in sequence"
 
@@ -121,20 +143,22 @@ def run_sequential(run: RunState, batch_size: int, evaluate: bool, show: bool | 
         found = sequence.scores()
         return [found[number] for number in sorted(found)]
 
-    with progress(label, len(run.job.edits), show) as line:
+    with progress(label, len(run.job.edits), show, unit="edits") as line:
         run.on_step = line.underway
         timeline = list(run.ended.timeline())
         before = run.ended.deltas_of(range(len(timeline))) if run.ended.store is None else run.ended.store.acting()
-        waiting = [number for number in range(len(run.job.edits)) if number not in run.ended.outcomes]
+        ended = {**run.ended.outcomes, **run.ended.set_aside}
+        waiting = [number for number in range(len(run.job.edits)) if number not in ended]
         for place, number in enumerate([*timeline, *waiting]):
             if place >= len(timeline):
                 assert number is not None
                 sequence.add(number, _next(run, number, sequence))
             else:
                 # Not read where it stays in the store
-                sequence.add(number, None if sequence.is_stored else before[place])
+                sequence.add(number, None if sequence.is_stored else Fitted(None, before[place]))
             if number is None:
                 continue
+            note_outcomes(run, line)
             line.advance()
             if evaluate and len(sequence.numbers) in score_at:
                 run.ended.checkpoints[len(sequence.numbers)] = summarise(score(), seed=run.job.seed)
@@ -168,25 +192,30 @@ class InSequence:
         self._sum_is_all = True
         self._places = 0
 
-    def add(self, number: int | None, new: EditDelta | None) -> None:
+    def add(self, number: int | None, new: Fitted | None) -> None:
         """One more edit acts, of this run or of another one; its delta is None where the store has it."""
         self._places += 1
         if number is not None:
             self.numbers.append(number)
         if new is not None:
             once_more(self.run.job.model, partial(self._take_up, new), "adding up {} edit")
+        if self.run.retention is not None and number is not None:
+            self.run.retention.take_up(number, self.beneath(number).stacks)
 
-    def _take_up(self, new: EditDelta) -> None:
-        job = self.run.job
+    def _take_up(self, fitted: Fitted) -> None:
+        job, new = self.run.job, fitted.in_memory
+        assert new is not None
         if self._is_plain:
             # In place: a copy for every edit would make a long sequence quadratic
             self.committed.append(new)
             return
         if self._sum is not None and not self.committed:
-            beneath = job.plan.method.active_while_fitting(job.plan.config, [new], "")
+            # The sum takes up what has not left its device yet
+            near = fitted.nearest
+            beneath = job.plan.method.active_while_fitting(job.plan.config, [near], "")
             # One that does not add up with those before it is refused there
             if all(grows(delta) for delta in beneath) or len(self._sum):
-                self._sum_is_all = self._sum_is_all and len(beneath) == 1 and beneath[0] is new
+                self._sum_is_all = self._sum_is_all and len(beneath) == 1 and beneath[0] is near
                 for delta in beneath:
                     self._sum.add(delta, new.id)
                 return
@@ -203,47 +232,74 @@ class InSequence:
 
     def _acting(self) -> Any:
         """All that acts, stacked."""
-        run, device = self.run, self.run.job.model.device
-        store = run.ended.store
+        if self._sum is not None and not self.committed and self._sum_is_all:
+            return self._sum
+        return stack(self._acting_deltas(), device=self.run.job.model.device)
+
+    def _acting_deltas(self) -> Sequence[EditDelta]:
+        """All that acts."""
+        ended, store = self.run.ended, self.run.ended.store
         if self._sum is not None and not self.committed:
-            if self._sum_is_all:
-                return self._sum
-            made = run.ended.deltas_of(self.numbers) if store is None else store.acting(self._places)
-            return stack([accumulate(list(made))], device=device)
-        acting = self.committed if store is None or not self.is_stored else store.acting(self._places)
-        return stack(acting, device=device)
+            made = ended.deltas_of(self.numbers) if store is None else store.acting(self._places)
+            return [accumulate(list(made))]
+        return self.committed if store is None or not self.is_stored else store.acting(self._places)
+
+    def _scored(self) -> list[int]:
+        """The edits so far that are scored: all, or as many of them as are wanted, drawn for this length."""
+        most = self.run.score_sample
+        if most is None or len(self.numbers) <= most:
+            return self.numbers
+        rng = random.Random(f"{self.run.job.seed}|{len(self.numbers)}|scored")
+        return sorted(rng.sample(self.numbers, most))
 
     def scores(self) -> dict[int, EditScores]:
-        """Scores of all edits so far, with what acts now."""
-        run, store, model = self.run, self.run.ended.store, self.run.job.model
+        """Scores of the edits so far, or of a sample of them, with what acts now."""
+        run, store, model, wanted = self.run, self.run.ended.store, self.run.job.model, self._scored()
         state = "" if store is None else store.state(self._places)
         known = run.ended.known_scores(state)
-        found = {number: known[number] for number in self.numbers if number in known}
-        missing = [number for number in self.numbers if number not in known]
+        found = {number: known[number] for number in wanted if number in known}
+        missing = [number for number in wanted if number not in known]
         if not missing:
             return found
+        if run.workers is not None:
+            made = run.workers.together(run, self._acting_deltas(), missing, state, self.batch_size, self.show)
+            return found | made
         with run.timer.phase("evaluation"):
             stacked = once_more(model, self._acting, f"stacking {self._places} deltas")
-        evaluator = Evaluator(model, run.job.spec, run.timer)
-        with progress(f"scoring after edit {len(self.numbers)}", len(missing), self.show) as line:
-            for start in range(0, len(missing), self.batch_size):
-                part = missing[start : start + self.batch_size]
-                scored = evaluator.scores([run.job.edits[number] for number in part], stacked, shared=True)
-                scores = dict(zip(part, scored, strict=True))
-                run.ended.keep_scores(state, scores)
-                found |= scores
-                line.advance(len(part))
-        return found
+        label = f"scoring after edit {len(self.numbers)}"
+        return found | score_together(run, stacked, missing, state, self.batch_size, label, self.show)
 
 
-def _next(run: RunState, number: int, sequence: InSequence) -> EditDelta:
+def score_together(
+    run: RunState,
+    stacked: Any,
+    numbers: Sequence[int],
+    state: str,
+    batch_size: int,
+    label: str,
+    show: bool | None,
+) -> dict[int, EditScores]:
+    """Score edits here while all stacked deltas act, and keep the scores as those of a state."""
+    evaluator = Evaluator(run.job.model, run.job.spec, run.timer)
+    found: dict[int, EditScores] = {}
+    with progress(label, len(numbers), show) as line:
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            scored = evaluator.scores([run.job.edits[number] for number in part], stacked, shared=True)
+            scores = dict(zip(part, scored, strict=True))
+            run.ended.keep_scores(state, scores)
+            found |= scores
+            line.advance(len(part))
+    return found
+
+
+def _next(run: RunState, number: int, sequence: InSequence) -> Fitted:
     """The delta of one edit, made on top of those before it."""
-    fitted: list[EditDelta] = []
+    made: list[Fitted] = []
 
-    def take(_number: int, delta: EditDelta, outcome: FitOutcome) -> None:
-        run.ended.keep(number, delta, outcome)
-        fitted.append(delta)
+    def take(_number: int, fitted: Fitted) -> None:
+        made.append(fitted)
 
     beneath = once_more(run.job.model, lambda: sequence.beneath(number), "stacking what acts")
     once_more(run.job.model, lambda: make_deltas(run, deque([number]), 1, beneath, take), "in a sequence")
-    return fitted[0]
+    return made[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from fastedit.backbone import EditableModel
 from fastedit.backbone.context import on_frozen_model, with_gradients
+from fastedit.data import fingerprint
 from fastedit.engine.arguments import check_records
 from fastedit.engine.memory.oom import is_out_of_memory, release_memory
 from fastedit.engine.output import claim_result, require_room
@@ -23,7 +24,7 @@ from fastedit.ops import keep_freed_memory
 from fastedit.progress import progress
 from fastedit.requests import EditRequest
 from fastedit.settings import typed
-from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, save_artifact, train_task
+from fastedit.training import Artifact, Task, TrainerConfig, load_artifact, processes, save_artifact, train_task
 
 # On disk at once, of what is trained: a checkpoint of values, moments and the best, the one before it, the artifact
 _COPIES = 9
@@ -60,6 +61,11 @@ def train(
         overrides: fields of the method's and the objective's config.
     Returns:
         Artifact, for ``fastedit.edit(..., artifact=...)``.
+
+    Under torchrun or accelerate launch all processes train together: each has ``batch_size`` records of a step, the
+    first one reads and writes ``out``, and all of them return the artifact. Checkpoints are those of one process with
+    the whole batch: another number of processes goes on from them where processes times ``batch_size`` is the same.
+
     Raises:
         ValueError: a method without trained parts, a setting that does not exist, or records that do not suffice; or
             ``out`` cannot be written to, another process writes it, or the disk has no room; before any work starts.
@@ -78,10 +84,16 @@ def train(
     if model.device.type == "cpu":
         keep_freed_memory()
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
-    with _alone(), nullcontext() if out is None else claim_result(out, field="train") as path:
+    processes.join()
+    with _alone(), _claimed(out) as path:
+        show_progress = show_progress if processes.is_first() else False
+        settings = replace(settings, batch_size=settings.batch_size * processes.count())
+        _require_alike(model, plan, records, settings, resume)
         with progress(f"preparing {kind}", 0, show_progress):
             task = plan.method.task(model, plan.config, objective, list(records), settings)
-        done = _done(path, model, kind, task, settings) if path is not None and resume else None
+        done = processes.by_first(
+            lambda: _done(path, model, kind, task, settings) if path is not None and resume else None
+        )
         if done is not None:
             return done
         if path is not None:
@@ -89,7 +101,7 @@ def train(
         state = None if path is None else path.with_name(path.name + ".training")
         made = train_task(
             task, settings, checkpoint=state, resume=resume, show_progress=show_progress,
-            recover=partial(_recover, model, kind, settings, state),
+            recover=partial(_recover, model, kind, settings, state) if processes.count() == 1 else None,
         )  # fmt: skip
         metrics = {**made.metrics, "task": getattr(task, "fingerprint", ""), "trainer": asdict(settings)}
         artifact = replace(made, kind=kind, metrics=metrics)
@@ -97,6 +109,22 @@ def train(
             save_artifact(artifact, path)
             state.unlink(missing_ok=True)
         return artifact
+
+
+def _claimed(out: str | Path | None) -> AbstractContextManager[Path | None]:
+    """The file that is written, where this process writes one."""
+    return claim_result(out, field="train") if out is not None and processes.is_first() else nullcontext()
+
+
+def _require_alike(
+    model: EditableModel, plan: EditPlan, records: Sequence[EditRequest], settings: TrainerConfig, resume: bool
+) -> None:
+    """Refuse processes that were asked for different work."""
+    if processes.count() == 1:
+        return
+    asked = {"method": plan.name, "config": repr((plan.config, plan.objective_config)), "trainer": repr(settings)}
+    asked |= {"records": fingerprint(records), "model": model.fingerprint, "resume": str(resume)}
+    processes.require_alike(asked, model.device)
 
 
 def _recover(

@@ -56,7 +56,7 @@ def placing(
     """
     folder = Path(folder)
     with claim_output(folder, overwrite=overwrite, expected_bytes=expected_bytes, field="export") as claimed:
-        _require_free(claimed, overwrite)
+        require_free(claimed, overwrite)
         place = claimed.resolve()
         _clear(place)
         path = place.with_name(f".{place.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -70,8 +70,13 @@ def placing(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _require_free(folder: Path, overwrite: bool) -> None:
-    held = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds what no export may take the place of.
+
+    Raises:
+        FileExistsError: says what is there.
+    """
+    held = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
     if held and not (overwrite and EXPORT_FILE in held):
         rule = "holds an earlier export where overwrite=True is given" if overwrite else "is new or empty"
         hint = "" if overwrite else "; overwrite=True replaces an earlier export"

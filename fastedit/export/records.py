@@ -12,7 +12,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.prompts import chat
 from fastedit.data.images import locate, open_file, open_image, store_image
 from fastedit.data.jsonl import write_jsonl
-from fastedit.data.schema import to_json, write_text
+from fastedit.data.schema import MEMBER_FIELDS, to_json, write_text
 from fastedit.deltas import EditDelta
 from fastedit.engine.acting import applied
 from fastedit.evaluation import EvaluationView, evaluation_views, exact_match
@@ -210,8 +210,8 @@ def _stored(request: EditRequest, folder: Path) -> EditRequest:
         for name in ("image", "image_rephrase", "image_locality_image")
         if (visual := getattr(request, name)) is not None
     }
-    fields["portability"] = tuple(moved(query) for query in request.portability)
-    fields["probes"] = tuple(moved(probe) for probe in request.probes)
+    for name in MEMBER_FIELDS:
+        fields[name] = tuple(moved(each) for each in getattr(request, name))
     return replace(request, **fields)
 
 

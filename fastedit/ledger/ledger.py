@@ -259,11 +259,15 @@ class Ledger:
 
     # Out of the ledger
 
-    def export(self, kind: str, folder: str | Path, **options: Any) -> Exported:
-        """Write what acts now for others to use (``fastedit.export``): "peft", "merged", "delta" or "records"."""
+    def export(self, kind: str, folder: str | Path, *, at: str | int | None = None, **options: Any) -> Exported:
+        """Write what acts for others to use (``fastedit.export``): "peft", "merged", "delta" or "records".
+
+        Args:
+            at: a tag or an event, as of which; None is now.
+        """
         from fastedit.export import export_deltas
 
-        state = self.state()
+        state = state_at(self, at)
         with self.on_base():
             return export_deltas(
                 kind, self.needs_model("export"), state.acting(), folder, requests=state.requests(), **options

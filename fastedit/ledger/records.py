@@ -21,7 +21,7 @@ from fastedit.requests import EditRequest, ImageSource, Probe, Query, Video, Vis
 #: Folder of the images below that of the ledger.
 IMAGES = "images"
 _NAME = re.compile(r"[0-9a-f]{64}\.(png|jpg|jpeg|webp|bmp|gif|img)")
-_MEMBERS: dict[str, type] = {"portability": Query, "probes": Probe}
+_MEMBERS: dict[str, type] = {"portability": Query, "probes": Probe, "paraphrases": Query}
 
 
 class ImageStore:

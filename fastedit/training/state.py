@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastedit.files import read_tensors, tensors_digest, write_tensors
+from fastedit.training import processes
 from fastedit.training.artifact import Artifact
 from fastedit.training.config import TrainerConfig
 
@@ -154,7 +155,7 @@ class State:
     def validate(self) -> None:
         """Score the present parameters; keep them if they are the best so far."""
         with seeded(self.config.seed, -1, list(self.parameters.values())):
-            found = {name: float(value) for name, value in self.task.validate().items()}
+            found = processes.by_first(lambda: {name: float(value) for name, value in self.task.validate().items()})
         if "score" not in found:
             raise ValueError(f"train {self.task.name}: validation gives 'score' (got {sorted(found)})")
         found["step"] = self.step
@@ -224,6 +225,25 @@ class State:
             self.losses = [float(loss) for loss in first], [float(loss) for loss in last]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"train {self.task.name}: a whole checkpoint (got {error!r:.200} in {path})") from error
+
+    def share(self) -> None:
+        """Go on from where the first of several processes is, which alone reads checkpoints."""
+        if processes.count() == 1:
+            return
+        moments = {n: self.optimiser.state[p] for n, p in self.parameters.items() if p in self.optimiser.state}
+        counted = self.step, self.waited, self.best, self.history, self.seconds, self.losses
+        tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        shared = processes.by_first(lambda: (tensors, moments, self._best_tensors, counted))
+        tensors, moments, self._best_tensors, counted = shared
+        self.step, self.waited, self.best, self.history, self.seconds, self.losses = counted
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+        for name, values in moments.items():
+            place = self.parameters[name].device
+            self.optimiser.state[self.parameters[name]] = {
+                key: value.to("cpu" if key == "step" else place) for key, value in values.items()
+            }
 
     def _owner(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that goes on from it."""

@@ -15,6 +15,7 @@ import torch
 
 from fastedit.files import claim_file
 from fastedit.progress import progress
+from fastedit.training import processes
 from fastedit.training.artifact import Artifact
 from fastedit.training.config import TrainerConfig
 from fastedit.training.state import State, Task, broken_message, seeded
@@ -66,6 +67,7 @@ def _train(
     task, config = state.task, state.config
     if path is not None and resume and path.is_file():
         state.load(path)
+    state.share()
     start = time.monotonic()
     with progress(f"training {task.name}", config.steps, show_progress, done=state.step) as line:
         while state.step < config.steps and not state.stopped:
@@ -81,7 +83,7 @@ def _train(
     state.check_finite(path)
     if state.history and state.best is None:
         raise FloatingPointError(broken_message(state, path, f"no finite score in {len(state.history)} validations"))
-    if state.status == "diverging":
+    if state.status == "diverging" and processes.is_first():
         message = f"train {task.name}: the loss ended above where it began (got {state.told_losses}); try a smaller lr"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     artifact = task.result()
@@ -122,10 +124,11 @@ def _step(state: State, path: Path | None) -> dict[str, float]:
     state.optimiser.zero_grad(set_to_none=True)
     with seeded(config.seed, state.step, parameters):
         loss, parts = state.task.loss(state.step)
-    value = float(loss.detach())
+    value = processes.mean(float(loss.detach()))
     if not math.isfinite(value):
         raise FloatingPointError(broken_message(state, path, f"loss={value}"))
     loss.backward()  # type: ignore[no-untyped-call]
+    processes.average_gradients(parameters)
     limit = math.inf if config.clip is None else config.clip
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 import fastedit
 from fastedit import EditRequest, Probe, Query
 from fastedit.backbone import EditableModel
+from fastedit.evaluation import EditScores
 
 
 def picture(seed: int) -> Image.Image:
@@ -57,3 +60,16 @@ def model() -> EditableModel:
 @pytest.fixture(scope="session")
 def edits() -> list[EditRequest]:
     return make_edits(5)
+
+
+def assert_scored_alike(found: Sequence[EditScores], expected: Sequence[EditScores], **tolerance: float) -> None:
+    """Equal answers and rates; values of logits, which feel how many rows were computed side by side, nearly."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.answers == other.answers
+        for table, known in ((one.legacy, other.legacy), (one.strict, other.strict)):
+            of_logits = {name for name in known if name.endswith("_kl")}
+            assert {k: v for k, v in table.items() if k not in of_logits} == {
+                k: v for k, v in known.items() if k not in of_logits
+            }
+            for name in of_logits:
+                assert table[name] == pytest.approx(known[name], **tolerance)

@@ -245,6 +245,24 @@ def test_what_cannot_act_in_a_stock_call_says_why(llava: EditableModel) -> None:
             hf.save_pretrained("nowhere")
 
 
+def test_another_fastedit_model_around_the_same_stock_model_says_what_to_do(llava: EditableModel) -> None:
+    other = fastedit.wrap(llava.hf, llava.processor)
+    asked = edits()[0]
+    for deltas in (fitted(llava, "grace", mode="sequential"), fitted(llava, "grace", mode="sequential")[:1]):
+        with (
+            fastedit.attached(llava.hf, deltas, llava.processor, check_sequence=False),
+            pytest.raises(ValueError, match=r"attach them to the one that is called, fastedit.attach\(model, deltas\)"),
+        ):
+            other.answer(asked.image, asked.prompt)
+    apart = fitted(llava, "lora")
+    with fastedit.attached(llava, apart), pytest.raises(ValueError, match=r"edit_ids= or select=.*\(got 2 deltas\)"):
+        llava.answer(asked.image, asked.prompt)
+    # One change of weights needs no choice
+    with fastedit.attached(llava, apart[0]):
+        assert other.answer(asked.image, asked.prompt) == llava.answer(asked.image, asked.prompt)
+    assert other.answer(asked.image, asked.prompt) == llava.answer(asked.image, asked.prompt)
+
+
 def test_a_model_with_adapters_of_others_is_edited_on_top_of_them() -> None:
     peft = pytest.importorskip("peft")
     own = fastedit.load("random:llava-tiny", dtype="float64")

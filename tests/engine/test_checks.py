@@ -49,3 +49,9 @@ def test_a_method_without_sequences_says_so() -> None:
     with pytest.raises(ValueError, match=r"ike edits one question at a time and keeps no sequence"):
         check_sequence(resolve("ike", {}), "sequential", (), 4)
     check_sequence(resolve("ike", {}), "single", (), 4)
+
+
+@pytest.mark.parametrize(("mode", "sample"), [("single", 3), ("sequential", 0)])
+def test_a_sample_of_scores_is_of_a_sequence(mode: str, sample: int) -> None:
+    with pytest.raises(ValueError, match=r"score_sample is at least 1, or None, and belongs to mode='sequential'"):
+        check_sequence(resolve("lora", {}), mode, (), 4, sample)

@@ -10,10 +10,11 @@ import torch
 
 import fastedit
 from benchmarks.baselines.metrics import kl_divergence, ranked_agreement, token_accuracy, top_ids
-from fastedit import EditRequest, Query
+from fastedit import EditRequest, Probe, Query
 from fastedit.backbone import EditableModel
 from fastedit.evaluation import MUST_CHANGE, MUST_STAY, evaluation_views
 from fastedit.evaluation.scoring import row_means, token_scores
+from fastedit.requests import PARAPHRASE_KINDS, PROBE_KINDS, WORDINGS
 
 
 @torch.no_grad()
@@ -65,7 +66,24 @@ def test_generated_answers_equal_one_question_at_a_time(model: EditableModel, ed
         assert scored.strict["near"] == pytest.approx(sum(stay) / len(stay))
 
 
+def asked_in_every_way(edit: EditRequest) -> EditRequest:
+    """With a paraphrase of every kind, and a probe of every kind in both wordings."""
+    paraphrases = tuple(Query(f"{edit.prompt} {kind}", edit.image, kind=kind) for kind in PARAPHRASE_KINDS)
+    probes = tuple(
+        Probe(
+            kind,
+            f"{edit.prompt} {kind} {wording}",
+            None if kind in ("blind", "text_locality") else edit.image_locality_image,
+            wording=wording,
+        )
+        for kind in PROBE_KINDS
+        for wording in WORDINGS
+    )
+    return dataclasses.replace(edit, paraphrases=paraphrases, probes=(*edit.probes, *probes))
+
+
 def test_every_score_is_reported_with_an_interval(model: EditableModel, edits: list[EditRequest]) -> None:
+    edits = [asked_in_every_way(edit) for edit in edits]
     run = fastedit.edit(model, edits, "ft", steps=10, batch_size=4)
     for protocol in ("legacy", "strict"):
         for name in (*MUST_CHANGE, *MUST_STAY):

@@ -26,6 +26,7 @@ from fastedit.engine.run import Run, Timing
 from fastedit.evaluation import EditScores, Score
 from fastedit.files import claim_folder
 from fastedit.fitting.solver import FitOutcome
+from fastedit.report import REPORT
 from fastedit.training import Artifact, save_artifact
 from tests.deltas.test_storage import deltas as some_deltas
 from tests.files.damage import flipped
@@ -48,7 +49,8 @@ def make(label: str, layout: str, folder: Path, *, artifact: bool, elsewhere: Pa
         deltas.append([made[1], made[0]], [1, 0])
         deltas.append([made[2]], [2])
     part = Artifact("mend", "f" * 64, {"label": label}, {"a": torch.full((3,), float(shift))}) if artifact else None
-    scored = [EditScores({"reliability": 1.0}, {"reliability": 0.5}, [{"label": label}]) for _ in made]
+    answer = {"score": "reliability", "prompt": "Who?", "wanted": label, "before": "", "after": label}
+    scored = [EditScores({"reliability": 1.0}, {"reliability": 0.5}, [answer]) for _ in made]
     return Run(
         deltas,
         [FitOutcome("converged", shift + n, 0.25, float("nan")) for n in range(3)],
@@ -136,7 +138,7 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
         left = {path.name for path in folder.iterdir()}
         stored = {"deltas"} if new != "memory" or old == "inside" else {"deltas.safetensors"}
         stored |= {"deltas.safetensors"} if new == "memory" else set()
-        assert left == {"scores.json"} | stored | ({"artifact.safetensors"} if artifacts[1] else set())
+        assert left == {"scores.json", REPORT} | stored | ({"artifact.safetensors"} if artifacts[1] else set())
         shutil.rmtree(base)
         if ended:
             break
@@ -276,7 +278,7 @@ def test_a_flipped_bit_anywhere_in_a_run_is_refused(layout: str, tmp_path: Path)
     run = make("old", layout, folder, artifact=True, elsewhere=tmp_path)
     expected = whole(run)
     run.save(folder)
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != REPORT]
     assert len(files) == (3 if layout == "memory" else 4)
     for path in files:
         refused = 0
@@ -302,7 +304,7 @@ def test_files_of_different_runs_are_not_put_together(tmp_path: Path) -> None:
         other = make("new", layout, b, artifact=True, elsewhere=tmp_path / layout)
         one.save(a)
         other.save(b)
-        for name in sorted(path.name for path in a.iterdir()):
+        for name in sorted(path.name for path in a.iterdir() if path.name != REPORT):
             shutil.move(a / name, tmp_path / "kept")
             (shutil.copytree if (b / name).is_dir() else shutil.copyfile)(b / name, a / name)
             with pytest.raises(ValueError, match="are of one run"):
@@ -365,7 +367,7 @@ def test_leftovers_of_killed_processes_are_cleaned_up(tmp_path: Path) -> None:
         (tmp_path / name / "deltas-000000.safetensors.0badc0de.partial").write_bytes(b"half")
     assert whole(Run.load(tmp_path)) == whole(old)
     old.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deltas.safetensors", "scores.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deltas.safetensors", REPORT, "scores.json"]
 
 
 def test_a_run_is_exported_with_its_own_edits(model: EditableModel, edits: list[EditRequest], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastedit.backbone import EditableModel
 from fastedit.data.images import open_image
 from fastedit.deltas import EditDelta
 from fastedit.evaluation import evaluation_views
+from fastedit.evaluation.protocol import MUST_CHANGE
 from fastedit.export import export_deltas
 from fastedit.export.records import dataset, examples
 from fastedit.requests import images_of
@@ -48,7 +49,7 @@ def test_every_view_is_an_example_that_chat_templates_take(
         assert text in rendered
         image = tmp_path / "out" / row["images"][0] if row["images"] else None
         if row["changes"]:
-            assert row["score"] in ("reliability", "text_generality", "image_generality", "portability")
+            assert row["score"] in MUST_CHANGE
         else:
             assert model.answer(image, asked["content"][-1]["text"]) == text
 

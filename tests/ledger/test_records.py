@@ -26,7 +26,11 @@ def pixels(visual: object) -> list[bytes]:
 def test_every_part_comes_back(tmp_path: Path) -> None:
     picture(7).save(tmp_path / "a.png")
     picture(8).save(tmp_path / "b.jpg")
-    first = replace(make_edits(1)[0], tags=("hard", "two"), prediction="")
+    first = replace(
+        make_edits(1)[0], tags=("hard", "two"), prediction="",
+        probes=(Probe("same", "So?", picture(3), wording="unseen"), Probe("text_locality", "Who?")),
+        paraphrases=(Query("which", picture(4), "b", "polite"),),
+    )  # fmt: skip
     listed = replace(
         first, image=(tmp_path / "a.png", picture(9)), image_rephrase=tmp_path / "b.jpg",
         image_locality_image=Video((picture(1), picture(2)), fps=2.5), target=" two  words\n",
@@ -43,13 +47,16 @@ def test_every_part_comes_back(tmp_path: Path) -> None:
                 getattr(request, name), (tuple, Video)
             )
         bare = {"image": None, "image_rephrase": None, "image_locality_image": None, "image_locality_prompt": None}
-        bare |= {"image_locality_answer": None, "portability": (), "probes": ()}
+        bare |= {"image_locality_answer": None, "portability": (), "probes": (), "paraphrases": ()}
         assert replace(back, **bare) == replace(request, **bare)  # type: ignore[arg-type]
         assert [(q.prompt, q.answer, q.kind) for q in back.portability] == [
             (q.prompt, q.answer, q.kind) for q in request.portability
         ]
-        assert [(p.kind, p.prompt, p.answer, pixels(p.image)) for p in back.probes] == [
-            (p.kind, p.prompt, p.answer, pixels(p.image)) for p in request.probes
+        assert [(p.score, p.prompt, p.answer, pixels(p.image)) for p in back.probes] == [
+            (p.score, p.prompt, p.answer, pixels(p.image)) for p in request.probes
+        ]
+        assert [(p.kind, p.prompt, p.answer, pixels(p.image)) for p in back.paraphrases] == [
+            (p.kind, p.prompt, p.answer, pixels(p.image)) for p in request.paraphrases
         ]
         assert question_digest(back) == question_digest(request)
         # What was read from the ledger is written as what it was read from

@@ -17,7 +17,8 @@ from fastedit.backbone import EditableModel, Site
 from fastedit.backbone.model import VISION_BATCH, VISION_BATCH_CPU
 from fastedit.deltas import DeltaSpec
 from fastedit.deltas.kinds import new_stack
-from fastedit.engine.evaluate import LOGITS, MEMORY
+from fastedit.engine.asking import LOGITS, MEMORY
+from fastedit.engine.leaving import MOST_BYTES
 from fastedit.engine.memory.workload import RowKind, Workload
 from fastedit.fitting.prepared import split_point
 
@@ -224,6 +225,7 @@ def phase_parts(
             "logits": logits,
             "penalty": penalty,
             "delta rows": _DELTA_ROWS * delta,
+            "fitted deltas on the device": 0 if on_cpu else min(MOST_BYTES, delta),
             "gradient masks": batch_size * masks,
             "expanded tail": expanded_bytes(model, sizes.first),
         },

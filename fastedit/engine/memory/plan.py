@@ -19,7 +19,7 @@ from fastedit.engine.memory.limits import available_bytes, process_bytes
 from fastedit.engine.memory.workload import Workload, measure_workload
 from fastedit.methods import EditPlan, resolve
 from fastedit.objectives import InvariantConfig, Role
-from fastedit.objectives.invariant import penalty_bytes
+from fastedit.objectives.multiplier import multiplier_bytes
 from fastedit.ops import release_workspaces
 from fastedit.requests import EditRequest
 
@@ -132,7 +132,7 @@ class _Run:
         if not isinstance(config, InvariantConfig):
             return 0
         element = 8 if self.model.dtype == torch.float64 else 4
-        return penalty_bytes(config, self.parameters, batch_size, element, COLUMNS)
+        return multiplier_bytes(config, self.parameters, batch_size, element, COLUMNS)
 
     def _earlier_bytes(self) -> int:
         """What edits that add up keep on the device for those behind them."""

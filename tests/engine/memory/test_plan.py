@@ -102,7 +102,8 @@ def test_masks_of_gradients_are_counted() -> None:
 def test_the_penalty_of_an_objective_is_counted() -> None:
     """Its sketch is read in blocks: nothing as large as the deltas' rows comes with it."""
     settings: dict[str, Any] = {"batch_size": 8, "edits": make_edits(8), "evaluate": False}
-    plain, penalised = (plan(method=method, **settings).phases["fit"] for method in ("kl+ft", "odedit+ft"))
+    methods: dict[str, dict[str, Any]] = {"kl+ft": {}, "odedit+ft": {"dual": "network"}}
+    plain, penalised = (plan(method=name, **more, **settings).phases["fit"] for name, more in methods.items())
     one = 2 * 4096 * 11008
     blocks, networks = 3 * 8 * COLUMNS * 4, 8 * 32 * 4096 * 4
     assert "penalty" not in plain
