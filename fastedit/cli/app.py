@@ -10,6 +10,7 @@ from rich.console import Console
 
 import fastedit
 from fastedit.cli.failures import Commands
+from fastedit.progress import planning_memory
 
 app = typer.Typer(
     cls=Commands,
@@ -32,11 +33,13 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # What a command plans for is not the plan of what this process does after it
+    context.with_resource(planning_memory())
 
 
 def tell(text: str, **options: Any) -> None:

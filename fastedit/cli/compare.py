@@ -18,6 +18,7 @@ from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.engine.run import plain
 from fastedit.files import write_json
 from fastedit.methods import resolve, setting_names
+from fastedit.report import REPORT, comparison_page, write_page
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact
 
@@ -90,7 +91,7 @@ class Comparison:
                 )
 
     def run(self, console: Console, model: EditableModel, **options: Any) -> dict[str, Run]:
-        """Run every method; print tables and write ``comparison.json``, ``comparison.png`` and the runs.
+        """Run every method; print tables and write ``comparison.json``, a picture, a page and the runs.
 
         Args:
             options: of ``fastedit.edit``, for every method.
@@ -155,16 +156,22 @@ class Comparison:
         )
 
     def finish(self, console: Console, model: EditableModel, runs: Mapping[str, Run], mode: str) -> None:
-        """Print the tables, write the record and the picture."""
+        """Print the tables, write the record, the picture and the page."""
         print_scores(console, runs)
+        records = {name: run.record() for name, run in runs.items()}
         record = {
             "model": model.name,
             "data": self.data,
             "n_edits": len(self.edits),
             "mode": mode,
-            "runs": {name: {k: v for k, v in run.record().items() if k != "edits"} for name, run in runs.items()},
+            "runs": {name: {k: v for k, v in run.items() if k != "edits"} for name, run in records.items()},
         }
         path = self.out / "comparison.json"
         write_json(path, plain(record))
         picture = draw_comparison(record, self.out / "comparison.png")
-        console.print(f"table: {path}\npicture: {picture}\nruns: {self.out}", soft_wrap=True, markup=False)
+        links = {name: f"{self.folder(name.split(' ')[0]).name}/{REPORT}" for name in runs}
+        page = write_page(self.out / REPORT, comparison_page(records, self.edits, links=links))
+        console.print(
+            f"table: {path}\npicture: {picture}\nruns: {self.out}\nreport, for a browser: {page}", soft_wrap=True,
+            markup=False,
+        )  # fmt: skip

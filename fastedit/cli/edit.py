@@ -15,12 +15,14 @@ from fastedit.backbone import EditableModel
 from fastedit.cli.app import tell
 from fastedit.cli.documents import print_document
 from fastedit.cli.failures import STOPPED, Ended, command_line, reason, sentence, status_of
+from fastedit.cli.report import examples
 from fastedit.cli.tables import print_scores
 from fastedit.engine import Run, RunInterrupted, RunStopped
 from fastedit.ledger import Ledger, check_folder
 from fastedit.ledger.asked import answered
 from fastedit.ledger.schema import FILE
 from fastedit.progress import progress
+from fastedit.report import REPORT
 from fastedit.requests import EditRequest
 
 
@@ -108,11 +110,15 @@ def save_and_show(console: Console, run: Run, method: str, keeping: Keeping, ope
             print_document(_document(run, keeping))
         else:
             print_scores(console, {method: run})
+            shown = examples(run)
+            if shown is not None:
+                console.print(shown)
     if keeping.as_json:
         return
     out = keeping.out
     if out is not None:
         console.print(f"scores: {out / 'scores.json'}\ndeltas: {deltas_of(run, out)}", soft_wrap=True, markup=False)
+        console.print(f"report, for a browser: {out / REPORT}", soft_wrap=True, markup=False)
     if opened is not None:
         told = f"{keeping.new_of(run)} new edits, {keeping.there} were there; {len(opened)} act"
         console.print(f"ledger: {keeping.ledger}, {told}", soft_wrap=True, markup=False, highlight=False)

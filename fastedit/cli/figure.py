@@ -8,6 +8,7 @@ from typing import Any
 
 from fastedit.cli.tables import HEADINGS
 from fastedit.evaluation import MUST_CHANGE, MUST_STAY
+from fastedit.report import method_colours
 
 
 def draw_comparison(record: Mapping[str, Any], path: str | Path) -> Path:
@@ -29,7 +30,7 @@ def draw_comparison(record: Mapping[str, Any], path: str | Path) -> Path:
     places = [i + (0.6 if i >= len(groups[0]) else 0.0) for i in range(len(names))]
     width = 0.8 / max(1, len(runs))
     figure, axes = pyplot.subplots(figsize=(max(8.0, 1.15 * len(names) + 2.5), 4.6), layout="constrained")
-    colours = pyplot.get_cmap("tab10").colors
+    colours = method_colours(runs)
     for number, (label, run) in enumerate(runs.items()):
         scores = [run["scores"]["strict"].get(name) or {"mean": None} for name in names]
         shown = [(x, s) for x, s in zip(places, scores, strict=True) if s["mean"] is not None]
@@ -37,7 +38,7 @@ def draw_comparison(record: Mapping[str, Any], path: str | Path) -> Path:
         means = [100 * s["mean"] for _, s in shown]
         below = [100 * (s["mean"] - s["low"]) for _, s in shown]
         above = [100 * (s["high"] - s["mean"]) for _, s in shown]
-        axes.bar(xs, means, width, label=label, color=colours[number % 10])
+        axes.bar(xs, means, width, label=label, color=colours[label])
         axes.errorbar(xs, means, yerr=[below, above], fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
     axes.set_xticks(places, [HEADINGS.get(name, name) for name in names])
     axes.set_ylabel("%")

@@ -8,6 +8,8 @@ from rich.console import Console
 
 import fastedit
 from fastedit import pocket
+from fastedit.smol.models import model_card as smol_card
+from fastedit.smol.names import MODEL as SMOL
 
 
 def print_info(console: Console, model: str | None) -> None:
@@ -17,11 +19,12 @@ def print_info(console: Console, model: str | None) -> None:
         ValueError: no such model.
     """
     if model is None:
-        console.print(f"fastedit {fastedit.__version__}; embedded models: {', '.join(pocket.MODELS)}", markup=False)
+        names = ", ".join((*pocket.MODELS, SMOL))
+        console.print(f"fastedit {fastedit.__version__}; embedded models: {names}", markup=False)
         console.print(f"methods: {', '.join(fastedit.method_names())}", soft_wrap=True, markup=False)
         for op, devices in fastedit.implementations().items():
             console.print(f"  {op}: {devices}", markup=False)
         return
-    if model not in pocket.MODELS:
-        raise ValueError(f"info: model is one of {sorted(pocket.MODELS)} (got model={model!r})")
-    console.print_json(json.dumps(pocket.model_card(model)))
+    if model not in (*pocket.MODELS, SMOL):
+        raise ValueError(f"info: model is one of {sorted((*pocket.MODELS, SMOL))} (got model={model!r})")
+    console.print_json(json.dumps(smol_card() if model == SMOL else pocket.model_card(model)))

@@ -22,7 +22,7 @@ from fastedit.engine.checks import check_conflicts, check_sequence
 from fastedit.engine.output import expected_output_bytes, require_room
 from fastedit.engine.preflight import record_problems
 from fastedit.methods import resolve
-from fastedit.progress import progress
+from fastedit.progress import expect_memory, progress
 from fastedit.requests import EditRequest
 from fastedit.training import load_artifact, require_artifact
 
@@ -163,10 +163,11 @@ def load_model(
     shaped = check_asked(model, edits, loading, scored=evaluate)
     if "device_map" not in loading:
         with progress(f"planning for {model}", 0):
-            lines = announce(
+            lines, planned_mib = announce(
                 model, edits, methods, batch_size=batch_size, loading=loading, evaluate=evaluate,
                 keep_deltas=keep_deltas,
             )  # fmt: skip
+        expect_memory(planned_mib)
         for line in lines:
             messages.print(line, markup=False, soft_wrap=True)
     loaded = open_model(messages, model, loading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,27 @@ def verify_ledger(console: Console, folder: Path, *, ask: bool, loading: Loading
     else:
         print_lines(console, str(found))
     return found.sound and not found.lost
+
+
+def print_ledger_scores(
+    console: Console, folder: Path, loading: Loading, spread: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """Score what acts; a table a protocol."""
+    from fastedit.ledger.scoring import score_edits
+
+    require_ledger(folder)
+    with with_model(folder, loading) as opened:
+        found = score_edits(opened, **spread)
+    if as_json:
+        scores = {
+            protocol: {name: asdict(each) for name, each in table.items()} for protocol, table in found.scores.items()
+        }
+        print_document({"ledger": str(folder), "edits": len(found.edits), "new": found.new, "scores": scores})
+        return
+    print_lines(console, f"{len(found.edits)} edits, {found.new} scored now")
+    for protocol, table in found.scores.items():
+        rows = [(name.replace("_", " "), f"{100 * each.mean:.1f}") for name, each in table.items()]
+        console.print(text_table(f"{protocol}, %", ("score", "mean"), rows))
 
 
 def print_diff(
@@ -193,19 +215,30 @@ def export_edits(
     options: Mapping[str, Any],
     loading: Loading,
     *,
+    at: str | None = None,
     as_json: bool,
 ) -> None:
-    """Write what acts now for other programs."""
+    """Write what acts, now or as of a tag or an event, for other programs."""
     from fastedit.export import export_function
 
     require_ledger(folder)
     export_function(kind, options)
+    if at is not None:
+        with reading(folder) as opened:
+            opened.at(at)
     with with_model(folder, loading) as opened:
-        done = opened.export(kind, out, **options)
+        done = opened.export(kind, out, at=at, **options)
     if as_json:
         files = [str(file) for file in done.files]
         print_document(
-            {"ledger": str(folder), "kind": kind, "folder": str(done.folder), "files": files, "report": done.report}
+            {
+                "ledger": str(folder),
+                "at": at,
+                "kind": kind,
+                "folder": str(done.folder),
+                "files": files,
+                "report": done.report,
+            }
         )
         return
     print_lines(console, f"{kind}: {len(done.files)} files written to {done.folder}")

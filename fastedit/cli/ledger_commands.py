@@ -1,5 +1,5 @@
-"""Commands on a ledger: ``log``, ``show``, ``undo``, ``redo``, ``verify``, ``diff``, ``tag``, ``compact``, ``ask``,
-``export``."""
+"""Commands on a ledger: ``log``, ``show``, ``undo``, ``redo``, ``verify``, ``score``, ``diff``, ``tag``, ``compact``,
+``ask``, ``export``, ``consolidate``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastedit.cli.options import (
     LEDGER_VARIABLE,
     Device,
     DeviceMap,
+    Engine,
     Format,
     Images,
     Json,
@@ -25,6 +26,8 @@ from fastedit.cli.options import (
     OffloadFolder,
     Settings,
     Threads,
+    WorkerResources,
+    Workers,
     Yes,
     parse_settings,
 )
@@ -132,6 +135,34 @@ def verify(
         raise typer.Exit(1)
 
 
+def score(
+    ledger: LedgerFolder,
+    engine: Engine = None,
+    workers: Workers = None,
+    resources: WorkerResources = None,
+    batch_size: Annotated[int, typer.Option(help="edits scored together", min=1)] = 16,
+    model: LedgerModel = None,
+    dtype: LedgerDtype = None,
+    quantize: LedgerQuantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
+    template: LedgerTemplate = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Ask the questions of all edits that act, and keep the scores; no edit is made."""
+    from fastedit.cli.ledger import print_ledger_scores
+    from fastedit.cli.ledger_model import Loading
+    from fastedit.engine.parallel.workers import workers_of
+
+    amounts = parse_settings(resources, "--resources") or None
+    workers_of(engine, workers, amounts)
+    loading = Loading(model, dtype, quantize, template, device, device_map, offload_folder)
+    spread = {"engine": engine, "workers": workers, "resources": amounts, "batch_size": batch_size}
+    print_ledger_scores(console, ledger, loading, spread, as_json=json)
+
+
 def diff(
     ledger: LedgerFolder,
     before: Annotated[Optional[str], typer.Argument(help="tag or event; the base model if absent, or 0")] = None,  # noqa: UP045
@@ -205,6 +236,7 @@ def export(
         Optional[Path],  # noqa: UP045
         typer.Option("--ledger", envvar=LEDGER_VARIABLE, help="folder of edits; required"),
     ] = None,
+    at: Annotated[Optional[str], typer.Option(help="tag or event; now if absent")] = None,  # noqa: UP045
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
     settings: Settings = None,
     model: LedgerModel = None,
@@ -232,4 +264,35 @@ def export(
     if overwrite:
         options["overwrite"] = True
     loading = Loading(model, dtype, quantize, template, device, device_map, offload_folder)
-    export_edits(console, ledger, kind, folder, options, loading, as_json=json)
+    export_edits(console, ledger, kind, folder, options, loading, at=at, as_json=json)
+
+
+def consolidate(
+    kind: Annotated[str, typer.Argument(help="delta, merged or peft")],
+    folder: Annotated[Path, typer.Argument(help="to write")],
+    ledger: LedgerFolder,
+    method: Annotated[str, typer.Option(help="lora, ft, kl+lora or kl+ft")] = "kl+lora",
+    batch_size: Annotated[Optional[int], typer.Option(help="edits of a step; all if absent", min=1)] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="of the change's first values and of the batches", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+    settings: Settings = None,
+    model: LedgerModel = None,
+    dtype: LedgerDtype = None,
+    quantize: LedgerQuantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
+    template: LedgerTemplate = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Fit one change of weights on all edits that act, say which hold with it, and write it for other programs."""
+    from fastedit.cli.consolidate import consolidate_edits
+    from fastedit.cli.ledger_model import Loading
+
+    loading = Loading(model, dtype, quantize, template, device, device_map, offload_folder)
+    options = parse_settings(settings) | {"batch_size": batch_size, "seed": seed}
+    consolidate_edits(
+        console, ledger, kind, folder, method=method, settings=options, overwrite=overwrite, loading=loading,
+        as_json=json,
+    )  # fmt: skip

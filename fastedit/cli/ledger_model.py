@@ -21,6 +21,7 @@ from fastedit.ledger import Ledger
 from fastedit.ledger.schema import FILE
 from fastedit.pocket.names import MODELS
 from fastedit.requests import EditRequest
+from fastedit.smol.names import MODEL as SMOL
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _model_of(opened: Ledger) -> str:
     from fastedit.backbone.opening import RANDOM_PREFIX
 
     name = opened.contents.meta("name")
-    if name in MODELS or name.startswith(RANDOM_PREFIX) or Path(name).is_dir():
+    if name in (*MODELS, SMOL) or name.startswith(RANDOM_PREFIX) or Path(name).is_dir():
         return name
     raise ValueError(f"--model: the ledger's model is no folder here; say where it is (got a ledger of {name!r})")
 
@@ -162,7 +163,10 @@ def pool_of(
         return records
     for name in EMBEDDED:
         tell(f"looking for the {stored['records']} records that edits were fitted with in {name}")
-        records = _records(name, None, None)
+        try:
+            records = _records(name, None, None)
+        except ModuleNotFoundError:  # edits fitted with records of an extra were made where it is installed
+            continue
         if records is not None and fingerprint(records) == known:
             return records
     raise ValueError(

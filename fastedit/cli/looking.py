@@ -99,7 +99,7 @@ def records(
     split: Annotated[str, typer.Option(help="eval or train")] = "eval",
 ) -> None:
     """Write an embedded edit set as an MMEdit JSON file with its images."""
-    from fastedit import pocket
+    from fastedit import pocket, smol
 
-    pocket.export(name, split, folder)
+    (smol if name in smol.SETS else pocket).export(name, split, folder)
     console.print(f"written to {folder}", markup=False)

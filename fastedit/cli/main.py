@@ -10,21 +10,24 @@ from typing import Annotated, Any, Optional
 import typer
 
 import fastedit
-from fastedit.cli import ledger_commands, looking
+from fastedit.cli import ledger_commands, looking, recipes, report, reproduce
 from fastedit.cli.app import app, console, messages
 from fastedit.cli.failures import run
 from fastedit.cli.options import (
     LEDGER_VARIABLE,
     BatchSize,
+    Board,
     Conflicts,
     Data,
     Device,
     DeviceMap,
     Dtype,
+    Engine,
     Format,
     Images,
     Json,
     Limit,
+    LogJson,
     Mode,
     Model,
     Near,
@@ -41,6 +44,8 @@ from fastedit.cli.options import (
     TrainedPart,
     TrainerSettings,
     Views,
+    WorkerResources,
+    Workers,
     parse_batch_size,
     parse_names,
     parse_numbers,
@@ -91,6 +96,11 @@ def edit(
     offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    resources: WorkerResources = None,
+    log_json: LogJson = None,
+    tensorboard: Board = None,
     settings: Settings = None,
     artifact: TrainedPart = None,
     json: Json = False,
@@ -100,6 +110,7 @@ def edit(
     from fastedit.cli.inputs import check_artifact, check_loading, check_runs, load_model, read_records
     from fastedit.engine.arguments import check_options
     from fastedit.engine.output import claim_output
+    from fastedit.engine.parallel.workers import workers_of
     from fastedit.ledger import check_folder
     from fastedit.methods import resolve
 
@@ -113,6 +124,8 @@ def edit(
     with_run_arguments(options, overrides)
     options |= {"mode": mode, "batch_size": size, "score_at": parse_numbers("--score-at", score_at)}
     check_options(method=method, **options)
+    amounts = parse_settings(resources, "--resources") or None
+    workers_of(engine, workers, amounts)
     chosen = {method: overrides}
     resolve(method, overrides)
     loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
@@ -131,7 +144,7 @@ def edit(
         )  # fmt: skip
         edit_records(
             console, loaded, edits, method, Keeping(out, ledger, there, json), pool=learned, artifact=artifact,
-            **options, **overrides,
+            engine=engine, workers=workers, resources=amounts, **options, **overrides,
         )  # fmt: skip
 
 
@@ -154,6 +167,8 @@ def train(
     offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
+    log_json: LogJson = None,
+    tensorboard: Board = None,
     settings: Settings = None,
     trainer: TrainerSettings = None,
 ) -> None:
@@ -163,7 +178,11 @@ def train(
     from fastedit.data import EMBEDDED
     from fastedit.engine.output import claim_result
     from fastedit.progress import progress
+    from fastedit.training import processes
 
+    processes.take_device()
+    # Of several processes the first one speaks and writes
+    console.quiet = messages.quiet = not processes.is_first()
     overrides = parse_settings(settings)
     chosen = training_settings(method, overrides, trainer, steps)
     loading = check_loading(dtype, quantize, device, template, device_map, offload_folder)
@@ -174,7 +193,7 @@ def train(
             data, format=format, images=images, limit=limit, skip_missing=skip_missing, **split
         )
     path = Path("runs") / f"{method.replace('+', '-')}.safetensors" if out is None else out
-    with claim_result(path, field="--out"):
+    with claim_result(path, field="--out") if processes.is_first() else nullcontext():
         shaped = check_asked(model, records, loading)
         loaded = open_model(messages, model, loading)
         loaded.images.take_sizes(shaped.images)
@@ -209,6 +228,8 @@ def compare(
     offload_folder: OffloadFolder = None,
     template: Template = None,
     threads: Threads = None,
+    log_json: LogJson = None,
+    tensorboard: Board = None,
     settings: Settings = None,
 ) -> None:
     """Run several methods on the same edits; a table, a JSON file and a picture."""
@@ -240,16 +261,21 @@ for _command in (
     looking.check,
     looking.info,
     looking.records,
+    report.report,
+    reproduce.reproduce,
+    recipes.recipes,
     ledger_commands.log,
     ledger_commands.show,
     ledger_commands.diff,
     ledger_commands.ask,
     ledger_commands.verify,
+    ledger_commands.score,
     ledger_commands.undo,
     ledger_commands.redo,
     ledger_commands.tag,
     ledger_commands.compact,
     ledger_commands.export,
+    ledger_commands.consolidate,
 ):
     app.command()(_command)
 

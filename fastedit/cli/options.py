@@ -9,9 +9,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from fastedit.data import EMBEDDED
+from fastedit.progress import log_progress, show_on_board
 
 Model = Annotated[str, typer.Option(help="an embedded model, a Hugging Face id or a folder")]
-Data = Annotated[str, typer.Option(help="an embedded set (pocket-vqa, pocket-caption) or a file of records")]
+Data = Annotated[str, typer.Option(help="an embedded set (pocket-vqa, icon-entity ...) or a file of records")]
 Format = Annotated[str | None, typer.Option("--format", help="mmedit, vlkeb or jsonl; found out by content if absent")]
 Images = Annotated[Optional[Path], typer.Option(help="the folder below which image paths lie")]  # noqa: UP045
 Limit = Annotated[Optional[int], typer.Option(help="only the first so many records", min=1)]  # noqa: UP045
@@ -53,6 +54,30 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="CPU threads; all cores if absent", min=1, max=1024, callback=_use_threads),
 ]
+
+
+def _log_to(context: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        context.with_resource(log_progress(path))
+    return path
+
+
+LogJson = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--log-json", help="append progress to a file, an entry a line as JSON", callback=_log_to),
+]
+
+
+def _board_in(context: typer.Context, folder: Path | None) -> Path | None:
+    if folder is not None:
+        context.with_resource(show_on_board(folder))
+    return folder
+
+
+Board = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--tensorboard", help="also write progress to a folder for TensorBoard", callback=_board_in),
+]
 Template = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="prompt around a question, 'Question: {} Short answer:'; the model's own if absent"),
@@ -78,6 +103,15 @@ Seed = Annotated[int, typer.Option(help="of the views and of score intervals", m
 Conflicts = Annotated[
     str,
     typer.Option(help="two answers to one question in a sequence: error refuses them, with last the later one stands"),
+]
+Engine = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="make the edits in several processes: processes of this machine, or ray's of a cluster"),
+]
+Workers = Annotated[Optional[int], typer.Option(help="of --engine, how many; 2 if absent", min=1)]  # noqa: UP045
+WorkerResources = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--resources", help="of --engine ray, what each worker takes: GPU=1; repeatable"),
 ]
 LEDGER_VARIABLE = "FASTEDIT_LEDGER"
 #: Of the commands that look at a ledger or change what acts in it.

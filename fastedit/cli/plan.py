@@ -22,8 +22,8 @@ def announce(
     loading: Mapping[str, Any],
     evaluate: bool = True,
     keep_deltas: bool = True,
-) -> list[str]:
-    """What the method that needs the most memory needs, in a line or two, before the model is loaded.
+) -> tuple[list[str], float]:
+    """What the method that needs the most memory needs: in a line or two, and in MiB; before the model is loaded.
 
     Args:
         methods: settings by name. loading: arguments of ``fastedit.load``. evaluate, keep_deltas: see ``plan_memory``.
@@ -41,7 +41,7 @@ def announce(
     lines = [f"{model}, {size}: {largest.text()}"]
     if not largest.fits():
         lines.append("this may not fit: try a smaller --batch-size, auto, or --quantize nf4")
-    return lines
+    return lines, largest.total_bytes / 2**20
 
 
 def plan_table(model: str, plan: MemoryPlan) -> Group:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastedit.engine import Run
-from fastedit.evaluation import MUST_CHANGE, MUST_STAY, Score
+from fastedit.evaluation import MUST_CHANGE, MUST_STAY, UNSEEN, Score
 
 HEADINGS = {
     "reliability": "Rel",
@@ -22,6 +22,12 @@ HEADINGS = {
     "image_locality": "M-Loc",
     "text_locality_top10": "T-L@10",
     "image_locality_top10": "M-L@10",
+    "near": "Near",
+    "same": "Same",
+    "sibling": "Sibling",
+    "polite": "Polite",
+    "negated": "Negated",
+    "contrary": "Contrary",
 }
 
 
@@ -55,17 +61,20 @@ def percent(score: Score | None, *, interval: str = "") -> str:
 
 # Columns of the terminal that a score takes: "100.0 +-10" and what is between columns
 _CELL = 12
+WORDINGS = "seen / unseen wording"
+_BY_ONE_WORDING = tuple(name for name in (*MUST_CHANGE, *MUST_STAY) if name not in UNSEEN.values())
 LEGACY_ONLY = ("text_locality_top10", "image_locality_top10")
 
 
 def checkpoint_line(count: int, scores: Mapping[str, Mapping[str, Score]]) -> str:
     """One line of the strict scores after so many edits of a sequence, in per cent."""
-    shown = [name for name in (*MUST_CHANGE, *MUST_STAY) if name in scores["strict"]]
-    return f"after {count}: " + ", ".join(f"{HEADINGS.get(n, n)} {100 * scores['strict'][n].mean:.1f}" for n in shown)
+    strict = scores["strict"]
+    shown = [name for name in _BY_ONE_WORDING if name in strict]
+    return f"after {count}: " + ", ".join(f"{HEADINGS.get(n, n)} {both_wordings(strict, n)}" for n in shown)
 
 
 def score_tables(runs: Mapping[str, Run], protocol: str, sign: str = "±", width: int = 80) -> list[RenderableType]:
-    """What must change and what must stay, as tables that fit the terminal; one row per run.
+    """What must change, what must stay, and seen beside unseen wording, in tables that fit the terminal; a row per run.
 
     Args:
         runs: by label. protocol: whose scores. sign: before half an interval. width: columns of the terminal; scores
@@ -76,18 +85,32 @@ def score_tables(runs: Mapping[str, Run], protocol: str, sign: str = "±", width
     head = f"{protocol} protocol, {edits} edit{'' if edits == 1 else 's'}"
     room = max(1, (width - max(map(len, runs)) - 2) // _CELL)
     tables = []
-    for kind, known in (("must change", MUST_CHANGE), ("must stay", (*MUST_STAY, *LEGACY_ONLY))):
-        names = [name for name in known if name in found and (protocol == "legacy" or name not in LEGACY_ONLY)]
+    groups = (("must change", MUST_CHANGE), ("must stay", (*MUST_STAY, *LEGACY_ONLY)), (WORDINGS, tuple(UNSEEN)))
+    for kind, known in groups:
+        if kind == WORDINGS:
+            names = [name for name in known if UNSEEN[name] in found]
+        else:
+            names = [name for name in known if name in found and name not in UNSEEN.values()]
+            names = [name for name in names if protocol == "legacy" or name not in LEGACY_ONLY]
         for start in range(0, len(names), room):
             part = names[start : start + room]
             tables.append(_score_table(runs, protocol, part, f"{head}: {kind}", sign))
     return tables
 
 
+def both_wordings(scores: Mapping[str, Score], name: str) -> str:
+    """A score in seen and, where it was asked, in unseen wording: "97.5/81.0"."""
+    seen, twin = percent(scores.get(name)), UNSEEN.get(name, "")
+    return f"{seen}/{percent(scores[twin])}" if twin in scores else seen
+
+
 def _score_table(runs: Mapping[str, Run], protocol: str, names: list[str], title: str, sign: str) -> RenderableType:
     shown, table = titled(title, ["method", *(HEADINGS.get(name, name) for name in names)])
     for label, run in runs.items():
         scores = run.scores.get(protocol, {})
+        if title.endswith(WORDINGS):
+            table.add_row(label, *(both_wordings(scores, name) for name in names))
+            continue
         table.add_row(
             label, *(percent(scores.get(name), interval="" if name in LEGACY_ONLY else sign) for name in names)
         )

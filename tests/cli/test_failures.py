@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastedit.data import write_jsonl
+from fastedit.data import EMBEDDED, write_jsonl
 from tests.cli.commands import Done, run_all
 from tests.engine.conftest import make_edits
 
@@ -51,11 +51,11 @@ BAD = {
     "edit --threads 0": "--threads",
     "edit --seed -1": "--seed",
     "edit --colour red": "--colour",
-    "edit --data typo.json": "--data: pocket-vqa, pocket-caption or a file that exists (got 'typo.json')",
+    "edit --data typo.json": f"--data: {', '.join(EMBEDDED)} or a file that exists (got 'typo.json')",
     "edit --data folder": "folder: must be a regular file",
     "edit --data broken.jsonl": "broken.jsonl",
     "edit --data /dev/null": "/dev/null",
-    "edit --pool typo.json": "--pool: pocket-vqa, pocket-caption or a file that exists (got 'typo.json')",
+    "edit --pool typo.json": f"--pool: {', '.join(EMBEDDED)} or a file that exists (got 'typo.json')",
     "edit --images nowhere": "images must be an existing folder (got images='nowhere')",
     "edit --format xml": "format must be one of mmedit, vlkeb, jsonl",
     "edit --model typo": "name_or_path must be an embedded model",

@@ -71,9 +71,13 @@ def done(folder: Path) -> dict[str, Done]:
         "redo --ledger led edit-0",
         "redo --ledger led edit-0 --yes --json",
         "verify --ledger led --ask --json",
+        "score --ledger led --json",
+        "score --ledger led",
         "compact --ledger led --json",
         "export --ledger led peft adapter --json",
         "export --ledger led peft adapter --overwrite --set rank=2",
+        "export --ledger led delta earlier --at first --json",
+        "export --ledger led delta never --at other --json",
     ]
     return dict(zip(lines, run_all([line.split() for line in lines], folder), strict=True))
 
@@ -98,6 +102,17 @@ def test_edits_go_to_the_ledger_and_nowhere_else(done: dict[str, Done], folder: 
     assert [(edit["edit"], edit["id"]) for edit in content["edits"]] == [(i + 1, f"edit-{i}") for i in range(4)]
     assert content["provenance"]["run"]["mode"] == "sequential"
     assert "led: 2 of 4 edits are there, 2 are new" in done[f"{EDIT} --dtype float64 --json"].err
+
+
+def test_what_acts_is_scored_once(done: dict[str, Done]) -> None:
+    content = document(done, "score --ledger led --json")
+    assert list(content) == ["ledger", "edits", "new", "scores"]
+    assert (content["edits"], content["new"]) == (4, 4)
+    assert 0 <= content["scores"]["strict"]["reliability"]["mean"] <= 1
+    again = done["score --ledger led"]
+    assert again.status == 0, again
+    assert "4 edits, 0 scored now" in again.out
+    assert "text generality" in again.out
 
 
 def test_the_log_has_every_event_and_every_edit(done: dict[str, Done]) -> None:
@@ -209,6 +224,15 @@ def test_edits_leave_as_an_adapter(done: dict[str, Done], folder: Path) -> None:
     assert done["export --ledger led peft adapter --overwrite --set rank=2"].status == 0
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert {min(file.get_slice(name).get_shape()) for name in file.keys()} == {2}  # noqa: SIM118
+
+
+def test_edits_leave_as_they_were_at_a_tag(done: dict[str, Done], folder: Path) -> None:
+    content = document(done, "export --ledger led delta earlier --at first --json")
+    assert (content["at"], content["folder"]) == ("first", "earlier")
+    refused = done["export --ledger led delta never --at other --json"]
+    assert refused.status == 2
+    assert "tags are ['first']" in refused.err
+    assert not (folder / "never").exists()
 
 
 def run(*arguments: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,14 @@ def test_edit_writes_scores_and_deltas(records: Path, tmp_path: Path) -> None:
     text = run(
         "edit", "--model", "random:llava-tiny", "--data", str(records), "--images", str(records.parent),
         "--method", "lora", "--out", str(out), "--set", "steps=3", "--set", "rank=2",
+        "--log-json", str(tmp_path / "log.jsonl"),
     )  # fmt: skip
     assert "strict protocol" in text
+    assert "answers before and after" in text
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    last = next(entry for entry in log if entry["label"] == "editing" and entry["event"] == "end")
+    assert (last["done"], last["total"]) == (3, 3)
+    assert last["planned_mib"] > 0
     data = json.loads((out / "scores.json").read_text())
     assert data["provenance"]["config"]["method"]["rank"] == 2
     assert len(data["edits"]) == 3
@@ -56,6 +63,11 @@ def test_compare_writes_a_table_a_record_and_a_picture(records: Path, tmp_path: 
     record = json.loads((out / "comparison.json").read_text())
     assert set(record["runs"]) == {"ft", "odedit+lora"}
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert page.count('<article class="card"') == 3
+    links = re.findall(r'href="([^"]+)"', page)
+    assert links == ["ft/report.html", "odedit-lora/report.html"]
+    assert all((out / link).exists() for link in links)
 
 
 def test_plan_lists_the_parts_without_a_model(records: Path) -> None:
@@ -151,6 +163,7 @@ def test_every_option_reaches_the_library(records: Path, tmp_path: Path, monkeyp
     assert loading == {"dtype": "auto", "quantize": "none", "template": "Q: {} A:"}
     assert [record.prompt for record in edit.pop("pool")] == [record.prompt for record in make_edits(5)[3:]]
     assert edit == {
+        "engine": None, "workers": None, "resources": None,
         "method": "odedit+lora", "mode": "sequential", "score_at": (1, 2), "conflicts": "last", "views": "record",
         "near": False, "seed": 7, "evaluate": False, "batch_size": 2, "ledger": None, "rank": 2, "artifact": None,
     }  # fmt: skip

@@ -28,7 +28,7 @@ COMMANDS = [
     "-h",
     "--version",
     *(f"{name} -h" for name in ("edit", "train", "compare", "plan", "check", "info", "records", "log", "show", "diff")),
-    *(f"{name} -h" for name in ("ask", "verify", "undo", "redo", "tag", "compact", "export")),
+    *(f"{name} -h" for name in ("ask", "verify", "undo", "redo", "tag", "compact", "export", "report")),
 ]
 
 
@@ -54,6 +54,18 @@ def printed(*shown: object, width: int = 60, encoding: str = "utf-8") -> list[st
     return stream.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
 
 
+def test_seen_and_unseen_wording_stand_side_by_side() -> None:
+    run = a_run("lora")
+    run.scores["strict"]["text_generality"] = Score(0.975, 0.9, 1.0, 3)
+    run.scores["strict"]["text_generality_unseen"] = Score(0.81, 0.7, 0.9, 3)
+    lines = printed({"lora": run}, width=120)
+    title = lines.index("strict protocol, 1 edit: seen / unseen wording")
+    assert lines[title + 2].split() == ["method", "T-Gen", "M-Gen", "T-Loc", "M-Loc", "Near", "Same"]
+    assert "97.5/81.0" in lines[title + 4]
+    # Not once more among the others
+    assert not any("unseen" in line for line in lines[:title] if "wording" not in line)
+
+
 def test_tables_fit_60_columns_and_titles_keep_their_line() -> None:
     runs = {method: a_run(method) for method in ("lora", "odedit+ft-vision")}
     lines = printed(runs)
@@ -61,20 +73,22 @@ def test_tables_fit_60_columns_and_titles_keep_their_line() -> None:
     titles = [line.rstrip() for line in lines if "protocol" in line]
     assert titles[0] == "legacy protocol, 1 edit: must change"
     assert set(titles) == {
-        f"{p} protocol, 1 edit: must {kind}" for p in ("legacy", "strict") for kind in ("change", "stay")
-    }
+        f"{p} protocol, 1 edit: {kind}" for p in ("legacy", "strict")
+        for kind in ("must change", "must stay", "seen / unseen wording")
+    }  # fmt: skip
     text = "\n".join(lines)
     assert "…" not in text
-    # No score is lost to the width: 4 + 5 scores by 2 protocols and 2 methods
-    assert text.count("100.0 ±10") == 36
+    # No score is lost to the width: 5 + 8 scores by 2 protocols and 2 methods, and 6 in both wordings
+    assert text.count("100.0 ±10") == 52
+    assert text.count("100.0/100.0") == 24
     assert "12345.6" in text
     assert "123456" in text
 
 
 def test_wide_terminals_get_one_table_of_each_kind() -> None:
     runs = {"lora": a_run("lora")}
-    assert len(score_tables(runs, "strict", width=120)) == 2
-    assert len(score_tables(runs, "strict", width=40)) > 2
+    assert len(score_tables(runs, "strict", width=140)) == 3
+    assert len(score_tables(runs, "strict", width=40)) > 3
 
 
 def test_ascii_terminals_get_ascii() -> None:
