@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from fastedit.published import Case
 
 #: The five scores of the field; their mean over an edit is ``mean_of_five``.
 FIVE = ("reliability", "text_generality", "image_generality", "text_locality", "image_locality")
@@ -22,52 +23,41 @@ DATA = ("pocket-vqa", "pocket-caption")
 MIXED = "pocket-vqa+pocket-caption"
 GAPS = (1, 5, 10, 20, 100, 1000)
 
+#: Real knowledge behind real pictures, from the packages of the extra "smol"; a model forty times as large.
+SMOL, ICONS = "smol-llava", ("icon-entity", "icon-vqa", "icon-caption")
+#: What is run on it: what `docs/results.md` shows side by side, plain fine-tuning, and what asks it in context.
+ON_ICONS = ("ft", "lora", "kl+lora", "odedit+lora", "grace", "wise", "ldke", "unike", "serac", "ike")
+
 #: UniKE's neurons act a little everywhere, and that adds up; found on the train split.
 LASTING = ("unike, few neurons", {"layers": 1, "n": 3, "margin": 3.0})
 
 
-@dataclass(frozen=True)
-class Case:
-    """One run.
+#: ``kl+x`` that sees what ``odedit+x`` sees: what the two differ by is MMD, total variation and multiplier.
+CONTROL: Mapping[str, Any] = {"kl_rephrases": True}
 
-    Args:
-        table: "single", "sequential", "cross-task", or "ablation-<of what>".
-        model, data: embedded names.
-        method: as ``fastedit.edit`` takes it.
-        label: how it is told from others of its table; the method's name by default.
-        settings: overrides. training: overrides of ``fastedit.train`` for the method's trained parts.
-        edits: how many. score_at: gaps of a sequence.
-    """
 
-    table: str
-    model: str
-    data: str
-    method: str
-    label: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    edits: int = 1000
-    score_at: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Unique among the cases."""
-        return "/".join((self.table, self.model, self.data, self.label or self.method))
-
-    @property
-    def mode(self) -> str:
-        """Of ``fastedit.edit``."""
-        return "sequential" if self.table in ("sequential", "cross-task") else "single"
+def controlled(base: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """A method, its control and the same under ODEdit, with their settings."""
+    return [(base, {})] if base in UNFITTED else [(base, {}), (f"kl+{base}", CONTROL), (f"odedit+{base}", {})]
 
 
 def single(edits: int) -> list[Case]:
-    """Every method and ODEdit on each, on both models and both sets."""
+    """Every method, its control and ODEdit on each, on both models and both sets."""
     return [
-        Case("single", model, data, method, edits=edits)
+        Case("single", model, data, method, settings=settings, edits=edits)
         for data in DATA
         for model in MODELS
         for base in METHODS
-        for method in ((base,) if base in UNFITTED else (base, f"odedit+{base}"))
+        for method, settings in controlled(base)
+    ]
+
+
+def on_icons(edits: int) -> list[Case]:
+    """Methods on smol-llava, on its three sets, the quickest methods first."""
+    return [
+        Case("single", SMOL, data, method, settings=CONTROL if method.startswith("kl+") else {}, edits=edits)
+        for method in ON_ICONS
+        for data in ICONS
     ]
 
 
@@ -109,6 +99,10 @@ ODEDIT: Mapping[str, Mapping[str, Any]] = {
     "without R_gen": {"weights": (1.0, 1.0, 0.0)},
     "without R_loc": {"weights": (1.0, 0.0, 1.0)},
     "frozen lambda": {"learn_dual": False},
+    "lambda a network of phi": {"dual": "network"},
+    "the same, not differentiated": {"dual": "network-detached"},
+    "lambda a number": {"dual": "scalar"},
+    "three views": {"n_views": 3},
 }
 
 #: Which two of three candidate layers the LDKE-style editor changes, and what the classifier is worth.
@@ -129,10 +123,12 @@ EVERY_SET = ("last 2", "layers 1 and 2", "layers 1 and 3")
 
 
 def ablations(edits: int) -> list[Case]:
-    """Parts taken away, on the first model and set."""
+    """Parts taken away, on the first model and set; of ODEdit all of them but the data as well."""
     tables = {"odedit": ("odedit+lora", ODEDIT), "unike": ("unike", UNIKE), "ldke": ("ldke", LDKE)}
-    return [
+    control = Case("ablation-odedit", MODELS[0], DATA[0], "kl+lora", "control, kl+lora", CONTROL, edits=edits)
+    rows = [
         Case(f"ablation-{name}", MODELS[0], DATA[0], method, label, settings, edits=edits)
         for name, (method, rows) in tables.items()
         for label, settings in rows.items()
     ]
+    return [control, *rows]

@@ -73,7 +73,7 @@ def base_of(outcome: Outcome) -> str:
 
 
 def trade_off(group: Sequence[Outcome], title: str) -> Figure:
-    """What must change against what must stay, all and the best corner; an arrow leads from x to odedit+x."""
+    """What must change against what must stay, all and the best corner; arrows lead from x to kl+x and odedit+x."""
     figure, panels = canvases(12.4, 5.2, columns=2, share="")
     tones = colours(group)
     places = {o["case"]["method"]: (_mean(o, MUST_STAY), _mean(o, MUST_CHANGE)) for o in group}
@@ -82,8 +82,9 @@ def trade_off(group: Sequence[Outcome], title: str) -> Figure:
         for name, place in places.items():
             base = name.rpartition("+")[2]
             full = name != base
+            mark = "s" if name.startswith("kl+") else "o"
             axes.plot(
-                *place, "o", ms=8, mfc=tones[base] if full else "white", mec=tones[base], mew=1.8,
+                *place, mark, ms=8, mfc=tones[base] if full else "white", mec=tones[base], mew=1.8,
                 label=None if full else base, zorder=3,
             )  # fmt: skip
             if full and base in places:
@@ -98,7 +99,9 @@ def trade_off(group: Sequence[Outcome], title: str) -> Figure:
         panels[1].set_ylim(min(y for _, y in best) - 1.5, 100.8)
         panels[1].set_title(f"those above {CORNER} %", fontsize=10)
     panels[0].set_ylabel("must change: mean of reliability, text and image generality, %")
-    panels[0].set_title(f"{title}, {group[0]['case']['edits']} edits, strict: open is x, full odedit+x", fontsize=10)
+    panels[0].set_title(
+        f"{title}, {group[0]['case']['edits']} edits, strict: open is x, square kl+x, full odedit+x", fontsize=10
+    )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8.5)
     return figure

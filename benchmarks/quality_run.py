@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,26 +10,18 @@ from typing import Any
 
 import fastedit
 from benchmarks.quality_cases import FIVE, SCORES, Case
+from fastedit.backbone import weights_hash
 from fastedit.engine import Run
 from fastedit.engine.memory.limits import process_bytes
 from fastedit.engine.run import plain
 from fastedit.evaluation import bootstrap
-from fastedit.methods import resolve
+from fastedit.published.case import arguments, records, trained_part
 from fastedit.requests import EditRequest
 
 #: Edits that processor seconds are taken over.
 TIMED = 64
 #: Shown besides where a run has them.
 FURTHER = ("portability", "blind", "blindness", "routed_in", "routed_in_wrongly")
-
-
-def records(data: str, split: str, limit: int | None) -> list[EditRequest]:
-    """Records of a set, or of several by turns ("a+b")."""
-    names = data.split("+")
-    each = None if limit is None else math.ceil(limit / len(names))
-    parts = [fastedit.read_edits(name, split=split, limit=each) for name in names]
-    together = [record for turn in itertools.zip_longest(*parts) for record in turn if record is not None]
-    return together[:limit]
 
 
 class World:
@@ -65,8 +54,8 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
         seconds, memory, provenance; plain values.
     """
     model, edits, pool = world.of(case).model, world.edits, world.pool
-    trained = _trained(case, model, pool, artifacts)
-    given = _given(case, pool, trained, seed)
+    trained = trained_part(case, model, pool, artifacts)
+    given = arguments(case, pool, trained, seed)
     begin = time.perf_counter()
     run = fastedit.edit(
         model, edits, case.method, batch_size=batch_size, mode=case.mode, score_at=case.score_at, show_progress=False,
@@ -77,6 +66,7 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
     return plain(  # type: ignore[no-any-return]
         {
             "case": {**asdict(case), "name": case.name},
+            "weights": weights_hash(model.hf),
             "scores": tables(run.scores),
             "checkpoints": {str(count): tables(scores) for count, scores in run.checkpoints.items()},
             "per_edit": per_edit(run),
@@ -98,10 +88,10 @@ def run_case(case: Case, world: World, artifacts: Path, *, batch_size: int = 64,
 def peak_memory_mib(case: Case, artifacts: Path, *, batch_size: int = TIMED, seed: int = 0) -> float:
     """Peak of this process's memory, which has done nothing else, when one batch of a case is fitted and scored."""
     world = World().of(replace(case, edits=TIMED))
-    trained = _trained(case, world.model, world.pool, artifacts)
+    trained = trained_part(case, world.model, world.pool, artifacts)
     fastedit.edit(
         world.model, world.edits, case.method, batch_size=batch_size, mode=case.mode, show_progress=False,
-        **_given(case, world.pool, trained, seed),
+        **arguments(case, world.pool, trained, seed),
     )  # fmt: skip
     return process_bytes("VmHWM") / 2**20
 
@@ -113,29 +103,6 @@ def processor_seconds(world: World, method: str, given: Mapping[str, Any]) -> fl
     begin = time.process_time()
     fastedit.edit(world.model, some, method, batch_size=16, evaluate=False, show_progress=False, **given)
     return (time.process_time() - begin) / len(some)
-
-
-def _given(
-    case: Case, pool: Sequence[EditRequest], trained: tuple[Path, float | None] | None, seed: int
-) -> dict[str, Any]:
-    """What ``fastedit.edit`` is given of a case, however its edits are timed."""
-    return {"pool": pool, "seed": seed, **({} if trained is None else {"artifact": trained[0]}), **case.settings}
-
-
-def _trained(case: Case, model: Any, pool: Sequence[EditRequest], folder: Path) -> tuple[Path, float | None] | None:
-    """The file of the method's trained parts, made if it is absent, and the seconds of making it."""
-    plan = resolve(case.method, case.settings)
-    kind = plan.artifact_kind
-    if kind is None:
-        return None
-    own = "" if not case.training else "-" + "-".join(f"{k}={v}" for k, v in sorted(case.training.items()))
-    path = folder / f"{case.model}-{case.data}-{kind}{own}.safetensors"
-    notes = path.with_suffix(".json")
-    if not path.exists():
-        begin = time.perf_counter()
-        fastedit.train(model, kind, pool, out=path, show_progress=False, **case.training)
-        notes.write_text(json.dumps({"train_s": time.perf_counter() - begin}))
-    return path, json.loads(notes.read_text())["train_s"] if notes.exists() else None
 
 
 def tables(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ METRICS: Mapping[str, str] = {
     "edits_per_s": "edits/s",
     "run_s": "s",
     "load_s": "s",
+    "first_loss": "nat",
+    "last_loss": "nat",
     "peak_memory_mib": "MiB",
     "working_memory_mib": "MiB",
     "necessary_gflop": "GFLOP",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.canvas import speeds
 from benchmarks.record import Row, latest
+from fastedit.report import Section, saved_page
+from fastedit.report.words import LARGE_MODEL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fastedit import EditRequest
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -65,16 +69,53 @@ def page(rows: Sequence[Row], figures: Mapping[str, Figure]) -> str:
     """
     if not rows:
         raise ValueError("report: at least one row (got rows=[])")
-    newest = latest(rows)
-    drawn = "".join(f"<h2>{escape(_title(name))}</h2>{_note(name)}{_svg(figure)}" for name, figure in figures.items())
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastedit throughput</title>"
         f"<style>{_STYLE}</style></head><body><h1>fastedit throughput</h1>"
+        f"{_body(rows, figures, 'h2')}</body></html>\n"
+    )
+
+
+def write_joined_page(
+    rows: Sequence[Row], figures: Mapping[str, Figure], runs: Path, path: Path, edits: Sequence[EditRequest] = ()
+) -> Path:
+    """Write one page with the quality of saved runs and the speed that rows say.
+
+    Args:
+        runs: folder of the runs, of ``fastedit compare``. path: of the page. edits: of the runs, for their pictures.
+    Raises:
+        FileNotFoundError, ValueError: no runs, runs that are not whole, or other edits than theirs.
+    """
+    section = Section("The engine's speed beside plain loops", _body(rows, figures, "h3"))
+    text = saved_page([runs], path, edits, sections=[section])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _body(rows: Sequence[Row], figures: Mapping[str, Figure], heading: str) -> str:
+    """Everything below the title; headings of figures are ``heading`` elements."""
+    newest = latest(rows)
+    small = _small_cases(newest)
+    shown = {name: figure for name, figure in figures.items() if name != "roofline" or not small}
+    drawn = "".join(
+        f"<{heading}>{escape(_title(name))}</{heading}>{_note(name)}{_svg(figure)}" for name, figure in shown.items()
+    )
+    why = (
+        f"<p class='note'>NFU is not shown for {escape(', '.join(sorted(small)))}: on a model this small the time is "
+        "overhead, and its share of the peak says nothing. A model this small says whether all works, not how fast the "
+        "engine is.</p>"
+    )
+    return (
         "<p class='note'>The engine beside plain loops on the same edits in the same run. Equal results were checked "
         "before anything was timed. Medians over runs; p20 and p80 beside them. Ratios refer to the case's first "
-        "baseline.</p>"
-        f"{_speed_table(newest)}{drawn}{_provenance(newest)}</body></html>\n"
+        f"baseline.</p>{_speed_table(newest, small)}{why if small else ''}{drawn}{_provenance(newest)}"
     )
+
+
+def _small_cases(rows: Sequence[Row]) -> set[str]:
+    """Cases of models whose necessary-FLOP utilisation says nothing."""
+    return {row.case for row in rows if row.metric == "parameters" and row.value < LARGE_MODEL}
 
 
 def _title(name: str) -> str:
@@ -87,7 +128,7 @@ def _note(name: str) -> str:
     return "" if note is None else f"<p class='note'>{escape(note)}</p>"
 
 
-def _speed_table(rows: Sequence[Row]) -> str:
+def _speed_table(rows: Sequence[Row], small: Set[str]) -> str:
     values = {(row.case, row.implementation, row.metric): row for row in rows}
     if not speeds(rows):
         return ""
@@ -100,7 +141,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
             f"{row.value:.3g}",
             f"{row.p20:.3g} to {row.p80:.3g}",
             "1" if row.ratio is None else f"{row.ratio:.2f}",
-            "" if others[0] is None else f"{others[0].value:.3f}",
+            "" if others[0] is None or row.case in small else f"{others[0].value:.3f}",
             "" if others[1] is None else f"{others[1].value:,.0f}",
         ]
         style = " class='engine'" if row.implementation == "engine" else ""

@@ -23,6 +23,7 @@ from rich.console import Console
 if __name__ == "__main__":
     import _package  # noqa: F401
 
+import fastedit
 from benchmarks import cases, record
 from benchmarks.cases import CASES, GATE_MODELS, PLAIN_BASELINES, Case
 from benchmarks.variants import as_run, is_variant
@@ -68,6 +69,10 @@ def run(
     profile_dir: Annotated[Path, typer.Option(help="where traces go")] = Path("runs/benchmarks"),
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows as a JSON list")] = None,
     html: Annotated[Path | None, typer.Option(help="write the rows of this run as one page with figures")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="with --html: saved runs, of fastedit compare, whose quality is on the page too")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="with --runs: the records that were edited, for pictures")] = None,
     store: Annotated[
         bool, typer.Option("--record", help="append the rows to benchmarks/results/<device>.jsonl.gz")
     ] = False,
@@ -75,6 +80,8 @@ def run(
     """Compare the engine with its baselines on one case, or on a sweep of it."""
     if context.invoked_subcommand is not None:
         return
+    if runs is not None and html is None:
+        raise typer.BadParameter("is for the page, so --html is given too (got no --html)", param_hint="--runs")
     if threads is not None or quick:
         import torch
 
@@ -107,9 +114,14 @@ def run(
         console.print(f"rows: {record.write_json(rows, json_path)}")
     if html is not None:
         from benchmarks.plot import figures_of
-        from benchmarks.report import write_page
+        from benchmarks.report import write_joined_page, write_page
 
-        console.print(f"page: {write_page(rows, figures_of(rows), html)}")
+        figures = figures_of(rows)
+        if runs is None:
+            page = write_page(rows, figures, html)
+        else:
+            page = write_joined_page(rows, figures, runs, html, fastedit.read_edits(data) if data else ())
+        console.print(f"page: {page}", soft_wrap=True)
     if store:
         console.print(f"rows appended to {record.append(rows)}")
     if profile:

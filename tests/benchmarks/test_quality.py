@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 
 import fastedit
-from benchmarks import quality, quality_maps, quality_run
+from benchmarks import long_sequence, quality, quality_maps, quality_run, tv_search
 from benchmarks.quality_cases import (
+    CONTROL,
     DATA,
     EVERY_SET,
     FIVE,
@@ -40,6 +41,7 @@ from benchmarks.quality_tables import (
     rows_of,
     verdicts,
 )
+from benchmarks.quality_verdicts import over_methods
 from fastedit.methods import METHODS as REGISTERED
 from fastedit.methods import resolve
 from fastedit.training import Artifact, save_artifact
@@ -75,7 +77,13 @@ def test_cases_are_unique_and_every_method_is_there() -> None:
         resolve(case.method, dict(case.settings))
         assert all(gap < case.edits for gap in case.score_at)
     methods = {case.method for case in single(10)}
-    assert methods == {*METHODS, *(f"odedit+{name}" for name in METHODS if name not in UNFITTED)}
+    assert methods == {*METHODS, *(f"{p}+{name}" for name in METHODS if name not in UNFITTED for p in ("kl", "odedit"))}
+    seen = {
+        case.method.partition("+")[0]: resolve(case.method, dict(case.settings)).build_objective(5).roles
+        for case in single(10)
+        if case.method.endswith("+lora")
+    }
+    assert seen["kl"] == seen["odedit"], "a control sees the same data"
     assert quality.cases_of(["single"], 10, 5) == single(10)
     with pytest.raises(ValueError, match=r"tables are single, .* \(got singel\)"):
         quality.cases_of(["singel"], 10, 5)
@@ -175,6 +183,9 @@ def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
         assert quality.write_rows(changed, path) == path
         kept = [json.loads(line) for line in read(path).decode().splitlines()]
         assert [row["mean_of_five"] for row in kept] == [0.25, *(row["mean_of_five"] for row in rows[1:])]
+        # On other weights it is another row
+        quality.write_rows([{**rows[0], "weights": "other"}], path)
+        assert len(read(path).splitlines()) == len(rows) + 1
 
 
 def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +276,80 @@ def test_what_the_encoders_see_is_drawn(tmp_path: Path) -> None:
     assert drawn["spaces, a on b"].stat().st_size > 10_000
 
 
-def test_sets_are_taken_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_edits(6)
-    monkeypatch.setattr(fastedit, "read_edits", lambda name, split, limit: made[:3] if name == "a" else made[3:])
-    assert [edit.id for edit in quality_run.records("a+b", "eval", 5)] == [made[n].id for n in (0, 3, 1, 4, 2)]
+def test_icons_are_run_only_where_they_are_asked_for() -> None:
+    cases = quality.cases_of(["icons"], 100, 50)
+    assert {case.model for case in cases} == {"smol-llava"}
+    assert {case.data for case in cases} == {"icon-entity", "icon-vqa", "icon-caption"}
+    assert {case.table for case in cases} == {"single"}
+    assert all(case.settings == CONTROL for case in cases if case.method == "kl+lora")
+    assert {"lora", "kl+lora", "odedit+lora", "unike", "wise", "grace", "serac", "ldke"} <= {
+        case.method for case in cases
+    }
+    assert not any(case.model == "smol-llava" for case in quality.cases_of(["single"], 100, 50))
+
+
+def test_the_control_has_tables_and_a_verdict_over_all_pairs() -> None:
+    """A gain on one set that is a loss on another is none."""
+    sets = {"pocket-vqa": [1.0] * 40, "pocket-caption": [0.0] * 40}
+    made = [outcome("kl+lora", [0.0, 1.0] * 20, data=data) for data in sets]
+    made += [outcome("odedit+lora", right, data=data) for data, right in sets.items()]
+    both = pairs(made, against="kl")
+    assert [(plain["case"]["method"], other["case"]["method"]) for plain, other in both] == [
+        ("kl+lora", "odedit+lora")
+    ] * 2
+    assert not pairs(made), "x itself was not measured"
+    found = over_methods(both, "mean_of_six")["lora"]
+    assert (found.mean, found.low < 0, found.high > 0) == (pytest.approx(0, abs=1e-9), True, True)
+    controlled = [(reached, told) for aim, reached, told in verdicts(made) if "kl+x" in aim]
+    assert controlled == [(False, "0 of 1: ; below it 0: ")]
+    assert [told for aim, _, told in verdicts(made[:1] + made[2:3]) if "kl+x" in aim] == ["1 of 1: lora; below it 0: "]
+    text = markdown(made, {})
+    assert "## odedit+x minus kl+x" in text
+    assert "## odedit+x minus x" not in text
+    assert text.index("### Mean over all pairs") < text.index("### pocket-vqa on pocket-llava, 40 edits")
+    assert "| lora | **+0.500" in text
+    (row,) = [row for row in rows_of(made) if row["case"]["data"] == "pocket-vqa" and "minus_control" in row]
+    assert row["minus_control"]["method"] == "kl+lora"
+
+
+def test_unseen_wordings_stand_beside_seen_ones() -> None:
+    made = outcome("lora", [1.0, 0.0])
+    assert "unseen wording" not in markdown([made], {})
+    for name, mean in (("text_generality_unseen", 0.25), ("sibling", 0.75)):
+        made["scores"]["strict"][name] = {"mean": mean, "low": 0.0, "high": 1.0, "n": 2}
+    lines = markdown([made], {}).splitlines()
+    at = lines.index("| method | T-Gen | sibling |")
+    assert lines[at + 2] == "| lora | 0.500 / 0.250 | 0.750 |"
+
+
+def test_what_other_scripts_stored_stands_in_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tv_search, "stored_cells", list)
+    monkeypatch.setattr(long_sequence, "RESULTS", tmp_path / "none.jsonl")
+    assert quality.stored_sections() == []
+    cell = {"setting": "kl", "pair": tv_search.PAIRS[0], "base": "lora", "edits": 2, "steps": [3, 4], "curves": {}}
+    cell["per_edit"] = {name: [1.0, 0.0] for name in tv_search.SIX}
+    monkeypatch.setattr(tv_search, "stored_cells", lambda: [cell])
+    case = {"method": "ldke", "edits": 10, "settings": {}, "label": "ldke"}
+    row = {"case": case, "scores": {"10": {"strict": {"reliability": {"mean": 0.5, "low": 0.4, "high": 0.6}}}}}
+    (tmp_path / "some.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(long_sequence, "RESULTS", tmp_path / "some.jsonl")
+    text = markdown([outcome("lora", [1.0])], {}, (), quality.stored_sections())
+    assert "lora, 2 edits of each train split" in text
+    assert "| kl | 0.500 |" in text
+    assert "| ldke | 10 | 0.500 |" in text
+
+
+def test_verdicts_are_of_the_worst_pair() -> None:
+    made = [outcome("ldke", [1.0] * 20), outcome("ldke", [0.9] * 20, data="pocket-caption")]
+    (aim, reached, told), *_ = verdicts(made)
+    assert "every pair" in aim
+    assert not reached
+    assert "pocket-caption on pocket-llava: Rel 0.900" in told
+    assert verdicts(made[:1])[0][1]
+    unike = [outcome("unike", [right] * 4, data=data) for data, right in zip(DATA, (1.0, 0.5), strict=True)]
+    unike += [outcome("tpatcher", [0.7] * 4, data=data) for data in DATA]
+    (found,) = [(reached, told) for aim, reached, told in verdicts(unike) if aim.startswith("UniKE")]
+    assert found == (
+        False,
+        "pocket-vqa on pocket-llava: 1.000 and 0.700; pocket-caption on pocket-llava: 0.500 and 0.700",
+    )

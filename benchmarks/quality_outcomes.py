@@ -1,0 +1,75 @@
+"""The outcomes of ``quality.py``: read, compared on the same edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastedit.evaluation import Score, bootstrap_difference
+
+Outcome = dict[str, Any]
+
+HEADINGS: Mapping[str, str] = {
+    "reliability": "Rel",
+    "text_generality": "T-Gen",
+    "image_generality": "M-Gen",
+    "text_locality": "T-Loc",
+    "image_locality": "M-Loc",
+    "near": "near",
+    "same": "same",
+}
+#: Compared between x and odedit+x.
+COMPARED = ("mean_of_five", "near", "mean_of_six")
+
+
+def load_outcomes(folder: Path) -> list[Outcome]:
+    """Every outcome of a folder, by name of its case; of the same case the one with the most edits."""
+    found: dict[str, Outcome] = {}
+    for path in sorted(folder.glob("*.json")):
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        name = outcome["case"]["name"]
+        if name not in found or outcome["case"]["edits"] > found[name]["case"]["edits"]:
+            found[name] = outcome
+    return list(found.values())
+
+
+def score(outcome: Outcome, name: str, protocol: str = "strict") -> dict[str, Any] | None:
+    """One score with its interval, or None."""
+    found = outcome["scores"].get(protocol, {}).get(name)
+    return found if found and found["mean"] is not None else None
+
+
+def mean_of_five(outcome: Outcome) -> float:
+    """Mean over edits of the mean of the five scores."""
+    values = [value for value in outcome["per_edit"]["mean_of_five"] if value is not None]
+    return sum(values) / len(values)
+
+
+def differences(plain: Outcome, other: Outcome) -> dict[str, Score]:
+    """``other`` minus ``plain`` on the same edits, with intervals (paired bootstrap)."""
+    names = [name for name in COMPARED if name in plain["per_edit"] and name in other["per_edit"]]
+    return {name: bootstrap_difference(other["per_edit"][name], plain["per_edit"][name]) for name in names}
+
+
+def pairs(outcomes: Sequence[Outcome], table: str = "single", against: str = "") -> list[tuple[Outcome, Outcome]]:
+    """(x, odedit+x) on the same edits; ``against="kl"``: (kl+x, odedit+x), the control with the same data."""
+    by_key = {(o["case"]["model"], o["case"]["data"], o["case"]["method"]): o for o in of(outcomes, table)}
+    found = []
+    for (model, data, method), outcome in by_key.items():
+        prefix, _, base = method.rpartition("+")
+        other = by_key.get((model, data, f"odedit+{base}")) if prefix == against else None
+        if other is not None and len(other["per_edit"]["near"]) == len(outcome["per_edit"]["near"]):
+            found.append((outcome, other))
+    return found
+
+
+def of(outcomes: Iterable[Outcome], table: str) -> list[Outcome]:
+    """The outcomes of a table."""
+    return [outcome for outcome in outcomes if outcome["case"]["table"] == table]
+
+
+def named(outcome: Outcome) -> str:
+    """The case's label, or its method."""
+    return str(outcome["case"]["label"] or outcome["case"]["method"])

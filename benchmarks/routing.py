@@ -1,0 +1,251 @@
+"""What routing costs with a thousand to a million stored edits, and how often it fires where it should not.
+
+    python benchmarks/routing.py --stored 1000,10000,100000 --record        seconds, beside those of an answer
+    python benchmarks/routing.py --firing 1,10,100,1000,10000 --record      true and false positives
+    python benchmarks/routing.py --report
+
+Questions and stored edits of the first ones are records of pocket-vqa, as ``long_sequence.py`` draws them; more than
+``--drawn`` of them are those again with noise on the vectors, as large as the distance between two questions about one
+scene: whether vectors are of pictures that were rendered does not change what it costs to compare them. Both ways of
+routing run in turns on the same states: all scores at once (what there was before), and claims. Unless both choose the
+same edits nothing is timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+if __name__ == "__main__":
+    import _package  # noqa: F401
+
+import fastedit
+from benchmarks import record
+from benchmarks.long_sequence import choices, consistent, held_memories
+from fastedit.backbone import EditableModel, PackedState
+from fastedit.backbone.packed_forward import packed_prefix, packed_start
+from fastedit.deltas import EditDelta, Rows, split_point, stack
+from fastedit.deltas.install import RowsHolder, prepared
+from fastedit.deltas.questions import best_of
+from fastedit.engine import provenance
+from fastedit.pocket.edits import Record
+from fastedit.pocket.requests import request
+from fastedit.pocket.world import render
+from fastedit.requests import EditRequest, Query
+from fastedit.training import Artifact
+
+RESULTS = record.RESULTS / "routing.jsonl"
+QUESTIONS = 64
+
+
+def walked_state(model: EditableModel, spec: Any, queries: Sequence[Query]) -> PackedState:
+    """Prompts at the point where a router reads them."""
+    state = packed_start(model, model.encode(queries, answers=False))
+    return packed_prefix(model, state, *split_point(spec))
+
+
+def extended(fixed: dict[str, Tensor], count: int, noise: float, seed: int = 0) -> dict[str, Tensor]:
+    """Vectors (count, ...) of so many stored edits: the first as they are, then again with noise, of their lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, known in fixed.items():
+        copies = [known[: min(count, len(known))]]
+        for start in range(len(known), count, len(known)):
+            part = known[: min(len(known), count - start)]
+            moved = part + noise / part.shape[1] ** 0.5 * torch.randn(part.shape, generator=generator)
+            copies.append(moved * (part.norm(dim=1) / moved.norm(dim=1).clamp(min=1e-12))[:, None])
+        made[name] = torch.cat(copies)
+    return made
+
+
+def with_stored(holder: RowsHolder, fixed: dict[str, Tensor]) -> None:
+    """Let the router of a holder choose from other stored edits, which have no texts of their own."""
+    count = len(next(iter(fixed.values())))
+    stacked: Any = holder.stacked
+    stacked.fixed = fixed
+    stacked.texts = [{} for _ in range(count)]
+
+
+def by_claims(holder: RowsHolder, state: PackedState) -> list[int]:
+    """The edits that act, as the engine finds them."""
+    holder.route(state)
+    return holder.choice or []
+
+
+@torch.no_grad()
+def by_scores(holder: RowsHolder, state: PackedState) -> list[int]:
+    """The edits that act, from the scores of all pairs."""
+    router, fixed = holder.router, holder.stacked.fixed
+    assert router is not None
+    scores = router.scores(state, fixed, None)
+    allowed = torch.where(scores >= router.threshold(fixed), scores, -torch.inf)
+    return best_of(allowed, holder._of_texts()[1]).tolist()
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each call."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for own, call in zip(seconds, calls, strict=True):
+            begin = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - begin)
+    return [statistics.median(own) for own in seconds]
+
+
+def costs(
+    model: EditableModel,
+    deltas: Sequence[EditDelta],
+    queries: Sequence[Query],
+    stored: Sequence[int],
+    *,
+    noise: float = 0.3,
+    repeats: int = 5,
+) -> list[dict[str, Any]]:
+    """Seconds of an answer and of routing a question, by how many edits are stored and how many questions come at once.
+
+    Raises:
+        RuntimeError: the two ways of routing choose differently.
+    """
+    stacked: Any = stack(list(deltas))
+    known = dict(stacked.fixed)
+    found = []
+    for count, at_once in itertools.product(stored, (1, len(queries))):
+        asked = list(queries[:at_once])
+        state = walked_state(model, stacked.spec, asked)
+        holder = prepared(model, stacked, Rows())
+        with_stored(holder, extended(known, count, noise))
+        # The scores of all pairs of a million edits and 64 questions are more than there is memory for
+        ways: list[Callable[[], Any]] = [lambda: by_claims(holder, state)]  # noqa: B023
+        if count * at_once <= 1 << 23:
+            ways.append(lambda: by_scores(holder, state))  # noqa: B023
+            if ways[0]() != ways[1]():
+                raise RuntimeError(f"routing: claims and scores choose differently (got stored={count})")
+        answer = lambda: model.generate(asked, max_new_tokens=4)  # noqa: B023, E731
+        answered, *routed = in_turns([answer, *ways], repeats)
+        size = sum(each.numel() * each.element_size() for each in stacked.fixed.values())
+        found.append(
+            {
+                "stored": count,
+                "at_once": at_once,
+                "answer_s": answered / at_once,
+                "claims_s": routed[0] / at_once,
+                "scores_s": routed[1] / at_once if len(routed) > 1 else None,
+                "bytes_per_edit": size / count,
+            }
+        )
+    return found
+
+
+def firing(
+    model: EditableModel, deltas: Sequence[EditDelta], records: Sequence[Record[Any]], sizes: Sequence[int], asked: int
+) -> list[dict[str, Any]]:
+    """Shares of questions that the right edit answers, that another one does, and of foreign ones that any does.
+
+    Args:
+        deltas, records: of the longest sequence and at least ``asked`` more, whose questions are foreign to all.
+        sizes: how many of the first are stored. asked: questions of each kind.
+    """
+    longest = max(sizes)
+    foreign = [_request(records, number) for number in range(longest, longest + asked)]
+    found = []
+    for size in sizes:
+        numbers = list(range(size - min(size, asked), size))
+        inside = [_request(records, number) for number in numbers]
+        stacked = stack(list(deltas[:size]))
+        views = {
+            "own": [Query(each.prompt, each.image) for each in inside],
+            "reworded": [Query(each.rephrase, each.image) for each in inside if each.rephrase],
+            "foreign": [Query(each.prompt, each.image) for each in foreign],
+        }
+        chosen = {kind: choices(model, stacked, queries) for kind, queries in views.items() if queries}
+        row: dict[str, Any] = {"stored": size, "asked": len(numbers)}
+        for kind, picked in chosen.items():
+            row[f"{kind}_any"] = sum(number >= 0 for number in picked) / len(picked)
+            if kind != "foreign":
+                row[f"{kind}_right"] = sum(p == n for p, n in zip(picked, numbers, strict=True)) / len(picked)
+        found.append(row)
+    return found
+
+
+def _request(records: Sequence[Record[Any]], number: int) -> EditRequest:
+    return request("pocket-vqa", "eval", number, records[number], render)
+
+
+def show(stored: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print stored outcomes, a table a kind."""
+    for kind in ("costs", "firing"):
+        for outcome in (row for row in stored if row["kind"] == kind):
+            names = list(outcome["rows"][0])
+            table = Table(
+                *names, title=f"{kind}: {outcome['method']} on {outcome['model']}, {outcome['machine']['cpu']}"
+            )
+            for row in outcome["rows"]:
+                table.add_row(*(_shown(row[name]) for name in names))
+            console.print(table)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def main(
+    stored: Annotated[str, typer.Option(help="how many edits, comma-separated: what routing costs")] = "",
+    sizes: Annotated[str, typer.Option("--firing", help="how many edits: how often it fires")] = "",
+    asked: Annotated[int, typer.Option(help="questions of each kind", min=1)] = 500,
+    drawn: Annotated[int, typer.Option(help="stored edits that are records", min=1)] = 2000,
+    artifact: Annotated[Path | None, typer.Option(help="ldke's classifier; made there if absent")] = None,
+    train_records: Annotated[int, typer.Option(min=1)] = 2000,
+    model: Annotated[str, typer.Option()] = "pocket-llava",
+    store: Annotated[bool, typer.Option("--record", help="append to benchmarks/results/")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="run nothing")] = False,
+) -> None:
+    """Time routing, or count how often it fires."""
+    console = Console()
+    outcomes: list[dict[str, Any]] = []
+    if not only_report:
+        loaded = fastedit.load(model)
+        classifier = _classifier(loaded, artifact, train_records)
+        counts, lengths = ([int(each) for each in text.split(",") if each] for text in (stored, sizes))
+        records = list(itertools.islice(consistent("pocket-vqa"), max([drawn, *(size + asked for size in lengths)])))
+        deltas = held_memories(loaded, records, classifier)
+        common = {"method": "ldke", "model": model, "machine": record.machine(), "versions": provenance.versions()}
+        common |= {"threads": torch.get_num_threads(), "drawn": drawn, "time": provenance.utc_now()}
+        common |= {"commit": record.commit_with_changes(provenance.commit()), "model_fingerprint": loaded.fingerprint}
+        if counts:
+            queries = [Query(each.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
+            queries += [Query(each.locality.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
+            rows = costs(loaded, deltas[:drawn], queries, counts)
+            outcomes.append({"kind": "costs", **common, "rows": rows})
+        if lengths:
+            outcomes.append({"kind": "firing", **common, "rows": firing(loaded, deltas, records, lengths, asked)})
+        if store:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
+    elif RESULTS.exists():
+        outcomes = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    show(outcomes, console)
+
+
+def _classifier(model: EditableModel, path: Path | None, train_records: int) -> Artifact:
+    if path is not None and path.exists():
+        return fastedit.load_artifact(path, model)
+    pool = fastedit.read_edits("pocket-vqa", split="train", limit=train_records)
+    return fastedit.train(model, "ldke", pool, out=path, show_progress=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
