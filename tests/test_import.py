@@ -17,7 +17,7 @@ def run(code: str) -> str:
 
 
 def test_import_pulls_in_no_heavy_package() -> None:
-    heavy = ("transformers", "bitsandbytes", "matplotlib", "PIL", "rich")
+    heavy = ("transformers", "bitsandbytes", "matplotlib", "PIL", "rich", "jinja2")
     assert run(f"import sys, fastedit; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
