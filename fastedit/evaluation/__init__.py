@@ -3,6 +3,7 @@
 from fastedit.evaluation.bootstrap import Score, bootstrap, bootstrap_difference, bootstrap_over_groups
 from fastedit.evaluation.normalise import contains, exact_match, normalise, token_f1
 from fastedit.evaluation.protocol import (
+    HELD_OUT,
     MUST_CHANGE,
     MUST_STAY,
     PROTOCOLS,
@@ -15,6 +16,7 @@ from fastedit.evaluation.protocol import (
 )
 
 __all__ = [
+    "HELD_OUT",
     "MUST_CHANGE",
     "MUST_STAY",
     "PROTOCOLS",

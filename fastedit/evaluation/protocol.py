@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastedit.evaluation.bootstrap import Score, bootstrap
-from fastedit.requests import EditRequest, Query
+from fastedit.requests import PARAPHRASE_KINDS, PROBE_KINDS, EditRequest, Query
 
 #: What the protocols are, for provenance.
 PROTOCOLS: Mapping[str, str] = {
@@ -35,6 +35,8 @@ MUST_STAY = ("text_locality", "text_locality_unseen", "image_locality", "image_l
 UNSEEN: Mapping[str, str] = {
     name.removesuffix("_unseen"): name for name in (*MUST_CHANGE, *MUST_STAY) if name.endswith("_unseen")
 }
+#: Scores of questions that only measure: nothing is fitted on them, and no export is for training with them in it.
+HELD_OUT: frozenset[str] = frozenset((*PARAPHRASE_KINDS, *(f"{kind}_unseen" for kind in PROBE_KINDS)))
 
 
 @dataclass(frozen=True)

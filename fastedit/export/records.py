@@ -15,7 +15,7 @@ from fastedit.data.jsonl import write_jsonl
 from fastedit.data.schema import MEMBER_FIELDS, to_json, write_text
 from fastedit.deltas import EditDelta
 from fastedit.engine.acting import applied
-from fastedit.evaluation import EvaluationView, evaluation_views, exact_match
+from fastedit.evaluation import HELD_OUT, EvaluationView, evaluation_views, exact_match
 from fastedit.export import Exported
 from fastedit.export.placing import placing
 from fastedit.export.regression import TEST_FILE, program_text
@@ -45,6 +45,11 @@ class Example:
     answer: str
 
     @property
+    def held_out(self) -> bool:
+        """Whether it only measures: wordings and paraphrases that nothing may be trained on."""
+        return self.view.score in HELD_OUT
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """Question and answer as chat templates take them, {"type": "image"} in the place of every image."""
         visual = self.view.query.image
@@ -67,7 +72,8 @@ def export_records(
     """Write every edit with its views, and the images that they are about.
 
     Questions that must change have the answer that follows from the edit; those that must stay have what the base
-    model answers, asked now. Both formats hold ``images/`` and ``edits.jsonl``, which ``fastedit.read_edits(file,
+    model answers, asked now. What is for training has no wording that is held out (``fastedit.evaluation.HELD_OUT``);
+    tests ask those as well. Both formats hold ``images/`` and ``edits.jsonl``, which ``fastedit.read_edits(file,
     images=folder)`` reads back.
 
     Args:
@@ -79,7 +85,8 @@ def export_records(
         check_sequence: as for ``export_merged``, of what is asked for "tests".
         max_new_tokens: longest answer that is asked for. overwrite: an earlier export in the folder is replaced.
     Returns:
-        Its report: "edits", "examples", "skipped" questions that the base answers with nothing; and for tests "held".
+        Its report: "edits", "examples", "skipped" questions that the base answers with nothing; for training
+        "held_out" questions, and for tests "held" ones.
     Raises:
         ValueError: no requests, another format, or a folder in use.
         ImageError: an image cannot be read. OSError: it cannot be written; nothing is left of it.
@@ -95,8 +102,13 @@ def export_records(
         # The same questions, with the paths of the stored images
         written = list(_views(stored))
         placement.report |= {"edits": [delta.request_id for delta in deltas], "format": format}
-        kept = [(example, visual) for example, (_, visual) in zip(asked, written, strict=True) if example.answer]
-        placement.report |= {"examples": len(kept), "skipped": len(asked) - len(kept)}
+        both = [(example, view) for example, (_, view) in zip(asked, written, strict=True)]
+        if format == "chat":
+            asked_of_all = len(both)
+            both = [(example, view) for example, view in both if not example.held_out]
+            placement.report["held_out"] = asked_of_all - len(both)
+        kept = [(example, view) for example, view in both if example.answer]
+        placement.report |= {"examples": len(kept), "skipped": len(both) - len(kept)}
         if format == "chat":
             lines = [to_json(_line(example, view.query.image)) + "\n" for example, view in kept]
             write_text(placement.path / EXAMPLES, "".join(lines))
@@ -141,7 +153,7 @@ def dataset(
     """Return edits with their views as a ``datasets.Dataset``, to be mixed into a fine-tuning.
 
     Columns: "messages", "images" (PIL), "edit", "score", "changes"; with a processor "text", rendered by its chat
-    template. Questions without an answer are left out.
+    template. Questions without an answer are left out, and wordings that are held out.
 
     Args:
         requests: edits. processor: with a chat template, or None.
@@ -156,7 +168,7 @@ def dataset(
         raise ImportError("dataset: the package datasets is needed (pip install datasets)") from error
     rows = []
     for example in examples(requests, model, **options):
-        if not example.answer:
+        if not example.answer or example.held_out:
             continue
         images = [open_image(source) for source in images_of(example.view.query.image)]
         row = {"messages": example.messages, "images": images, "edit": example.edit, "score": example.view.score}

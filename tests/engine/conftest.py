@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import fastedit
 from fastedit import EditRequest, Probe, Query
 from fastedit.backbone import EditableModel
 from fastedit.evaluation import EditScores
+from fastedit.requests import PARAPHRASE_KINDS, PROBE_KINDS
 
 
 def picture(seed: int) -> Image.Image:
@@ -45,6 +47,14 @@ def make_edits(count: int) -> list[EditRequest]:
         )
         for i in range(count)
     ]
+
+
+def with_held_out(edit: EditRequest) -> EditRequest:
+    """The edit with wordings that only measure; all hold one word that nothing else holds."""
+    own = (Query("zebra paraphrase", edit.image, kind=kind) for kind in PARAPHRASE_KINDS)
+    images = {"blind": None, "text_locality": None, "near": picture(5), "image_locality": picture(6)}
+    probes = (Probe(kind, "zebra probe", images.get(kind, edit.image), "red", "unseen") for kind in PROBE_KINDS)
+    return replace(edit, paraphrases=tuple(own), probes=(*edit.probes, *probes))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 import fastedit
 from fastedit.backbone import EditableModel
+from fastedit.backbone.prompts import PromptBuilder
 from fastedit.engine import train as train_module
+from fastedit.methods import METHODS, resolve
 from fastedit.training import TrainerConfig
-from tests.engine.conftest import make_edits
+from tests.engine.conftest import make_edits, with_held_out
 
 SMALL: dict[str, Any] = {"layers": 1, "rank": 4, "valid_records": 2}
 BRIEF: dict[str, Any] = {"steps": 3, "batch_size": 2}
@@ -144,3 +147,32 @@ def test_memory_that_runs_out_in_a_step_changes_nothing(
         else:
             with warned, pytest.raises(RuntimeError, match="out of memory"):
                 made(out=tmp_path / "part")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "kl+lora", "odedit+lora"])
+def test_no_method_is_shown_wordings_that_only_measure(
+    model: EditableModel, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither trained parts nor pools nor an edit's own record lets a method see them."""
+    asked: list[str] = []
+    text = PromptBuilder.text
+
+    def noted(self: PromptBuilder, prompt: str, *rest: Any, **options: Any) -> str:
+        asked.append(prompt)
+        return text(self, prompt, *rest, **options)
+
+    monkeypatch.setattr(PromptBuilder, "text", noted)
+    edits, pool = [with_held_out(edit) for edit in make_edits(2)], [with_held_out(edit) for edit in make_edits(12)[6:]]
+    plan = resolve(method, {})
+    fields = {field.name for field in dataclasses.fields(plan.config)}
+    given: dict[str, Any] = {name: 2 for name in ("steps", "k") if name in fields}
+    if plan.artifact_kind is not None:
+        few = {name: 2 for name in ("steps", "valid_records") if name in fields}
+        few |= {"calibration": 4} if "calibration" in fields else {}
+        hasty = {"steps": 2, "batch_size": 2, "valid_every": 2, "warmup": 0}
+        given["artifact"] = fastedit.train(model, plan.artifact_kind, pool, trainer=hasty, show_progress=False, **few)
+    run = fastedit.edit(model, edits, method, pool=pool, evaluate=False, show_progress=False, **given)
+    # It looks how much room the longest question leaves for demonstrations
+    shown = [text for delta in run.deltas for text in delta.texts.values()] if method == "ike" else asked
+    assert any(edits[0].prompt in text for text in shown)
+    assert not [text for text in shown if "zebra" in text]

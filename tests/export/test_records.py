@@ -16,12 +16,12 @@ from fastedit import EditRequest, Query, Video
 from fastedit.backbone import EditableModel
 from fastedit.data.images import open_image
 from fastedit.deltas import EditDelta
-from fastedit.evaluation import evaluation_views
+from fastedit.evaluation import HELD_OUT, evaluation_views
 from fastedit.evaluation.protocol import MUST_CHANGE
 from fastedit.export import export_deltas
 from fastedit.export.records import dataset, examples
-from fastedit.requests import images_of
-from tests.engine.conftest import make_edits, picture
+from fastedit.requests import PARAPHRASE_KINDS, images_of
+from tests.engine.conftest import make_edits, picture, with_held_out
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def test_every_view_is_an_example_that_chat_templates_take(
     assert all(edit.locality_prompt for edit in edits)
     exported = export_deltas("records", model, deltas, tmp_path / "out", requests=edits)
     rows = lines(tmp_path / "out" / "train.jsonl")
-    views = [view for edit in edits for view in evaluation_views(edit)]
+    views = [view for edit in edits for view in evaluation_views(edit) if view.score not in HELD_OUT]
     assert len(rows) + exported.report["skipped"] == len(views)
     assert {row["edit"] for row in rows} == {edit.id for edit in edits}
     texts = {row["messages"][0]["content"][-1]["text"]: row for row in rows}
@@ -52,6 +52,26 @@ def test_every_view_is_an_example_that_chat_templates_take(
             assert row["score"] in MUST_CHANGE
         else:
             assert model.answer(image, asked["content"][-1]["text"]) == text
+
+
+def test_what_is_held_out_is_asked_by_tests_and_not_trained_on(model: EditableModel, tmp_path: Path) -> None:
+    edits = [with_held_out(edit) for edit in make_edits(2)]
+    run = fastedit.edit(model, edits, "lora", steps=1, mode="sequential", evaluate=False, show_progress=False)
+    held_out = [view for edit in edits for view in evaluation_views(edit) if "zebra" in view.query.prompt]
+    assert {view.score for view in held_out} == HELD_OUT
+    given: dict[str, Any] = {"requests": edits, "max_new_tokens": 2}
+    exported = export_deltas("records", model, run.deltas, tmp_path / "train", **given)
+    assert exported.report["held_out"] == len(held_out)
+    rows = lines(tmp_path / "train" / "train.jsonl")
+    assert rows
+    assert not any("zebra" in json.dumps(row) for row in rows)
+    assert not HELD_OUT & {row["score"] for row in rows}
+    exported = export_deltas("records", model, run.deltas, tmp_path / "tests", format="tests", **given)
+    assert "held_out" not in exported.report
+    questions = json.loads((tmp_path / "tests" / "questions.json").read_text())["questions"]
+    assert {question["score"] for question in questions} >= set(PARAPHRASE_KINDS)
+    again = fastedit.read_edits(tmp_path / "train" / "edits.jsonl", images=tmp_path / "train")
+    assert [edit.paraphrases[0].prompt for edit in again] == ["zebra paraphrase"] * 2
 
 
 def test_edits_are_read_back(tmp_path: Path) -> None:
@@ -129,9 +149,10 @@ def test_a_dataset_has_messages_images_and_texts(
     stand_in = types.ModuleType("datasets")
     stand_in.Dataset = Listed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    unanswered = [replace(edit, locality_answer=None) for edit in edits]
+    unanswered = [with_held_out(replace(edit, locality_answer=None)) for edit in edits]
     rows = dataset(unanswered, model.processor, model=model, max_new_tokens=8)
     assert "text_locality" in {row["score"] for row in rows}
+    assert not HELD_OUT & {row["score"] for row in rows}
     assert "text_locality" not in {row["score"] for row in dataset(unanswered)}
     for row in rows:
         assert row["text"].count("<image>") == len(row["images"])

@@ -8,6 +8,8 @@ import pytest
 
 from fastedit.fitting import wordings
 from fastedit.fitting.wordings import SMALL, reworded
+from fastedit.pocket import unseen
+from fastedit.pocket.factory.wording import normal
 from fastedit.pocket.templates import TEMPLATES
 
 QUESTION = "What is the colour of the circle?"
@@ -31,6 +33,14 @@ def test_words_that_matter_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             matter = {word.strip("?.,{}").lower() for word in question.split()} - SMALL - {"", "tell", "name", "give"}
             for text in made(question, 40):
                 assert matter <= {word.strip("?.,:;!{}").lower() for word in text.split()}, text
+
+
+def test_no_rule_makes_a_wording_that_only_measures() -> None:
+    """Rewordings of what training shows are none of the embedded sets' unseen wordings."""
+    for kind, wordings_held_out in unseen.TEMPLATES.items():
+        held_out = {normal(wording) for wording in wordings_held_out}
+        for question in TEMPLATES.get(kind, ()):
+            assert not held_out & {normal(text) for text in made(question, 200)}, question
 
 
 @pytest.mark.parametrize("question", ["A picture of", "Why?", "is the", "?", "汉字是什么？", "x " * 200])
