@@ -119,12 +119,16 @@ def weight_gradient_norm(traced: Traced, rows: int, groups: Sequence[str] | None
     """
     chosen = torch.ones_like(traced.row, dtype=torch.bool) if groups is None else _chosen(traced, groups)
     x, grad, owner = _wide(traced.x[chosen]), _wide(traced.grad[chosen]), traced.row[chosen]
-    out = grad.new_zeros(rows)
-    counts = torch.bincount(owner, minlength=rows).tolist()
-    parts = zip(torch.split(x, counts), torch.split(grad, counts), strict=True)
-    for row, (own_x, own_grad) in enumerate(parts):
-        out[row] = ((own_x @ own_x.T) * (own_grad @ own_grad.T)).sum().clamp(min=0).sqrt()
-    return out
+    counts = torch.bincount(owner, minlength=rows)
+    # A row's tokens lie behind one another: theirs begins where those of the rows before end
+    place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+    longest = int(counts.amax()) if rows else 0
+    pairs = grad.new_ones(rows, longest, longest)
+    for values in (x, grad):
+        padded = values.new_zeros(rows, longest, values.shape[-1])
+        padded[owner, place] = values
+        pairs *= padded @ padded.transpose(1, 2)
+    return pairs.sum((1, 2)).clamp(min=0).sqrt()
 
 
 def _wide(values: Tensor) -> Tensor:
