@@ -114,6 +114,25 @@ def test_logits_equal_the_stock_models(key: str, record_property: Any) -> None:
     assert worst <= ROUNDING.get(key, 1e-12)
 
 
+@pytest.mark.parametrize("key", WALKED)
+@torch.no_grad()
+def test_every_map_that_is_listed_puts_out_what_a_delta_is_added_to(key: str) -> None:
+    model = editable(key)
+    sites = [site for n in range(model.n_layers) for site in model.sites([n], tuple(model.adapter.text.paths_of(n)))]
+    widths: dict[str, Any] = {}
+
+    def keep(path: str, _module: Any, _args: Any, output: Any) -> None:
+        widths[path] = getattr(output, "shape", (type(output),))[-1]
+
+    handles = [model.module(site).register_forward_hook(partial(keep, site.module_path)) for site in sites]
+    try:
+        packed_tail(model, packed_start(model, model.encode(questions(key), answers=True)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert widths == {site.module_path: site.d_out for site in sites}
+
+
 @pytest.mark.parametrize("key", [key for key in WALKED if key != "llama4"])
 def test_answers_equal_the_stock_models(key: str, record_property: Any) -> None:
     model = editable(key)

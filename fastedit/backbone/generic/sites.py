@@ -78,18 +78,21 @@ class LayerProbe:
         return list(self.given)
 
     def calls(self) -> list[tuple[str, bool]]:
-        """Linear maps that see every token once, in the order of their calls: (path, after attention)."""
+        """Linear maps that see every token once, in the order of their calls: (path, after attention).
+
+        Some routers of experts are linear maps by class and put out two things (Llama 4): nothing can be added to them.
+        """
         seen: list[tuple[str, bool]] = []
 
         def watch(path: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                if args and args[0].numel() == self.tokens * args[0].shape[-1]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+                if args and args[0].numel() == self.tokens * args[0].shape[-1] and isinstance(output, Tensor):
                     seen.append((path, bool(self.given)))
 
             return hook
 
         self.given.clear()
-        with hooked([part.register_forward_pre_hook(watch(path)) for path, part in linear_maps(self.layer).items()]):
+        with hooked([part.register_forward_hook(watch(path)) for path, part in linear_maps(self.layer).items()]):
             self.call()
         paths = [path for path, _ in seen]
         return [(path, after) for path, after in seen if paths.count(path) == 1]
