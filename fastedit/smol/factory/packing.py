@@ -57,6 +57,7 @@ class Packer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
         self.end = int(tokenizer.eos_token_id)
         self._ids: Callable[[str], tuple[int, ...]] = functools.cache(
             lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)

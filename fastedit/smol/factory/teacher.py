@@ -12,6 +12,7 @@ import json
 import random
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,19 @@ def pattern(relation: str) -> tuple[str, frozenset[str]]:
     return text, frozenset(fact.subject for fact in shown)
 
 
-def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> list[Taught]:
-    """Return the greedy answers to every fact's question in two wordings; those that do not end are left out."""
+def teach(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0, chosen: Sequence[Fact] | None = None
+) -> list[Taught]:
+    """Return the greedy answers to facts' questions in two wordings; those that do not end are left out.
+
+    Args:
+        model: anything with `model` and `lm_head`. seed: of the second wording. chosen: facts; None is all.
+    """
     rng = random.Random(seed)
     line_end = tokenizer("\n").input_ids[0]
     ends = {tokenizer.eos_token_id, line_end}
     by_relation: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts():
+    for fact in facts() if chosen is None else chosen:
         by_relation[fact.relation].append(fact)
     taught: list[Taught] = []
     for relation, asked in by_relation.items():
