@@ -225,6 +225,8 @@ EXTRAS = {
     "trainers": ["accelerate>=1.10", "datasets>=4", "peft>=0.18", "trl>=1.16"],
     # edits in the processes of a cluster
     "ray": ["ray>=2.50"],
+    # candidates among very many stored edits
+    "index": ["hnswlib>=0.8"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -240,6 +242,7 @@ EXTRAS = {
         "faiss-cpu>=1.9",
         "opacus>=1.5",
         "ray>=2.50",
+        "hnswlib>=0.8",
         "liger-kernel>=0.8; sys_platform == 'linux'",
         # the simulation of many workers
         "simpy>=4.1",

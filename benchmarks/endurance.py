@@ -12,10 +12,15 @@ they did before. The second form tries what ledgers must stand (``ledger_trials.
 from __future__ import annotations
 
 import bisect
+import math
+import signal
+import statistics
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,10 +41,11 @@ from benchmarks import ledger_trials, record
 from benchmarks.memory import _status_mib
 from fastedit.backbone import EditableModel
 from fastedit.engine import provenance
+from fastedit.evaluation.normalise import exact_match
 from fastedit.ledger import Ledger
 from fastedit.methods import resolve
 from fastedit.methods.base import is_trained
-from fastedit.requests import EditRequest
+from fastedit.requests import EditRequest, Query
 
 PARTS = 10
 
@@ -90,7 +96,9 @@ class Endured:
     Args:
         edits: how many. seconds: of the whole run.
         edits_per_s: of every part. rss_mib: resident memory at the end of every part.
-        peak_mib: highest reading. open_s: seconds to open the ledger. files, disk_mib: of the ledger.
+        peak_mib: highest reading. open_s: seconds to open the ledger. files, disk_mib: of the ledger, images included.
+        delta_bytes: of the files of deltas, an edit. serve_s: seconds until what acts is ready to answer.
+        held: share of sampled edits whose question gets their answer once all are made; reworded: whose rephrase does.
     """
 
     edits: int
@@ -101,6 +109,10 @@ class Endured:
     open_s: float
     files: int
     disk_mib: float
+    delta_bytes: float
+    serve_s: float | None = None
+    held: float | None = None
+    reworded: float | None = None
 
     @property
     def rate_drift(self) -> float:
@@ -132,6 +144,8 @@ def endure(
     *,
     batch_size: int = 64,
     interval_s: float = 0.25,
+    sample: int = 0,
+    most_s: float = math.inf,
     **overrides: Any,
 ) -> Endured:
     """Make all edits in one call and say how it went along the way.
@@ -141,6 +155,8 @@ def endure(
         folder: new or empty, for the ledger.
         batch_size: edits fitted together.
         interval_s: between two readings of the memory.
+        sample: ask so many of the edits, evenly spaced, once all are made; 0 asks none.
+        most_s: stop after so many seconds; what is committed by then counts.
     Raises:
         ValueError: fewer edits than parts.
     """
@@ -149,21 +165,76 @@ def endure(
     with fastedit.open_ledger(folder, model) as ledger:
         with Watch(interval_s) as watch:
             start = time.time()
-            run = ledger.edit(
-                edits, method, batch_size=batch_size, evaluate=False, conflicts="last", show_progress=False, **overrides
-            )
+            with stopping_after(most_s) as stopped:
+                ledger.edit(
+                    edits, method, batch_size=batch_size, evaluate=False, conflicts="last", show_progress=False,
+                    **overrides,
+                )  # fmt: skip
             end = time.time()
-        if len(run.deltas) != len(edits):
-            raise RuntimeError(f"endurance: {len(run.deltas)} deltas of {len(edits)} edits")
         # Before the first fit all images are stored
         done = commits(ledger)
+        if done[-1][1] != len(edits) and not stopped:
+            raise RuntimeError(f"endurance: {done[-1][1]} deltas of {len(edits)} edits")
+        edits = edits[: done[-1][1]]
         listed = [path for path in folder.rglob("*") if path.is_file()]
     before = time.perf_counter()
     fastedit.open_ledger(folder, model).close()
     open_s = time.perf_counter() - before
     rates, memory = parts(done, watch, done[-1][1])
     size = sum(path.stat().st_size for path in listed) / 2**20
-    return Endured(done[-1][1], end - start, rates, memory, max(watch.rss_mib), open_s, len(listed), size)
+    deltas = sum(path.stat().st_size for path in listed if path.suffix == ".safetensors") / done[-1][1]
+    found = Endured(done[-1][1], end - start, rates, memory, max(watch.rss_mib), open_s, len(listed), size, deltas)
+    return replace(found, **holding(model, folder, edits, sample)) if sample else found
+
+
+@contextmanager
+def stopping_after(seconds: float) -> Iterator[list[bool]]:
+    """End the block by an interrupt after so many seconds; yields a list that is no longer empty then."""
+    stopped: list[bool] = []
+
+    def stop(*_: object) -> None:
+        stopped.append(True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop) if seconds < math.inf else None
+    try:
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield stopped
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+    finally:
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def holding(model: EditableModel, folder: Path, edits: Sequence[EditRequest], sample: int) -> dict[str, float]:
+    """``serve_s``, ``held`` and ``reworded`` of ``Endured``: edits of a ledger asked with all that act."""
+    chosen = [edits[len(edits) * number // sample] for number in range(min(sample, len(edits)))]
+    with fastedit.open_ledger(folder, model) as ledger:
+        begin = time.perf_counter()
+        with fastedit.applied(model, ledger.active()):
+            answered(model, [Query(chosen[0].prompt, chosen[0].image)])
+            serve_s = time.perf_counter() - begin
+            own = answered(model, [Query(each.prompt, each.image) for each in chosen])
+            other = answered(model, [Query(each.rephrase or each.prompt, each.image) for each in chosen])
+    pairs = [
+        (exact_match(a, each.target), exact_match(b, each.target))
+        for a, b, each in zip(own, other, chosen, strict=True)
+    ]
+    held, reworded = (statistics.fmean(map(float, hits)) for hits in zip(*pairs, strict=True))
+    return {"serve_s": serve_s, "held": held, "reworded": reworded}
+
+
+def answered(model: EditableModel, queries: Sequence[Query], at_once: int = 64) -> list[str]:
+    """Greedy answers, so many questions at a time."""
+    return [
+        answer
+        for start in range(0, len(queries), at_once)
+        for answer in model.generate(list(queries[start : start + at_once]))
+    ]
 
 
 def commits(ledger: Ledger) -> list[tuple[float, int]]:
@@ -220,7 +291,12 @@ def rows_of(found: Endured, config: dict[str, Any]) -> list[record.Row]:
         row(case, "open_s", found.open_s),
         row(case, "files", found.files),
         row(case, "disk_mib", found.disk_mib),
+        row(case, "delta_bytes", found.delta_bytes),
     ]
+    for metric in ("serve_s", "held", "reworded"):
+        value = getattr(found, metric)
+        if value is not None:
+            rows.append(row(case, metric, value))
     for number, (rate, rss) in enumerate(zip(found.edits_per_s, found.rss_mib, strict=True), start=1):
         rows.append(row(f"{case}/tenth={number}", "edits_per_s", rate))
         rows.append(row(f"{case}/tenth={number}", "rss_mib", rss))
@@ -238,8 +314,13 @@ def show(found: Endured, console: Console) -> None:
     console.print(
         f"last tenth over first: speed {found.rate_drift:.3f}, memory {found.rss_drift:.3f}; "
         f"highest {found.peak_mib:,.0f} MiB; {found.files:,} files of {found.disk_mib:,.1f} MiB, opened in "
-        f"{found.open_s * 1000:,.0f} ms"
+        f"{found.open_s * 1000:,.0f} ms; {found.delta_bytes:,.0f} bytes of deltas an edit"
     )
+    if found.held is not None:
+        console.print(
+            f"of sampled edits {found.held:.3f} hold, {found.reworded:.3f} reworded; "
+            f"ready to answer after {found.serve_s:,.1f} s"
+        )
 
 
 def try_ledgers(
@@ -289,6 +370,13 @@ def try_ledgers(
     return record.check(rows)
 
 
+def file_system(folder: Path) -> str:
+    """Kind of the file system that a folder is, or will be, on: "ext2/ext3", "tmpfs", which writes no disk ..."""
+    there = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    run = subprocess.run(["stat", "-f", "-c", "%T", str(there)], capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
 def main(
     edits: Annotated[int, typer.Option(help="how many; the train split comes round again", min=PARTS)] = 10_000,
     method: Annotated[str, typer.Option(help="ft, lora, odedit+lora ...")] = "lora",
@@ -298,6 +386,8 @@ def main(
     batch_size: Annotated[int, typer.Option(help="edits fitted together", min=1)] = 64,
     interval: Annotated[float, typer.Option(help="seconds between two readings of the memory")] = 0.25,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if absent", min=1)] = None,
+    sample: Annotated[int, typer.Option(help="ask so many edits at the end", min=0)] = 0,
+    most: Annotated[float, typer.Option(help="stop after so many seconds, with what is made")] = math.inf,
     folder: Annotated[Path | None, typer.Option(help="keep the ledger here, a new folder; else it goes")] = None,
     train_steps: Annotated[int, typer.Option(help="of methods with trained parts", min=1)] = 20,
     kills: Annotated[int, typer.Option(help="kill so many processes that edit or train", min=0)] = 0,
@@ -335,6 +425,7 @@ def main(
         "edits": edits,
         "batch_size": batch_size,
         "interval_s": interval,
+        "storage": file_system(folder or Path(tempfile.gettempdir())),
         "seed": seed,
     }
     wanted = cycled(fastedit.read_edits("pocket-vqa", split="train", limit=edits), edits)
@@ -351,7 +442,10 @@ def main(
     fastedit.edit(loaded, wanted[: max(2, batch_size)], method, batch_size=batch_size, evaluate=False, **settings)
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary) / "edits"
-        found = endure(loaded, wanted, method, place, batch_size=batch_size, interval_s=interval, **settings)
+        found = endure(
+            loaded, wanted, method, place, batch_size=batch_size, interval_s=interval, sample=sample, most_s=most,
+            **settings,
+        )  # fmt: skip
     show(found, console)
     rows = rows_of(found, config)
     if json_path is not None:

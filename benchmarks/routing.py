@@ -6,9 +6,10 @@
 
 Questions and stored edits of the first ones are records of pocket-vqa, as ``long_sequence.py`` draws them; more than
 ``--drawn`` of them are those again with noise on the vectors, as large as the distance between two questions about one
-scene: whether vectors are of pictures that were rendered does not change what it costs to compare them. Both ways of
-routing run in turns on the same states: all scores at once (what there was before), and claims. Unless both choose the
-same edits nothing is timed.
+scene: whether vectors are of pictures that were rendered does not change what it costs to compare them. All ways of
+routing run in turns on the same states: all scores at once, claims from whole vectors, claims with a first pass over
+reduced ones (what the engine does), and from an index. Unless the exact ones choose the same edits nothing is timed.
+Times are those of the processor: what else runs on the machine does not count.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +37,7 @@ if __name__ == "__main__":
 import fastedit
 from benchmarks import record
 from benchmarks.long_sequence import choices, consistent, held_memories
+from benchmarks.memory import _status_mib
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import EditDelta, Rows, split_point, stack
@@ -43,10 +48,12 @@ from fastedit.pocket.edits import Record
 from fastedit.pocket.requests import request
 from fastedit.pocket.world import render
 from fastedit.requests import EditRequest, Query
+from fastedit.routers import reduced
+from fastedit.routers.features import prompt_tokens
 from fastedit.training import Artifact
 
 RESULTS = record.RESULTS / "routing.jsonl"
-QUESTIONS = 64
+QUESTIONS, RECALLED = 64, 400
 
 
 def walked_state(model: EditableModel, spec: Any, queries: Sequence[Query]) -> PackedState:
@@ -93,14 +100,27 @@ def by_scores(holder: RowsHolder, state: PackedState) -> list[int]:
     return best_of(allowed, holder._of_texts()[1]).tolist()
 
 
+@contextmanager
+def searched(model: EditableModel, how: str) -> Iterator[None]:
+    """Inside the block routers search as they do ("exact"), compare whole vectors ("whole"), or ask an index."""
+    before = model.index_from, reduced.LEAST_ROWS
+    try:
+        model.index_from = 1 if how == "index" else None
+        reduced.LEAST_ROWS = sys.maxsize if how == "whole" else before[1]
+        yield
+    finally:
+        model.index_from, reduced.LEAST_ROWS = before
+
+
 def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each call."""
+    """Median processor seconds of each call, after one that does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         for own, call in zip(seconds, calls, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            own.append(time.perf_counter() - begin)
+            if turn:
+                own.append(time.process_time() - begin)
     return [statistics.median(own) for own in seconds]
 
 
@@ -111,41 +131,75 @@ def costs(
     stored: Sequence[int],
     *,
     noise: float = 0.3,
-    repeats: int = 5,
+    repeats: int = 9,
+    recalled: Sequence[Query] = (),
+    index_to: int = 0,
 ) -> list[dict[str, Any]]:
-    """Seconds of an answer and of routing a question, by how many edits are stored and how many questions come at once.
+    """Processor seconds of an answer and of routing a question, by how many edits are stored and how many come at once.
 
+    Args:
+        queries: asked one at a time and all at once. recalled: asked of exact search and of an index.
+        index_to: stored edits up to which an index is built; 0 builds none.
+    Returns:
+        Of every pair "answer_s", "read_s" (what the router reads of a prompt, without the stored edits), and of routing
+        the whole "exact_s", "whole_s", "index_s" and "scores_s" (all pairs), as far as they were tried. Of an index
+        "build_s", "index_bytes" of an edit, "recall": of questions on which exact search lets an edit act the share
+        with the same edit, "fires": the share of all on which both let one act or neither, "wrong": another acts.
     Raises:
-        RuntimeError: the two ways of routing choose differently.
+        RuntimeError: the exact ways of routing choose differently.
     """
     stacked: Any = stack(list(deltas))
     known = dict(stacked.fixed)
     found = []
-    for count, at_once in itertools.product(stored, (1, len(queries))):
-        asked = list(queries[:at_once])
-        state = walked_state(model, stacked.spec, asked)
+    states = {count: walked_state(model, stacked.spec, list(queries[:count])) for count in (1, len(queries))}
+    asked_state = walked_state(model, stacked.spec, list(recalled)) if recalled else None
+    for count in stored:
         holder = prepared(model, stacked, Rows())
         with_stored(holder, extended(known, count, noise))
-        # The scores of all pairs of a million edits and 64 questions are more than there is memory for
-        ways: list[Callable[[], Any]] = [lambda: by_claims(holder, state)]  # noqa: B023
-        if count * at_once <= 1 << 23:
-            ways.append(lambda: by_scores(holder, state))  # noqa: B023
-            if ways[0]() != ways[1]():
-                raise RuntimeError(f"routing: claims and scores choose differently (got stored={count})")
-        answer = lambda: model.generate(asked, max_new_tokens=4)  # noqa: B023, E731
-        answered, *routed = in_turns([answer, *ways], repeats)
-        size = sum(each.numel() * each.element_size() for each in stacked.fixed.values())
-        found.append(
-            {
-                "stored": count,
-                "at_once": at_once,
-                "answer_s": answered / at_once,
-                "claims_s": routed[0] / at_once,
-                "scores_s": routed[1] / at_once if len(routed) > 1 else None,
-                "bytes_per_edit": size / count,
+        size = sum(each.numel() * each.element_size() for each in stacked.fixed.values()) / count
+        of_index = _index_of(model, holder, asked_state, count) if count <= index_to and asked_state is not None else {}
+        for at_once, state in states.items():
+            asked = list(queries[:at_once])
+            ways: dict[str, Callable[[], Any]] = {
+                "answer": lambda: model.generate(asked, max_new_tokens=4),  # noqa: B023
+                "read": lambda: holder.router.classifier(prompt_tokens(state)),  # type: ignore[union-attr]  # noqa: B023
             }
-        )
+            for how in ("exact", "whole", *(("index",) if of_index else ())):
+                ways[how] = partial(_routed, model, holder, state, how)
+            # The scores of all pairs of a million edits and 64 questions are more than there is memory for
+            if count * at_once <= 1 << 23:
+                ways["scores"] = partial(by_scores, holder, state)
+            exact = {how: ways[how]() for how in ("exact", "whole", "scores") if how in ways}
+            if any(chosen != exact["exact"] for chosen in exact.values()):
+                raise RuntimeError(f"routing: exact ways choose differently (got stored={count}, {exact})")
+            with torch.no_grad():
+                seconds = dict(zip(ways, in_turns(list(ways.values()), repeats), strict=True))
+            row = {f"{name}_s": each / at_once for name, each in seconds.items()}
+            found.append({"stored": count, "at_once": at_once, **row, "bytes_per_edit": size, **of_index})
+        model.tables = None
     return found
+
+
+def _routed(model: EditableModel, holder: RowsHolder, state: PackedState, how: str) -> list[int]:
+    with searched(model, how):
+        return by_claims(holder, state)
+
+
+def _index_of(model: EditableModel, holder: RowsHolder, asked: PackedState, count: int) -> dict[str, float]:
+    """What it costs to build an index, and how what it lets act differs from exact search."""
+    begin, memory = time.process_time(), _status_mib("VmRSS")
+    named = _routed(model, holder, asked, "index")
+    build_s, memory = time.process_time() - begin, _status_mib("VmRSS") - memory
+    exact = _routed(model, holder, asked, "exact")
+    pairs = list(zip(exact, named, strict=True))
+    acts = [(one, other) for one, other in pairs if one >= 0]
+    return {
+        "build_s": build_s,
+        "index_bytes": memory * 2**20 / count,
+        "recall": sum(one == other for one, other in acts) / max(1, len(acts)),
+        "fires": sum((one >= 0) == (other >= 0) for one, other in pairs) / len(pairs),
+        "wrong": sum(other not in (one, -1) for one, other in pairs) / len(pairs),
+    }
 
 
 def firing(
@@ -209,6 +263,7 @@ def main(
     drawn: Annotated[int, typer.Option(help="stored edits that are records", min=1)] = 2000,
     artifact: Annotated[Path | None, typer.Option(help="ldke's classifier; made there if absent")] = None,
     train_records: Annotated[int, typer.Option(min=1)] = 2000,
+    index_to: Annotated[int, typer.Option(help="stored edits up to which an index is tried", min=0)] = 100_000,
     model: Annotated[str, typer.Option()] = "pocket-llava",
     store: Annotated[bool, typer.Option("--record", help="append to benchmarks/results/")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="run nothing")] = False,
@@ -228,7 +283,9 @@ def main(
         if counts:
             queries = [Query(each.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
             queries += [Query(each.locality.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
-            rows = costs(loaded, deltas[:drawn], queries, counts)
+            recalled = [Query(each.prompt, render(each.scene)) for each in records[drawn - RECALLED // 2 : drawn]]
+            recalled += [Query(each.rephrase, render(each.rephrased)) for each in records[: RECALLED // 2]]
+            rows = costs(loaded, deltas[:drawn], queries, counts, recalled=recalled, index_to=index_to)
             outcomes.append({"kind": "costs", **common, "rows": rows})
         if lengths:
             outcomes.append({"kind": "firing", **common, "rows": firing(loaded, deltas, records, lengths, asked)})

@@ -99,6 +99,10 @@ class EditableModel:
         self.artifacts: dict[str, Any] = {}
         #: What was stacked of deltas that stay in storage, or are live.
         self.stacks = Recent(STACKS)
+        #: What routers keep to search stored edits (``fastedit.routers.tables.Tables``).
+        self.tables: Any = None
+        #: Stored edits from which on an index names candidates, which may miss some; None compares with all.
+        self.index_from: int | None = None
         #: Arguments of ``load`` that give this model again; None for one that was in memory already.
         self.loaded_with: dict[str, Any] | None = None
         self._cache_mib = image_cache_mib, state_cache_mib

@@ -100,6 +100,11 @@ class MappedStack:
         return len(self.ids)
 
     @property
+    def shared_rows(self) -> object:
+        """Equal for stacks whose ``fixed`` are the first rows of the same tensors, which are written once."""
+        return self._rows
+
+    @property
     def key(self) -> str:
         """SHA-256 over the ids of all deltas."""
         return ids_key(self.ids)

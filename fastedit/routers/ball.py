@@ -11,6 +11,7 @@ from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.probe import feed_forward_parts
 from fastedit.routers import Routed
 from fastedit.routers.claims import Claims, pairs_within
+from fastedit.routers.tables import has_index, tables_of
 
 
 class BallRouter:
@@ -22,7 +23,7 @@ class BallRouter:
 
     def __init__(self, model: EditableModel, stacked: Routed) -> None:
         (site,) = stacked.spec.sites
-        self.model, self.layer = model, site.layer
+        self.model, self.stacked, self.layer = model, stacked, site.layer
         self._place = f"{site.layer}.{site.name}:"
 
     def scores(self, state: PackedState, fixed: Mapping[str, Tensor], own: Tensor | None) -> Tensor:
@@ -42,7 +43,13 @@ class BallRouter:
         keys, radius = fixed[f"{self._place}key"], fixed[f"{self._place}radius"][:, 0]
         asked = prompt_keys(self.model, self.layer, state).to(keys.dtype)
         found = []
-        for row, edit in pairs_within(asked, keys, radius):
+        tables = tables_of(self.model)
+        if has_index(self.model, len(keys)):
+            pairs = iter([tables.pairs(("ball", self._place), "l2", self.stacked, asked, [(keys, 1.0)])])
+        else:
+            reduced = tables.reduced(self.stacked, "key", keys, centred=True, exact=True)
+            pairs = pairs_within(asked, keys, radius, reduced)
+        for row, edit in pairs:
             distance = torch.linalg.vector_norm(asked[row] - keys[edit], dim=1)
             inside = distance <= radius[edit]
             found.append(Claims(row[inside], edit[inside], -distance[inside]))

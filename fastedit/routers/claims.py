@@ -8,16 +8,22 @@ the product alone, and memory does not grow with the product of questions and st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastedit.backbone import PackedState
 from fastedit.routers import Router
+from fastedit.routers.reduced import Reduced
 
 #: Entries of the product of a block: 16 MB in float32, so that it is read again from the cache of a core.
 ENTRIES = 1 << 22
+#: Of so many pairs of reduced vectors one may pass before the whole ones of all are compared: gathering costs more.
+FEW = 64
+
+#: From a block of stored vectors and where it lies to which pairs pass, bool (R, block).
+Test: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
 class Claims(NamedTuple):
@@ -71,42 +77,74 @@ def claims_of(router: Router, state: PackedState, fixed: Mapping[str, Tensor]) -
     return Claims.reaching(router.scores(state, fixed, None), router.threshold(fixed))
 
 
-def pairs_above(asked: Tensor, stored: Tensor, least: float) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs_above(
+    asked: Tensor, stored: Tensor, least: float, reduced: Reduced | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (row, edit) whose inner product is at least ``least``, and some that are just below.
 
     Args:
         asked: (R, d). stored: (B, d), of the same dtype; all of length 1 or less.
+        reduced: of the stored ones, for a first pass: more pairs just below are among what it gives.
     """
-    bound = least - 1.01 * _rounding(asked)
-    yield from _blocks(len(asked), stored, lambda part, _where: asked @ part.T >= bound)
+    slack = 1.01 * _rounding(asked)
+
+    def above(queries: Tensor, slack: float) -> Test:
+        return lambda part, _where: queries @ part.T >= least - slack
+
+    exact = above(asked, slack)
+    if reduced is None:
+        yield from _blocks(len(asked), stored, exact)
+    else:
+        # bfloat16 rounds both vectors and their product
+        slack = 4 * slack + (0 if reduced.dtype == asked.dtype else 4 * torch.finfo(reduced.dtype).eps)
+        yield from _blocks(len(asked), stored, exact, reduced.rows(stored), above(reduced.of(asked), slack))
 
 
-def pairs_within(asked: Tensor, stored: Tensor, radius: Tensor | float) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs_within(
+    asked: Tensor, stored: Tensor, radius: Tensor | float, reduced: Reduced | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (row, edit) whose distance is at most ``radius``, (B,) or one number, and some that are just beyond.
 
     Args:
-        asked: (R, d). stored: (B, d), of the same dtype.
+        asked: (R, d). stored: (B, d), of the same dtype. reduced: see ``pairs_above``; of the same dtype.
     """
+
+    def within(queries: Tensor, slack: float) -> Test:
+        square = queries.square().sum(1)
+
+        def near(part: Tensor, where: slice) -> Tensor:
+            known = part.square().sum(1)
+            # |a - k|² <= r² as a·k >= (|a|² + |k|² - r²) / 2: what rounds is as large as the squares
+            reach = torch.as_tensor(_part(radius, where), dtype=part.dtype, device=part.device).clamp(min=0).square()
+            return (
+                torch.addmm((reach - known + slack * (known + reach))[None], queries, part.T, beta=0.5)
+                >= (0.5 * square * (1 - 2 * slack))[:, None]
+            )
+
+        return near
+
     slack = _rounding(asked)
-    square = asked.square().sum(1)
-
-    def near(part: Tensor, where: slice) -> Tensor:
-        known = part.square().sum(1)
-        # |a - k|² <= r² as a·k >= (|a|² + |k|² - r²) / 2: what rounds is as large as the squares
-        reach = torch.as_tensor(_part(radius, where), dtype=part.dtype, device=part.device).clamp(min=0).square()
-        return (
-            torch.addmm((reach - known + slack * (known + reach))[None], asked, part.T, beta=0.5)
-            >= (0.5 * square * (1 - 2 * slack))[:, None]
-        )
-
-    yield from _blocks(len(asked), stored, near)
+    exact = within(asked, slack)
+    if reduced is None:
+        yield from _blocks(len(asked), stored, exact)
+    else:
+        yield from _blocks(len(asked), stored, exact, reduced.rows(stored), within(reduced.of(asked), 4 * slack))
 
 
-def _blocks(rows: int, stored: Tensor, test: Callable[[Tensor, slice], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs that pass a test of blocks of stored vectors: ``test(part, where)`` gives bool (R, len(part))."""
+def _blocks(
+    rows: int, stored: Tensor, exact: Test, reduced: Tensor | None = None, coarse: Test | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs that pass a test of blocks of stored vectors: ``exact(part, where)`` gives bool (R, len(part)).
+
+    With reduced vectors those that pass ``coarse``; where that leaves many, those that pass both.
+    """
     step = max(1, ENTRIES // max(1, rows))
     for start in range(0, max(1, len(stored)), step):
-        row, edit = test(stored[start : start + step], slice(start, start + step)).nonzero(as_tuple=True)
+        where = slice(start, start + step)
+        passed = exact(stored[where], where) if reduced is None or coarse is None else coarse(reduced[where], where)
+        row, edit = passed.nonzero(as_tuple=True)
+        if reduced is not None and len(row) * FEW > passed.numel():
+            row, edit = (passed & exact(stored[where], where)).nonzero(as_tuple=True)
         yield row, edit + start
 
 

@@ -10,7 +10,7 @@ question with another image by the entity. A product of two matrices scores a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastedit.routers import Routed
 from fastedit.routers.claims import Claims, pairs_above
 from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
 from fastedit.routers.scope import trained_part
+from fastedit.routers.tables import has_index, tables_of
 
 PREFIX = "classifier/"
 #: Distance of two images' centres (unit vectors) below which they are the same pixels: rounding stays far below it,
@@ -134,7 +135,7 @@ class ClassifierRouter:
         self.classifier = Disentangler.of(trained_part(model, options), model.device)
         given = options.get("threshold")
         self.least = float(self.classifier.threshold) if given is None else float(torch.tensor(given).log())
-        self.stacked = stacked
+        self.model, self.stacked = model, stacked
         self._read: tuple[Sequence[Mapping[str, str]], Tensor] | None = None
 
     @property
@@ -165,12 +166,25 @@ class ClassifierRouter:
         entity, relation = self.classifier(tokens)
         known_entity, known_relation = fixed["entity"].to(entity.dtype), fixed["relation"].to(relation.dtype)
         found = []
-        for row, edit in pairs_above(entity, known_entity, self.classifier.least_entity(self.least)):
+        for row, edit in self._pairs(entity, relation, known_entity, known_relation):
             by_entity = (entity[row] * known_entity[edit]).sum(1)
             score = self.classifier.log_probability(by_entity, (relation[row] * known_relation[edit]).sum(1))
             reaches = score >= self.least
             found.append(Claims(row[reaches], edit[reaches], score[reaches]))
         return self._settled(Claims.cat(found), tokens.centre(), fixed["image"])
+
+    def _pairs(self, entity: Tensor, relation: Tensor, *known: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs that may be claims, by blocks of stored edits."""
+        tables = tables_of(self.model)
+        if has_index(self.model, len(known[0])):
+            # The sum of both logits, as an inner product, for their product of probabilities
+            factors = [abs(each) ** 0.5 for each in self.classifier.slope.tolist()]
+            asked = torch.cat([entity * factors[0], relation * factors[1]], 1)
+            key = ("classifier", self.stacked.spec.options.get("artifact"))
+            yield tables.pairs(key, "ip", self.stacked, asked, list(zip(known, factors, strict=True)))
+            return
+        reduced = tables.reduced(self.stacked, "entity", known[0])
+        yield from pairs_above(entity, known[0], self.classifier.least_entity(self.least), reduced)
 
     def _settled(self, claims: Claims, asked: Tensor, images: Tensor) -> Claims:
         """What ``settled`` leaves of claims."""

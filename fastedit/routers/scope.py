@@ -10,6 +10,7 @@ near one that has one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from fastedit.backbone.packed import token_indices, token_rows
 from fastedit.backbone.packed_forward import packed_prefix
 from fastedit.backbone.token_layout import token_layout
 from fastedit.routers import Routed
+from fastedit.routers.claims import Claims, pairs_within
+from fastedit.routers.tables import has_index, tables_of
 
 #: Of the coordinate that keeps questions with and without image apart: exp(-16) is far below any threshold.
 APART = 4.0
@@ -264,7 +267,7 @@ class ScopeRouter:
     """An edit acts where the similarity of its embedding (fixed tensor "scope") reaches the spec's ``threshold``."""
 
     def __init__(self, model: EditableModel, stacked: Routed) -> None:
-        self.model = model
+        self.model, self.stacked = model, stacked
         self.heads = ScopeHeads.of(trained_part(model, stacked.spec.options), model.device)
         self.layer = self.heads.shape.layer
         self.least = float(stacked.spec.options.get("threshold", 0.5))
@@ -276,6 +279,26 @@ class ScopeRouter:
         if own is None:
             return torch.exp(-squared_distances(asked, cached))
         return torch.exp(-(asked - cached[own]).square().sum(1))
+
+    def claims(self, state: PackedState, fixed: Mapping[str, Tensor]) -> Claims:
+        """See `fastedit.routers.claims.Claiming`."""
+        asked = self.heads(scope_features(self.model, state, self.heads.shape))
+        cached = fixed["scope"].to(asked.dtype)
+        # exp(-d²) >= least, and a little more
+        radius = max(0.0, -math.log(max(self.least, 1e-30))) ** 0.5 * (1 + 1e-5) + 1e-5
+        tables = tables_of(self.model)
+        if has_index(self.model, len(cached)):
+            key = ("scope", self.stacked.spec.options.get("artifact"))
+            pairs = iter([tables.pairs(key, "l2", self.stacked, asked, [(cached, 1.0)])])
+        else:
+            reduced = tables.reduced(self.stacked, "scope", cached, centred=True, exact=True)
+            pairs = pairs_within(asked, cached, radius, reduced)
+        found = []
+        for row, edit in pairs:
+            score = torch.exp(-(asked[row] - cached[edit]).square().sum(1))
+            reaches = score >= self.least
+            found.append(Claims(row[reaches], edit[reaches], score[reaches]))
+        return Claims.cat(found)
 
     def threshold(self, fixed: Mapping[str, Tensor]) -> Tensor:
         """See `Router`."""

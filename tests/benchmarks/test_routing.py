@@ -29,9 +29,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 def test_costs_of_both_ways(stored: Any) -> None:
     model, records, deltas = stored
     queries = [Query(each.prompt, render(each.scene)) for each in records[:3]]
-    rows = routing.costs(model, deltas[:8], queries, (4, 20), repeats=1)
+    rows = routing.costs(model, deltas[:8], queries, (4, 20), repeats=1, recalled=queries, index_to=20)
     assert [(row["stored"], row["at_once"]) for row in rows] == [(4, 1), (4, 3), (20, 1), (20, 3)]
-    assert all(row["claims_s"] > 0 and row["scores_s"] > 0 and row["answer_s"] > 0 for row in rows)
+    for row in rows:
+        assert all(row[f"{name}_s"] > 0 for name in ("answer", "read", "exact", "whole", "index", "scores"))
+        # So few are all named
+        assert (row["recall"], row["fires"], row["wrong"]) == (1, 1, 0)
+    assert model.index_from is None
+    assert "index_s" not in routing.costs(model, deltas[:8], queries, (4,), repeats=1)[0]
     size = sum(each.numel() * each.element_size() for each in deltas[0].tensors.values())
     assert 0 < rows[-1]["bytes_per_edit"] <= size
 
@@ -39,7 +44,7 @@ def test_costs_of_both_ways(stored: Any) -> None:
 def test_ways_that_differ_are_not_timed(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, records, deltas = stored
     monkeypatch.setattr(routing, "by_scores", lambda _holder, _state: [-2])
-    with pytest.raises(RuntimeError, match=r"choose differently \(got stored=4\)"):
+    with pytest.raises(RuntimeError, match=r"choose differently \(got stored=4,"):
         routing.costs(model, deltas[:4], [Query("What?", render(records[0].scene))], (4,), repeats=1)
 
 
