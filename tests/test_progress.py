@@ -233,7 +233,7 @@ def on_terminal(code: str, **environment: str) -> str:
     os.close(follower)
     reader = threading.Thread(target=read)
     reader.start()
-    process.wait(timeout=120)
+    process.wait(timeout=600)
     reader.join(timeout=10)
     os.close(leader)
     return written.decode()

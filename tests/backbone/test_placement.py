@@ -258,7 +258,7 @@ def test_a_model_on_disk_takes_a_small_part_of_its_size_in_memory(tmp_path: Path
     importlib.import_module("transformers").LlamaForCausalLM(config).save_pretrained(tmp_path)
     made_up_tokenizer(VOCABULARY, end="</s>", opens=True).save_pretrained(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     size, grown = map(int, done.stdout.split())

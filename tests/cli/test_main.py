@@ -115,7 +115,7 @@ def test_a_refused_input_is_one_message(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "What?", "target": ""}\n{"prompt": 3, "target": "x"}\n')
     done = subprocess.run(
-        [sys.executable, "-m", "fastedit", "check", str(path)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "fastedit", "check", str(path)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

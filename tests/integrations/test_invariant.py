@@ -229,7 +229,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     paths = [str(script.parents[2]), os.environ.get("PYTHONPATH", "")]
     given = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False, env=given
+        [sys.executable, *command], capture_output=True, text=True, timeout=600, check=False, env=given
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

@@ -86,7 +86,7 @@ def faults(malloc: str, size_mib: int) -> tuple[str, int, int]:
         [sys.executable, "-c", FAULTS, str(size_mib)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
         env={**os.environ, "FASTEDIT_MALLOC": malloc},
     )
