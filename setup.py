@@ -286,6 +286,7 @@ def main() -> None:
             "fastedit.pocket": ["assets/**"],
             "fastedit.published": ["rows.jsonl.gz", "recipes.jsonl.gz"],
             "fastedit.report": ["templates/*"],
+            "fastedit.smol": ["assets/*"],
         },
         install_requires=[
             "torch>=2.11",
