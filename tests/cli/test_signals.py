@@ -17,7 +17,9 @@ import fastedit
 from fastedit import RunStopped
 from fastedit.cli import main
 from fastedit.data import write_jsonl
+from tests.cli.commands import MAIN
 from tests.engine.conftest import make_edits
+from tests.programs import host
 
 
 @pytest.fixture
@@ -28,24 +30,20 @@ def records(tmp_path: Path) -> Path:
 
 def stopped(arguments: str, folder: Path, wanted: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Run a command line until a file matches ``wanted``, then send it a signal."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastedit", *arguments.split()],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    program = host().start(MAIN, *arguments.split(), cwd=folder, name="fastedit")
     end = time.monotonic() + 300
-    while not list(folder.glob(wanted)) and process.poll() is None and time.monotonic() < end:
+    while not list(folder.glob(wanted)) and program.is_running() and time.monotonic() < end:
         time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    os.kill(program.pid, number)
+    return program.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_finished_edits_are_committed_and_the_same_command_goes_on(records: Path, number: signal.Signals) -> None:
     line = (
         "edit --model random:llava-tiny --data edits.jsonl --images . --method lora --batch-size 1 --ledger edits "
-        "--set steps=400 --set stop_loss=None"
+        "--set steps=150 --set stop_loss=None"
     )
     done = stopped(line, records, "edits/segments/00000003.safetensors", number)
     assert done.returncode == 130, done.stderr

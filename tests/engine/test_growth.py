@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import host
 
 # In a process of its own: what other tests hold, or give back meanwhile, does not count
 LONG_RUN = """
@@ -40,15 +40,9 @@ print(json.dumps([seen, len(run.deltas), run.deltas[-1].request_id]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_over_a_thousand_batches(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LONG_RUN, str(tmp_path / "deltas")],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = host().run(LONG_RUN, tmp_path / "deltas")
     assert done.returncode == 0, done.stderr[-800:]
     seen, count, last = json.loads(done.stdout.splitlines()[-1])
     assert (count, last) == (1000, "edit-999")

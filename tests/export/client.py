@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastedit.backbone import EditableModel
 from fastedit.requests import Query, images_of
+from tests.programs import OTHERS, host
 
 _PROGRAM = """
 import json, sys, warnings
@@ -69,9 +68,7 @@ def ask_client(model: EditableModel, folder: Path, queries: Sequence[Query], wor
         asked.append({"text": text, "prompt": query.prompt, "images": images, "opens": opens})
     file = work / "asked.json"
     file.write_text(json.dumps(asked))
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(folder), str(file)], cwd=work, capture_output=True, text=True, check=False
-    )
+    done = host(OTHERS).run(_PROGRAM, folder, file, cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

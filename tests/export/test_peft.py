@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from fastedit.export.placing import EXPORT_FILE
 from tests.backbone.architectures import make_editable
 from tests.engine.stock_calls import edits, engine_logits, fitted, load, questions, stock_answers, stock_logits
 from tests.export.asked import asked_of, fitted_on
+from tests.programs import OTHERS, host
 
 peft = pytest.importorskip("peft")
 #: One of a family's own walk, a text model, image-text models walked by tracing, one with fused maps, an encoder.
@@ -487,7 +486,7 @@ def test_another_program_generates_edited(name: str, tmp_path: Path) -> None:
     (tmp_path / "questions.json").write_text(json.dumps(given))
     client = Path(__file__).with_name("peft_client.py")
     places = [tmp_path / each for each in ("stock", "adapter", "questions.json", "logits.safetensors")]
-    done = subprocess.run([sys.executable, client, *places], capture_output=True, text=True, timeout=300, check=False)
+    done = host(OTHERS).run(client.read_text(), *places, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["edited"] == said["loaded"] == answers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ import fastedit
 from fastedit import EditRequest, Ledger, LedgerError
 from fastedit.backbone import EditableModel
 from tests.engine.stock_calls import stock_answers
+from tests.programs import host
 
 SURE = {"steps": 40, "lr": 1e-2, "evaluate": False, "views": "record", "show_progress": False}
 
@@ -106,10 +105,7 @@ with fastedit.open_ledger(sys.argv[1], model) as ledger:
 def test_what_another_process_commits_acts_too(ledger: Ledger, model: EditableModel, edits: list[EditRequest]) -> None:
     ledger.edit(edits[:1], "grace", **SURE)
     before = asked(model, edits[:2], ledger)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMIT, str(ledger.folder)], cwd=root, capture_output=True, text=True, check=False
-    )
+    done = host().run(COMMIT, ledger.folder)
     assert done.returncode == 0, done.stderr[-500:]
     after = asked(model, edits[:2], ledger)
     assert (after[0], len(ledger)) == (before[0], 2)
@@ -129,10 +125,13 @@ def test_looking_up_what_acts_takes_microseconds(ledger: Ledger, edits: list[Edi
     ledger.edit(edits[:3], "grace", **{**SURE, "steps": 1})
     live = ledger.active()
     first = live.current()
-    started = time.perf_counter()
-    assert all(live.current() is first for _ in range(100))
-    # Some 10 us each; a disk or a lock in between would take far longer
-    assert time.perf_counter() - started < 0.5
+    taken = []
+    for _ in range(20):
+        started = time.perf_counter()
+        assert all(live.current() is first for _ in range(100))
+        taken.append(time.perf_counter() - started)
+    # Some 10 us each; a disk or a lock in between would take far longer, at every try
+    assert min(taken) < 0.5
 
 
 def test_ledgers_are_opened_and_made_while_edits_are_served(
