@@ -53,7 +53,7 @@ tradeoff: install
 	$(BIN)/fastedit compare --model pocket-llava --data pocket-vqa --limit 200 --set layers=2 --out runs/tradeoff --overwrite
 
 test: $(RUN) $(TEST)
-	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake tests docs/notebooks
+	FASTEDIT_REQUIRE_NATIVE=1 FASTEDIT_EXPECT=cpu:csrc,triton:interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake tests docs/notebooks
 
 # What the ops make of right and wrong arguments and of threads, on a library built with AddressSanitizer: it ends the
 # process at the first access beyond a buffer. It and libstdc++ are loaded before Python, which has neither.

@@ -1,5 +1,7 @@
 """The CUDA sources compile for sm_80 and sm_90 as a CUDA build compiles them, which needs nvcc but no GPU."""
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,13 +38,39 @@ def finished(command, **settings):
     return done.stdout
 
 
+def inputs():
+    """Everything that the objects are made of, as a digest."""
+    digest = hashlib.sha256(finished([NVCC, "--version"]).encode())
+    digest.update(f"{torch.__version__} {sys.version} {os.environ.get('NVCC_PREPEND_FLAGS')}".encode())
+    for path in [ROOT / "CMakeLists.txt", Path(__file__), *sorted(Path(ROOT, "csrc").rglob("*.*"))]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    """Compile the target of CMakeLists.txt that holds the CUDA sources."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if cmake is None or ninja is None:
+    """Compile the target of CMakeLists.txt that holds the CUDA sources, once for the same sources and compiler."""
+    if tool("cmake") is None or tool("ninja") is None:
         pytest.skip("CMake and Ninja were not found")
-    folder = tmp_path_factory.mktemp("cuda")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastedit" / "tests"
+    kept = cache / f"cuda-{inputs()}"
+    if not kept.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        for old in cache.glob("cuda-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        compiled = compile_objects(tmp_path_factory.mktemp("cuda"))
+        whole = Path(tempfile.mkdtemp(prefix="new-", dir=cache))
+        for path in compiled:
+            shutil.copy(path, whole)
+        # another process may have been faster
+        with contextlib.suppress(OSError):
+            whole.rename(kept)
+    return {path.name.split(".")[0]: path for path in sorted(kept.glob("*.cu.o"))}
+
+
+def compile_objects(folder):
+    """Compile in a folder; return the objects."""
+    cmake, ninja = tool("cmake"), tool("ninja")
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     generated = Path("c10", "cuda", "impl", "cuda_cmake_macros.h")
     if not any(Path(include, generated).is_file() for include in includes):
@@ -60,7 +89,7 @@ def objects(tmp_path_factory):
     settings = [f"-D{name}={value}" for name, value in defined.items()]
     finished([cmake, "-S", ROOT, "-B", folder / "build", "-G", "Ninja", *settings])
     finished([cmake, "--build", folder / "build", "--target", "fastedit_cuda", "--parallel", "2"])
-    return {path.name.split(".")[0]: path for path in sorted(folder.rglob("*.cu.o"))}
+    return sorted(folder.rglob("*.cu.o"))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +116,7 @@ def resources(objects):
     return found
 
 
+@pytest.mark.slow
 def test_every_source_is_built(objects):
     assert sorted(objects) == [path.stem for path in SOURCES]
 

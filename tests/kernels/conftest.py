@@ -1,5 +1,6 @@
-"""Kernels compiled without a GPU, each once a session, for the tests that look at their machine code."""
+"""Kernels compiled without a GPU, each once a run, for the tests that look at their machine code."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -13,14 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def compiled_form():
+def compiled_form(tmp_path_factory):
     """Return a function of an op's name: its kernels' forms and, in sentences, what is not as it must be."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    results = {}
+    # of pytest-xdist the workers' folders lie beside each other, in that of their run
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     def compiled(stem):
-        if stem not in results:
+        with (shared / f"compiled_{stem}.json").open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = file.read()
+            if known:
+                return json.loads(known)
             # a process of its own, where Triton does not interpret; of this tree, whichever is installed
             environment = {
                 **os.environ,
@@ -32,7 +40,8 @@ def compiled_form():
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             assert rows, done.stderr[-3000:]
-            results[stem] = rows, done.stderr.splitlines() if done.returncode else []
-        return results[stem]
+            result = rows, done.stderr.splitlines() if done.returncode else []
+            json.dump(result, file)
+            return result
 
     return compiled

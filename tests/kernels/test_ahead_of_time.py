@@ -40,6 +40,7 @@ def _launched(stem):
     return {line.strip().split("[")[0] for line in source.splitlines() if "_kernel[" in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", sorted(set(KERNELS) & set(forms.stems())))
 def test_launches_compile_for_both_targets(stem, compiled_form):
     rows, _ = compiled_form(stem)

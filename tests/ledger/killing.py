@@ -175,20 +175,19 @@ class Killer:
         self.kept.mkdir()
         whole = folder / f"{name}-whole"
         whole.mkdir()
-        counts: dict[str, int] = {}
 
         def unharmed(tell: Callable[[str], None]) -> None:
-            aim = Aim()
+            aim, steps = Aim(), list[str]()
             aim.watch()
-            self.work.watch(aim, lambda _text: None)
+            self.work.watch(aim, steps.append)
             tell(READY)
             self.work.run(whole, aim, tell, again=False)
-            tell(json.dumps(aim.counts))
+            tell(json.dumps([aim.counts, len(steps)]))
 
         ended = in_child(unharmed)
         if ended.status:
             raise RuntimeError(f"killing: {name} ends by itself (got {ended})")
-        counts = json.loads(ended.told[-1])
+        counts, self.steps = json.loads(ended.told[-1])
         self.seconds = ended.seconds
         self.counts = {section: counts[section] for section in self.work.sections}
         kept = in_child(lambda _tell: self.work.keep(whole, self.kept))
@@ -237,7 +236,9 @@ class Killer:
             # At the call itself, or a little later, from outside: inside of SQLite or of the system
             reached_s = self.draw.choice([None, self.draw.uniform(0.0, 0.002)])
         else:
-            after_s = self.draw.uniform(0.0, self.seconds)
+            # Of what is left to do: past its end nothing is killed
+            done = sum(not text.startswith(("error", "interrupted")) for text in told)
+            after_s = self.draw.uniform(0.0, self.seconds * max(0.1, 1 - done / self.steps))
 
         def reach() -> None:
             tell_now[0](REACHED)

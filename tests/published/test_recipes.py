@@ -27,6 +27,7 @@ def _once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerun, "records", records_once)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_scores_what_is_expected(name: str) -> None:
     result = recipes.run_recipe(name, show_progress=False)

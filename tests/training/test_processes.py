@@ -58,6 +58,7 @@ def told(broken_off: Path) -> list[dict[str, Any]]:
     return [json.loads((broken_off / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(distributed.METHODS))
 def test_two_processes_are_one_with_twice_the_batch(model: Any, told: list[dict[str, Any]], method: str) -> None:
     one, (first, second) = distributed.trained(model, method, distributed.WHOLE_BATCH), (each[method] for each in told)
