@@ -1,13 +1,13 @@
-"""Memory over a long run: a thousand batches take no more than the first hundred."""
+"""Memory over a long run: a thousand batches take no more than the first two hundred."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-
-from tests.programs import host
 
 # In a process of its own: what other tests hold, or give back meanwhile, does not count
 LONG_RUN = """
@@ -42,10 +42,18 @@ print(json.dumps([seen, len(run.deltas), run.deltas[-1].request_id]))
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
 @pytest.mark.slow
 def test_memory_does_not_grow_over_a_thousand_batches(tmp_path: Path) -> None:
-    done = host().run(LONG_RUN, tmp_path / "deltas")
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_RUN, str(tmp_path / "deltas")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr[-800:]
     seen, count, last = json.loads(done.stdout.splitlines()[-1])
     assert (count, last) == (1000, "edit-999")
     assert len(seen) == 10
-    # A tensor of a batch that stayed would be 20 MiB by now
-    assert seen[-1] - seen[0] < 8, seen
+    # The allocator may take a last block of 10 MiB in the second hundred. A tensor of a batch that stayed would be
+    # 16 MiB by now
+    assert seen[-1] - seen[1] < 6, seen
