@@ -13,6 +13,7 @@ from torch import Tensor
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.data.images import image_key
+from fastedit.methods.meta.siblings import Classes, normal_words
 from fastedit.methods.meta.views import MetaViews
 from fastedit.requests import EditRequest, Query, VisualSource
 from fastedit.routers.features import PromptTokens, prompt_tokens
@@ -54,18 +55,18 @@ class Questions:
     def __init__(self, records: Sequence[EditRequest], seed: int = 0) -> None:
         views = MetaViews(records, seed)
         self.of: list[list[Asked]] = [_asked(record, views, n) for n, record in enumerate(records)]
-        self._relations, self._entities = _Classes(), _Classes()
+        self._relations, self._entities = Classes(), Classes()
         for asked in self.of:
             known = {one.kind: one for one in asked}
             reliability = known["reliability"]
             for kind in ("text_generality", "image_generality"):
                 if kind in known:
-                    self._relations.join(_words(reliability.prompt), _words(known[kind].prompt))
+                    self._relations.join(normal_words(reliability.prompt), normal_words(known[kind].prompt))
                     self._entities.join(_picture(reliability.image), _picture(known[kind].image))
 
     def relation(self, asked: Asked) -> int:
         """Number of the question, whatever its words."""
-        return self._relations.number(_words(asked.prompt))
+        return self._relations.number(normal_words(asked.prompt))
 
     def entity(self, asked: Asked) -> int:
         """Number of what the image shows; -1 without an image."""
@@ -107,32 +108,6 @@ def _foreign_questions(record: EditRequest, views: MetaViews, number: int) -> li
     drawn = rng.sample(range(len(views.records)), min(3, len(views.records)))
     prompts = {views.records[n].prompt for n in drawn if n != number} - {record.prompt, record.rephrase}
     return [Asked("same", prompt, record.image, None) for prompt in sorted(prompts)[:2]]
-
-
-class _Classes:
-    """Keys that were said to be the same, directly or through others."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-        self._number: dict[str, int] = {}
-
-    def _root(self, key: str) -> str:
-        self._parent.setdefault(key, key)
-        while self._parent[key] != key:
-            # Halving the path keeps it short
-            self._parent[key] = self._parent[self._parent[key]]
-            key = self._parent[key]
-        return key
-
-    def join(self, a: str, b: str) -> None:
-        self._parent[self._root(a)] = self._root(b)
-
-    def number(self, key: str) -> int:
-        return self._number.setdefault(self._root(key), len(self._number))
-
-
-def _words(prompt: str) -> str:
-    return " ".join(prompt.lower().split())
 
 
 def _picture(image: VisualSource | None) -> str:
@@ -196,8 +171,8 @@ class Pairs:
         entity = torch.tensor([questions.entity(one) for one in asked])
         relation = torch.tensor([questions.relation(one) for one in asked])
         record = torch.tensor([record for record, _ in keys])
-        answers = _Classes()
-        answer = torch.tensor([-1 if one.answer is None else answers.number(_words(one.answer)) for one in asked])
+        answers = Classes()
+        answer = torch.tensor([-1 if one.answer is None else answers.number(normal_words(one.answer)) for one in asked])
         follows = torch.tensor([one.kind == "portability" for one in asked])
         edits = torch.tensor([one.kind in RELATED for one in asked])
         chosen = torch.tensor(list(anchors))

@@ -43,9 +43,12 @@ class SERACConfig:
         scope_layer: the scope reads states that enter this layer of the frozen model, or the first trained one if that
             comes later; None is the middle of the decoder. 0 is word embeddings, unless ``layers`` begins later.
         scope_wordings: rewordings of every record's question (``fastedit.fitting.wordings``) that the scope learns to
-            accept, and as many of other questions that it learns to refuse.
+            accept, and as many of other questions that it learns to refuse; with any it also learns to refuse questions
+            of other records that share most words with the record's own.
+        answer_wordings: share of the questions that the counterfactual model learns to answer which are put in other
+            words in the same way: copying is then not bound to the wordings of training.
         scope_size, scope_hidden, scope_segments, scope_dropout: of the scope's heads, see ``ScopeShape``.
-        faithful: the published choices where ours differ: the scope sees the text alone and no rewordings, image
+        faithful: the published choices where ours differ: the scope sees the text alone, nothing is reworded, image
             locality is no part of the loss, and the scope is trained through the mixture of both models only. The text
             encoder stays ours (states of the edited model; DistilBERT there).
         edit_weight: on the NLL of an edit and of its rephrased text (mean).
@@ -68,6 +71,7 @@ class SERACConfig:
     threshold: float = 0.5
     scope_layer: int | None = None
     scope_wordings: int = 4
+    answer_wordings: float = 0.5
     scope_size: int = 64
     scope_hidden: int = 256
     scope_segments: int = 1
@@ -88,7 +92,7 @@ class SERACConfig:
             if self.context.count(field) != 1:
                 raise ValueError(f"serac: context holds {field} exactly once (got context={self.context!r})")
         check_fit("serac", self)
-        check_ranges("serac", self, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, shares=("swap",))
+        check_ranges("serac", self, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, shares=("swap", "answer_wordings"))
         if self.scope_layer is not None and self.scope_layer < 0:
             raise ValueError(f"serac: scope_layer is 0 or more (got scope_layer={self.scope_layer!r})")
         if not 0 <= self.scope_dropout < 1:

@@ -14,6 +14,7 @@ from fastedit.backbone.packed import token_rows
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec, split_point
 from fastedit.fitting.wordings import reworded
+from fastedit.methods.meta.siblings import Siblings
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
 from fastedit.requests import Query
 from fastedit.routers.scope import ScopeFeatures, ScopeHeads, ScopeShape, scope_features, scope_loss, squared_distances
@@ -23,6 +24,8 @@ from fastedit.training import processes
 CHUNK = 256
 #: Kinds of rewordings: of a record's question, and of one that must stay.
 REWORDED, REWORDED_KEPT = "reworded", "reworded_kept"
+#: Questions of other records, nearly in the words of a record's own, about its image; so many a record.
+SIBLING, SIBLINGS = "sibling", 2
 #: What must stay and is nearest in words: the same image asked about something else.
 NEAREST = "same"
 
@@ -32,7 +35,7 @@ class FeatureStore:
 
     Args:
         model: frozen. spec: of the deltas. views: of the records. shape: of the heads.
-        wordings: rewordings of a record's question, and as many of what must stay.
+        wordings: rewordings of a record's question, and as many of what must stay; with 0 there are no siblings either.
         room: bytes.
     """
 
@@ -41,15 +44,20 @@ class FeatureStore:
     ) -> None:
         self.model, self.spec, self.views, self.shape = model, spec, views, shape
         self.wordings, self.room = wordings, room
+        self.siblings = Siblings(views.records)
         self._kept: dict[int, ScopeFeatures] = {}
 
     def questions(self, index: int) -> list[tuple[str, Query]]:
-        """Every question of a record that has features, in their order: its views, then rewordings, by kind."""
+        """Every question of a record that has features, in their order: its views, siblings, rewordings, by kind."""
         asked = [(each.kind, each.view.query) for each in self.views.of(index)]
         changed = [query for kind, query in asked if kind in CHANGED[:2]]
         kept = [query for kind, query in asked if kind not in CHANGED]
         nearest = [query for kind, query in asked if kind == NEAREST]
         rng = random.Random(f"{self.views.seed}|wordings|{index}")
+        record = self.views.records[index]
+        if self.wordings and record.image is not None:
+            near = self.siblings.of(record.prompt, rng, SIBLINGS)
+            asked += [(SIBLING, Query(prompt, record.image)) for prompt in near]
         for number in range(self.wordings):
             asked.append((REWORDED, _reworded(rng.choice(changed), rng)))
             # Every other one of what is nearest in words
@@ -103,7 +111,7 @@ class FeatureStore:
         each = scope_loss(distance, changed)
         # Rewordings are many: in means of their own they do not drown what a record has one of
         loss = recall * (_mean(each, of(*CHANGED[1:])) + _mean(each, of(REWORDED)))
-        loss = loss + _mean(each, of(*KEPT)) + _mean(each, of(REWORDED_KEPT))
+        loss = loss + _mean(each, of(*KEPT)) + _mean(each, of(REWORDED_KEPT)) + _mean(each, of(SIBLING))
         others = squared_distances(points[changed], edits)
         apart = row[changed][:, None] != torch.arange(len(edits), device=row.device)
         outside = scope_loss(others, torch.zeros_like(others, dtype=torch.bool))[apart]

@@ -19,6 +19,7 @@ from fastedit.deltas import DeltaSpec, Rows, installed, split_point
 from fastedit.deltas.counterfactual import PREFIX, shared_shapes
 from fastedit.deltas.kinds import new_stack
 from fastedit.fitting.views import TrainingView
+from fastedit.fitting.wordings import reworded
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
 from fastedit.methods.serac.config import SERACConfig, SeracObjective, mixed
 from fastedit.methods.serac.scope import CHUNK, REWORDED, FeatureStore
@@ -231,6 +232,10 @@ class SeracTask:
             if rng.random() < self.settings.swap:
                 target = self.records[rng.randrange(self.n_train)].target
                 numbered = [each.answered(target) for each in numbered]
+            if not self.settings.faithful:
+                numbered = [
+                    each.reworded(rng) if rng.random() < self.settings.answer_wordings else each for each in numbered
+                ]
             views += numbered
             counts.append(len(numbered))
             contexts += [self.settings.cached(record.prompt, target)] * len(numbered)
@@ -307,6 +312,13 @@ class _Numbered:
         if self.view.role not in CE_ROLES:
             return self
         return replace(self, view=replace(self.view, query=replace(self.view.query, answer=target)))
+
+    def reworded(self, rng: random.Random) -> _Numbered:
+        """The same in other words, where it is one that must change."""
+        if self.view.role not in CE_ROLES:
+            return self
+        query = replace(self.view.query, prompt=reworded(self.view.query.prompt, rng))
+        return replace(self, view=replace(self.view, query=query))
 
 
 def _rows(values: Tensor, counts: Sequence[int], chosen: Sequence[bool]) -> dict[int, Tensor]:

@@ -172,6 +172,38 @@ def test_the_scope_learns_from_rewordings_of_what_must_change_and_of_what_must_s
     assert task_of(model, faithful=True).features.wordings == 0
 
 
+def test_the_scope_learns_to_refuse_siblings(model: EditableModel) -> None:
+    task = task_of(model)
+    siblings = [query for kind, query in task.features.questions(0) if kind == "sibling"]
+    assert len(siblings) == 2
+    own = task.records[0]
+    assert all(query.image is own.image and query.answer is None for query in siblings)
+    others = {text for record in task.records[1:] for text in (record.prompt, record.rephrase)}
+    assert {query.prompt for query in siblings} <= others
+    assert "sibling" not in {kind for kind, _ in task_of(model, scope_wordings=0).features.questions(0)}
+    # Heads that tell nothing apart: siblings in scope cost
+    losses = []
+    for number in (2, 0):
+        task.features.siblings.of = lambda *_, number=number: ["Number 3 is what?"] * number  # type: ignore[method-assign]
+        task.features._kept.clear()
+        losses.append(float(task.features.loss(task.heads.eval(), range(4), 4.0).detach()))
+    assert losses[0] > losses[1]
+
+
+def test_copying_is_learned_in_other_words(model: EditableModel) -> None:
+    known = {text for record in make_edits(8) for text in (record.prompt, record.rephrase)}
+
+    def asked(**changes: Any) -> list[str]:
+        task = task_of(model, **changes)
+        views = [each.view for step in range(8) for each in task._asked([0, 1, 2, 3], step, random.Random(step))[0]]
+        return [view.query.prompt for view in views if view.role < Role.TEXT_LOCALITY]
+
+    assert set(asked(answer_wordings=0.0)) <= known
+    reworded = sum(prompt not in known for prompt in asked(answer_wordings=0.5))
+    assert 8 <= reworded <= 24
+    assert set(asked(faithful=True)) <= known
+
+
 def test_validation_scores_what_acts_and_what_is_copied(model: EditableModel) -> None:
     task = task_of(model)
     found = task.validate()
