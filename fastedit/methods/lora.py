@@ -44,7 +44,7 @@ class LoRAConfig:
     names: tuple[str, ...] | None = None
     rank: int = 8
     alpha: float = 16.0
-    steps: int = 50
+    steps: int = 100
     lr: float | None = None
     clip: float | None = 1.0
     weight_decay: float = 0.0
