@@ -35,7 +35,7 @@ from fastedit.pocket.world import (
 
 SIZE = {"train": 2000, "eval": 1000}
 HARD_EVERY = 5  # every fifth number is drawn with its image locality close to the edit
-FURTHER = 8  # further questions of a record, at most
+FURTHER = 10  # further questions of a record, at most
 EDITABLE = ("colour", "colour", "colour", "shape", "shape", "shape", "size", "texture", "where", "at", "background",
             "flag", "flag")  # fmt: skip
 _DOMAINS: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from fastedit.pocket.world import CELLS, AnyScene, FlagScene
 def further(
     record: Record[AnyScene], question: Question | None, after: AnyScene, fact: Fact, rng: random.Random
 ) -> tuple[Asked[AnyScene], ...]:
-    """Return at most eight questions, each with the right answer before the edit and the score it counts for as kind.
+    """Return at most ten questions, each with the right answer before the edit and the score it counts for as kind.
 
     Args:
         record: the edit, without them. question: what it asks; None for a caption. after: the scene after the edit.
@@ -45,6 +45,12 @@ def further(
         one = unmoved(record.scene, after, kinds, rng, answers)
         if one:
             asked.append(Asked(one.prompt, one.scene, one.answer, score))
+    # Behind all others: what of a record's questions a model is not asked is stored by their places
+    own = question.unseen if question else unseen.worded("caption", ())
+    again = rng.choice([wording for wording in own if wording not in (reworded, near)])
+    asked.append(Asked(again, record.rephrased, record.truth, "image_generality_unseen"))
+    kind, *slots = record.same[0].kind.split("|")
+    asked.append(Asked(rng.choice(unseen.worded(kind, slots)), record.scene, record.same[0].answer, "same_unseen"))
     return tuple(asked)
 
 

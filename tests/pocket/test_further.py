@@ -12,7 +12,7 @@ from fastedit.pocket.names import SETS
 from fastedit.pocket.world import AnyScene
 
 ALWAYS = {"text_generality_unseen", "polite", "near_unseen", "text_locality_unseen", "image_locality_unseen",
-          "negated", "contrary"}  # fmt: skip
+          "negated", "contrary", "image_generality_unseen", "same_unseen"}  # fmt: skip
 
 
 @functools.cache
@@ -40,6 +40,12 @@ def test_answers_before_the_edit(name: str) -> None:
         assert asked["text_locality_unseen"].scene is None
         assert asked["image_locality_unseen"].scene == record.locality.scene
         assert asked["contrary"].answer == "no"
+        assert asked["image_generality_unseen"].scene == record.rephrased
+        assert asked["image_generality_unseen"].answer == record.truth
+        assert asked["same_unseen"].scene == record.scene
+        assert asked["same_unseen"].answer == record.same[0].answer
+        worded = {asked[kind].prompt for kind in asked if kind.endswith("_unseen")}
+        assert not worded & {one.prompt for one in record.unedited()}
         for kind in ("negated", "contrary", "sibling"):
             if kind in asked:
                 assert asked[kind].scene == record.scene

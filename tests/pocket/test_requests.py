@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastedit import pocket
+from fastedit.evaluation import UNSEEN
 from fastedit.pocket.edits import FURTHER, SIZE
 from fastedit.pocket.factory.release import load
 from fastedit.pocket.requests import SKIPPED, records, requests
@@ -37,7 +38,7 @@ def test_an_eval_set_is_whole(evaluation: list[EditRequest]) -> None:
 def test_unseen_wordings_and_probes_are_asked_of_most_records(evaluation: list[EditRequest]) -> None:
     asked = Counter(probe.score for edit in evaluation for probe in edit.probes)
     asked.update(one.kind for edit in evaluation for one in edit.paraphrases)
-    for score in ("text_generality_unseen", "polite", "near_unseen", "text_locality_unseen", "image_locality_unseen"):
+    for score in (*UNSEEN.values(), "polite"):
         assert asked[score] > 800, (score, asked[score])
     for score in ("negated", "contrary"):
         assert asked[score] > 600, (score, asked[score])
@@ -46,7 +47,7 @@ def test_unseen_wordings_and_probes_are_asked_of_most_records(evaluation: list[E
 
 def test_further_questions_are_asked_only_of_a_model_that_was_checked_on_them(tmp_path: Path) -> None:
     left_out = {"skipped": [0], "unasked": None}
-    for unasked, expected in ((None, 0), ({}, 7), ({"1": [0, 1]}, 5)):
+    for unasked, expected in ((None, 0), ({}, 9), ({"1": [0, 1]}, 7)):
         (tmp_path / SKIPPED).write_text(json.dumps({"pocket-caption": {"eval": left_out | {"unasked": unasked}}}))
         (edit,) = requests("pocket-caption", "eval", 1, tmp_path)
         assert edit.id == "pocket-caption/eval#0"
