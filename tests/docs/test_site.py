@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,11 @@ from fastedit.methods import METHODS, OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+
+
+#: The elements of a page that reach beyond the screen, up to five.
+WIDEST = """[...document.querySelectorAll("article *")].filter(each => each.getBoundingClientRect().right > 501)
+    .slice(0, 5).map(each => each.outerHTML.slice(0, 120))"""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,21 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
             assert not re.match(r"(https?:)?//", address), f"{page.relative_to(site)} loads {address}"
             if not address.startswith("data:"):
                 assert (page.parent / address.split("?")[0]).exists(), f"{page.relative_to(site)}: {address}"
+
+
+def test_pages_fit_a_narrow_screen(browser: Any, site: Path) -> None:
+    """Only what scrolls by itself, such as a table or code, is wider than the screen."""
+    tab = browser.new_page(viewport={"width": 500, "height": 900})
+    wide = {}
+    for page in sorted(site.rglob("*.html")):
+        if page.name == "404.html":
+            continue
+        tab.goto(page.as_uri())
+        width = tab.evaluate("document.documentElement.scrollWidth")
+        if width > 500:
+            wide[str(page.relative_to(site))] = (width, tab.evaluate(WIDEST))
+    tab.close()
+    assert wide == {}
 
 
 def test_the_reference_has_every_public_name(site: Path) -> None:

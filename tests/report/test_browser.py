@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,8 @@ import pytest
 from fastedit.report import comparison_page, run_page, write_page
 from tests.report.conftest import HOSTILE, record_of, some_requests
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
 WIDTHS = (1400, 500)
 SCREENSHOTS = os.environ.get("FASTEDIT_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        path = str(own) if own.exists() else next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-        if path is None:
-            pytest.skip("no Chromium: playwright install chromium, or a chromium on the path")
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
