@@ -36,19 +36,21 @@ if __name__ == "__main__":
 
 import fastedit
 from benchmarks import record
-from benchmarks.long_sequence import choices, consistent, held_memories
+from benchmarks.long_sequence import ROWS, consistent, held_memories
 from benchmarks.memory import _status_mib
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
+from fastedit.data.report import target_key
 from fastedit.deltas import EditDelta, Rows, split_point, stack
 from fastedit.deltas.install import RowsHolder, prepared
 from fastedit.deltas.questions import best_of
 from fastedit.engine import provenance
+from fastedit.methods.ldke.views import walked
 from fastedit.pocket.edits import Record
-from fastedit.pocket.requests import request
 from fastedit.pocket.world import render
-from fastedit.requests import EditRequest, Query
+from fastedit.requests import Query
 from fastedit.routers import reduced
+from fastedit.routers.classifier import ANSWER, Disentangler
 from fastedit.routers.features import prompt_tokens
 from fastedit.training import Artifact
 
@@ -76,12 +78,12 @@ def extended(fixed: dict[str, Tensor], count: int, noise: float, seed: int = 0) 
     return made
 
 
-def with_stored(holder: RowsHolder, fixed: dict[str, Tensor]) -> None:
-    """Let the router of a holder choose from other stored edits, which have no texts of their own."""
+def with_stored(holder: RowsHolder, fixed: dict[str, Tensor], records: Sequence[Record[Any]] = ()) -> None:
+    """Let the router of a holder choose from other stored edits, which have no texts beyond the answers of records."""
     count = len(next(iter(fixed.values())))
     stacked: Any = holder.stacked
     stacked.fixed = fixed
-    stacked.texts = [{} for _ in range(count)]
+    stacked.texts = [{ANSWER: target_key(each.target)} for each in records] or [{} for _ in range(count)]
 
 
 def by_claims(holder: RowsHolder, state: PackedState) -> list[int]:
@@ -202,51 +204,98 @@ def _index_of(model: EditableModel, holder: RowsHolder, asked: PackedState, coun
     }
 
 
+def remembered(
+    model: EditableModel, records: Sequence[Record[Any]], stacked: Any, classifier: Disentangler, path: Path | None
+) -> dict[str, Tensor]:
+    """What the router keeps of records, (N, ...) by name; in a file where one is named, read from it if it is there."""
+    if path is not None and path.exists():
+        kept: dict[str, Tensor] = torch.load(path)
+        if len(kept["entity"]) >= len(records):
+            return {name: each[: len(records)] for name, each in kept.items()}
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(records), ROWS):
+            queries = [Query(each.prompt, render(each.scene)) for each in records[start : start + ROWS]]
+            tokens = walked(model, split_point(stacked.spec), queries)
+            parts.append((*classifier(tokens), tokens.centre()))
+    made = dict(zip(("entity", "relation", "image"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    if path is not None:
+        torch.save(made, path)
+    return made
+
+
 def firing(
-    model: EditableModel, deltas: Sequence[EditDelta], records: Sequence[Record[Any]], sizes: Sequence[int], asked: int
+    model: EditableModel,
+    stacked: Any,
+    memories: dict[str, Tensor],
+    records: Sequence[Record[Any]],
+    sizes: Sequence[int],
+    asked: int,
 ) -> list[dict[str, Any]]:
-    """Shares of questions that the right edit answers, that another one does, and of foreign ones that any does.
+    """Shares of questions that the right edit answers, that any does, and of foreign ones that any does.
+
+    Of every size twice, for the same questions: as the artifact says ("agreement" True where it has one), and by the
+    classifier's threshold alone (False).
 
     Args:
-        deltas, records: of the longest sequence and at least ``asked`` more, whose questions are foreign to all.
+        stacked: deltas whose router is asked. memories, records: of the longest sequence and at least ``asked`` more,
+            whose questions are foreign to all.
         sizes: how many of the first are stored. asked: questions of each kind.
     """
     longest = max(sizes)
-    foreign = [_request(records, number) for number in range(longest, longest + asked)]
+    foreign = _walked_states(model, stacked.spec, [_asked(records[n])["own"] for n in range(longest, longest + asked)])
     found = []
     for size in sizes:
         numbers = list(range(size - min(size, asked), size))
-        inside = [_request(records, number) for number in numbers]
-        stacked = stack(list(deltas[:size]))
-        views = {
-            "own": [Query(each.prompt, each.image) for each in inside],
-            "reworded": [Query(each.rephrase, each.image) for each in inside if each.rephrase],
-            "foreign": [Query(each.prompt, each.image) for each in foreign],
-        }
-        chosen = {kind: choices(model, stacked, queries) for kind, queries in views.items() if queries}
-        row: dict[str, Any] = {"stored": size, "asked": len(numbers)}
-        for kind, picked in chosen.items():
-            row[f"{kind}_any"] = sum(number >= 0 for number in picked) / len(picked)
-            if kind != "foreign":
-                row[f"{kind}_right"] = sum(p == n for p, n in zip(picked, numbers, strict=True)) / len(picked)
-        found.append(row)
+        views: dict[str, list[tuple[int, Query]]] = {}
+        for number in numbers:
+            for kind, query in _asked(records[number]).items():
+                views.setdefault(kind, []).append((number, query))
+        states = {kind: _walked_states(model, stacked.spec, [q for _, q in pairs]) for kind, pairs in views.items()}
+        for agreement in (True, False):
+            holder = prepared(model, stacked, Rows())
+            with_stored(holder, {name: each[:size] for name, each in memories.items()}, records[:size])
+            router: Any = holder.router
+            if not agreement:
+                router.agreement = None
+            elif router.agreement is None:
+                continue
+            row: dict[str, Any] = {"stored": size, "agreement": agreement, "asked": len(numbers)}
+            for kind, pairs in views.items():
+                picked = [edit for state in states[kind] for edit in by_claims(holder, state)]
+                row[f"{kind}_any"] = sum(edit >= 0 for edit in picked) / len(picked)
+                row[f"{kind}_right"] = sum(e == n for e, (n, _) in zip(picked, pairs, strict=True)) / len(picked)
+            picked = [edit for state in foreign for edit in by_claims(holder, state)]
+            found.append(
+                {**row, "foreign": len(picked), "foreign_any": sum(edit >= 0 for edit in picked) / len(picked)}
+            )
     return found
 
 
-def _request(records: Sequence[Record[Any]], number: int) -> EditRequest:
-    return request("pocket-vqa", "eval", number, records[number], render)
+def _walked_states(model: EditableModel, spec: Any, queries: Sequence[Query]) -> list[PackedState]:
+    with torch.no_grad():
+        return [walked_state(model, spec, queries[start : start + 64]) for start in range(0, len(queries), 64)]
+
+
+def _asked(each: Record[Any]) -> dict[str, Query]:
+    """What an edit is to act on: its question, in another and in an unseen wording, and about another picture."""
+    image = render(each.scene)
+    found = {"own": Query(each.prompt, image), "reworded": Query(each.rephrase, image)}
+    found["picture"] = Query(each.prompt, render(each.rephrased))
+    unseen = next((one.prompt for one in each.further if one.kind == "text_generality_unseen"), None)
+    return found if unseen is None else {**found, "unseen": Query(unseen, image)}
 
 
 def show(stored: Sequence[dict[str, Any]], console: Console) -> None:
     """Print stored outcomes, a table a kind."""
     for kind in ("costs", "firing"):
         for outcome in (row for row in stored if row["kind"] == kind):
-            names = list(outcome["rows"][0])
+            names = list(dict.fromkeys(name for row in outcome["rows"] for name in row))
             table = Table(
                 *names, title=f"{kind}: {outcome['method']} on {outcome['model']}, {outcome['machine']['cpu']}"
             )
             for row in outcome["rows"]:
-                table.add_row(*(_shown(row[name]) for name in names))
+                table.add_row(*(_shown(row.get(name)) for name in names))
             console.print(table)
 
 
@@ -263,6 +312,7 @@ def main(
     drawn: Annotated[int, typer.Option(help="stored edits that are records", min=1)] = 2000,
     artifact: Annotated[Path | None, typer.Option(help="ldke's classifier; made there if absent")] = None,
     train_records: Annotated[int, typer.Option(min=1)] = 2000,
+    memories: Annotated[Path | None, typer.Option(help="keep what is stored of records here")] = None,
     index_to: Annotated[int, typer.Option(help="stored edits up to which an index is tried", min=0)] = 100_000,
     model: Annotated[str, typer.Option()] = "pocket-llava",
     store: Annotated[bool, typer.Option("--record", help="append to benchmarks/results/")] = False,
@@ -276,19 +326,23 @@ def main(
         classifier = _classifier(loaded, artifact, train_records)
         counts, lengths = ([int(each) for each in text.split(",") if each] for text in (stored, sizes))
         records = list(itertools.islice(consistent("pocket-vqa"), max([drawn, *(size + asked for size in lengths)])))
-        deltas = held_memories(loaded, records, classifier)
         common = {"method": "ldke", "model": model, "machine": record.machine(), "versions": provenance.versions()}
         common |= {"threads": torch.get_num_threads(), "drawn": drawn, "time": provenance.utc_now()}
         common |= {"commit": record.commit_with_changes(provenance.commit()), "model_fingerprint": loaded.fingerprint}
         if counts:
+            deltas = held_memories(loaded, records[:drawn], classifier)
             queries = [Query(each.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
             queries += [Query(each.locality.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
             recalled = [Query(each.prompt, render(each.scene)) for each in records[drawn - RECALLED // 2 : drawn]]
             recalled += [Query(each.rephrase, render(each.rephrased)) for each in records[: RECALLED // 2]]
-            rows = costs(loaded, deltas[:drawn], queries, counts, recalled=recalled, index_to=index_to)
+            rows = costs(loaded, deltas, queries, counts, recalled=recalled, index_to=index_to)
             outcomes.append({"kind": "costs", **common, "rows": rows})
         if lengths:
-            outcomes.append({"kind": "firing", **common, "rows": firing(loaded, deltas, records, lengths, asked)})
+            stacked = stack(held_memories(loaded, records[:2], classifier))
+            kept = remembered(loaded, records, stacked, Disentangler.of(classifier, loaded.device), memories)
+            rows = firing(loaded, stacked, kept, records, lengths, asked)
+            trained = {"agreement": classifier.config.get("agreement")}
+            outcomes.append({"kind": "firing", **common, **trained, "rows": rows})
         if store:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)

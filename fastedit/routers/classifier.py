@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastedit.backbone import EditableModel, PackedState
 from fastedit.routers import Routed
+from fastedit.routers.agreement import Agreement
 from fastedit.routers.claims import Claims, pairs_above
 from fastedit.routers.features import AttentionPool, PromptTokens, prompt_tokens
 from fastedit.routers.scope import trained_part
@@ -133,6 +134,8 @@ class ClassifierRouter:
     def __init__(self, model: EditableModel, stacked: Routed) -> None:
         options = stacked.spec.options
         self.classifier = Disentangler.of(trained_part(model, options), model.device)
+        #: Besides the probability; None for classifiers that were trained without.
+        self.agreement = Agreement.from_config(trained_part(model, options).config)
         given = options.get("threshold")
         self.least = float(self.classifier.threshold) if given is None else float(torch.tensor(given).log())
         self.model, self.stacked = model, stacked
@@ -155,8 +158,12 @@ class ClassifierRouter:
         if own is not None:
             by_entity = (entity * known_entity[own]).sum(1)
             return self.classifier.log_probability(by_entity, (relation * known_relation[own]).sum(1))
-        found = self.classifier.log_probability(entity @ known_entity.T, relation @ known_relation.T)
+        cosine = entity @ known_entity.T
+        found = self.classifier.log_probability(cosine, relation @ known_relation.T)
         images = fixed["image"].to(entity.dtype)
+        if self.agreement is not None:
+            distance = torch.cdist(tokens.centre(), images, compute_mode="donot_use_mm_for_euclid_dist")
+            found[Agreement.of(cosine, distance) < self.agreement.least(len(images))] = -torch.inf
         return settled(found, self.least, tokens.centre(), images, self.answers.to(found.device))
 
     @torch.no_grad()
@@ -165,13 +172,17 @@ class ClassifierRouter:
         tokens = prompt_tokens(state)
         entity, relation = self.classifier(tokens)
         known_entity, known_relation = fixed["entity"].to(entity.dtype), fixed["relation"].to(relation.dtype)
-        found = []
+        found, centre, images = [], tokens.centre(), fixed["image"]
         for row, edit in self._pairs(entity, relation, known_entity, known_relation):
             by_entity = (entity[row] * known_entity[edit]).sum(1)
             score = self.classifier.log_probability(by_entity, (relation[row] * known_relation[edit]).sum(1))
             reaches = score >= self.least
+            if self.agreement is not None:
+                row, edit, score, by_entity = (each[reaches] for each in (row, edit, score, by_entity))
+                distance = torch.linalg.vector_norm(centre[row] - images[edit].to(centre.dtype), dim=1)
+                reaches = Agreement.of(by_entity, distance) >= self.agreement.least(len(images))
             found.append(Claims(row[reaches], edit[reaches], score[reaches]))
-        return self._settled(Claims.cat(found), tokens.centre(), fixed["image"])
+        return self._settled(Claims.cat(found), centre, images)
 
     def _pairs(self, entity: Tensor, relation: Tensor, *known: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs that may be claims, by blocks of stored edits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 import fastedit
 from benchmarks import routing
 from benchmarks.long_sequence import consistent, held_memories
+from fastedit.deltas import stack
 from fastedit.pocket.world import render
 from fastedit.requests import Query
+from fastedit.routers.classifier import Disentangler
+from fastedit.routers.scope import trained_part
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +52,23 @@ def test_ways_that_differ_are_not_timed(stored: Any, monkeypatch: pytest.MonkeyP
         routing.costs(model, deltas[:4], [Query("What?", render(records[0].scene))], (4,), repeats=1)
 
 
-def test_shares_of_questions_that_fire(stored: Any) -> None:
+def test_shares_of_questions_that_fire(stored: Any, tmp_path: Path) -> None:
     model, records, deltas = stored
-    rows = routing.firing(model, deltas, records, (1, 8), 4)
-    assert [row["stored"] for row in rows] == [1, 8]
+    classifier = Disentangler.of(trained_part(model, deltas[0].spec.options), model.device)
+    stacked, path = stack(deltas[:2]), tmp_path / "memories.pt"
+    kept = routing.remembered(model, records, stacked, classifier, path)
+    for name, each in kept.items():
+        torch.testing.assert_close(each, torch.stack([delta.tensors[name] for delta in deltas]))
+        assert torch.equal(routing.remembered(model, records[:5], stacked, classifier, path)[name], each[:5])
+    rows = routing.firing(model, stacked, kept, records, (1, 8), 4)
+    assert {row["stored"] for row in rows} == {1, 8}
+    assert sum(not row["agreement"] for row in rows) == 2
     for row in rows:
-        assert 0 <= row["own_right"] <= row["own_any"] <= 1
+        for kind in ("own", "reworded", "picture", "unseen"):
+            assert 0 <= row[f"{kind}_right"] <= row[f"{kind}_any"] <= 1
         assert 0 <= row["foreign_any"] <= 1
     # Of one edit its own question alone is asked, and its vectors are those of that question
-    assert rows[0]["own_right"] == 1
+    assert rows[-1]["own_right"] == rows[0]["own_right"] == 1
 
 
 def test_more_edits_than_records_have_vectors_of_the_same_lengths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import fastedit
 from fastedit import Query
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
+from fastedit.routers.agreement import Agreement
 from fastedit.routers.claims import Claims
 from fastedit.routers.classifier import (
     ANSWER,
@@ -175,8 +177,14 @@ def test_the_router_reads_what_edits_answer(artifact: Artifact, model: EditableM
         assert int((made.scores(state, fixed, None) >= made.least).sum()) == acting
 
 
+@pytest.mark.parametrize("level", [None, 0.5, 0.8])
 @pytest.mark.parametrize("threshold", [0.02, 0.2, 0.6])
-def test_claims_are_those_of_all_scores(artifact: Artifact, model: EditableModel, threshold: float) -> None:
+def test_claims_are_those_of_all_scores(
+    artifact: Artifact, model: EditableModel, threshold: float, level: float | None
+) -> None:
+    if level is not None:
+        known = Agreement(level=level, rate=0.01, scale=0.0, most=1.0, false_rate=0.01)
+        artifact = replace(artifact, config={**artifact.config, "agreement": known.settings()})
     stored = [*QUERIES, *QUERIES[:2]]
     fixed = memory(model, artifact, stored)
     # Near the prompts, so that some claim and some do not, and several claim one
@@ -192,6 +200,23 @@ def test_claims_are_those_of_all_scores(artifact: Artifact, model: EditableModel
         zip(dense.row.tolist(), dense.edit.tolist(), strict=True)
     )
     torch.testing.assert_close(claims.score[claims.row.argsort()], dense.score)
+
+
+def test_the_more_are_stored_the_more_images_must_agree(artifact: Artifact, model: EditableModel) -> None:
+    known = Agreement(level=0.0, rate=0.01, scale=0.2, most=1.0, false_rate=0.01)
+    artifact = replace(artifact, config={**artifact.config, "agreement": known.settings()})
+    made = router(model, artifact, [{}] * 60, threshold=1e-9)
+    state, fixed = walked(model, QUERIES[:1]), memory(model, artifact, QUERIES[:1])
+    entity = fixed["entity"]
+    away = torch.nn.functional.normalize(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    away = torch.nn.functional.normalize(away - (away @ entity.T) * entity, dim=1)
+    fixed["entity"] = 0.6 * entity + 0.8 * away
+    for count, claims in ((2, True), (60, False)):
+        # Others claim nothing
+        others = {name: -each.repeat(count - 1, 1) for name, each in memory(model, artifact, QUERIES[:1]).items()}
+        stored = {name: torch.cat([each, others[name]]) for name, each in fixed.items()}
+        assert (0 in made.claims(state, stored).edit.tolist()) is claims
+        assert bool(made.scores(state, stored, None)[0, 0] >= made.least) is claims
 
 
 @pytest.mark.parametrize(("slope", "least"), [((10.0, 10.0), -0.7), ((30.0, 5.0), -3.0), ((-4.0, 5.0), -0.7)])

@@ -45,6 +45,8 @@ class LDKEConfig:
         threshold: probability at which an edit acts; None is the one that training set.
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
         stored: edits in sequence that the threshold is set for.
+        false_rate: share of foreign questions on which any stored edit may act, however many there are, which training
+            sets how alike images must be for (``fastedit.routers.agreement``); None is the threshold alone.
         contrast, decorrelation: weights in the classifier's loss, see ``ClassifierTask``.
         valid_records: of those given for training, kept for validation and for the threshold.
         row_cache_mib: memory for states that are computed once for all steps of training.
@@ -77,6 +79,7 @@ class LDKEConfig:
     queries: int = 8
     key: int = 64
     stored: int = 1000
+    false_rate: float | None = 0.01
     contrast: float = 0.1
     decorrelation: float = 0.01
     valid_records: int = 200
@@ -101,6 +104,8 @@ class LDKEConfig:
             raise ValueError(f"ldke: score is one of {list(SCORES)} (got score={self.score!r})")
         if not self.groups or set(self.groups) - set(GROUPS):
             raise ValueError(f"ldke: groups are of {list(GROUPS)} (got groups={self.groups!r})")
+        if self.false_rate is not None and not 0 < self.false_rate < 1:
+            raise ValueError(f"ldke: false_rate is a share, or None (got false_rate={self.false_rate!r})")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"ldke: threshold is a probability (got threshold={self.threshold!r})")
 

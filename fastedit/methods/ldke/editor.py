@@ -126,6 +126,7 @@ class LDKE(Method):
             trainer,
             held=config.valid_records,
             stored=config.stored,
+            false_rate=config.false_rate,
             contrast=config.contrast,
             decorrelation=config.decorrelation,
             room=config.row_cache_mib << 20,

@@ -15,6 +15,7 @@ from fastedit.data import fingerprint
 from fastedit.data.report import target_key
 from fastedit.methods.ldke.views import RELATED, UNRELATED, Pairs, Questions, TokenStore
 from fastedit.requests import EditRequest
+from fastedit.routers.agreement import Agreement
 from fastedit.routers.classifier import Disentangler, answer_numbers, settled
 from fastedit.training import Artifact, TrainerConfig, processes
 
@@ -25,6 +26,8 @@ HARDEST = 64
 #: Probabilities that are tried as the threshold.
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
 
+#: Share of the held-out questions about another picture that no agreement takes from their edit.
+KEPT = 0.95
 #: Scores that differ by less are equal: one question in a few hundred.
 PLATEAU = 1e-3
 
@@ -43,7 +46,7 @@ class ClassifierTask:
         model: frozen. point: where the deltas begin. classifier: what is trained.
         records: to learn from; the last ``held`` are kept for validation.
         trainer: settings of the loop.
-        held, stored: see there.
+        held, stored: see there. false_rate: see ``Agreement``; None is without.
         contrast, decorrelation: weights of the last two terms.
         room: bytes for states that are kept.
         config: what the artifact says of itself. finish: what it says besides, once training has ended.
@@ -63,6 +66,7 @@ class ClassifierTask:
         *,
         held: int,
         stored: int,
+        false_rate: float | None,
         contrast: float,
         decorrelation: float,
         room: int,
@@ -76,7 +80,7 @@ class ClassifierTask:
                 f"(got records={len(records)}, valid_records={held}, batch_size={trainer.batch_size})"
             )
         self.model, self.classifier, self.trainer = model, classifier, trainer
-        self.records, self.stored = records, stored
+        self.records, self.stored, self.false_rate = records, stored, false_rate
         self.contrast, self.decorrelation = contrast, decorrelation
         self.config, self.finish = dict(config), finish
         self.questions = Questions(records, trainer.seed)
@@ -187,6 +191,9 @@ class ClassifierTask:
         probability, rates = self.calibrated()
         self.classifier.threshold.fill_(probability).log_()
         config = {**self.config, "classifier": self.classifier.settings(), **self.finish()}
+        agreement = None if self.false_rate is None else self.agreement(self.false_rate)
+        if agreement is not None:
+            config["agreement"] = agreement.settings()
         metrics = {"rates": rates, "threshold": probability}
         return Artifact(self.name, self.model.fingerprint, config, self.classifier.tensors(), metrics)
 
@@ -222,6 +229,38 @@ class ClassifierTask:
         # Of those that are as good, the one with most room on both sides
         best = [each for each in found if each[1]["score"] >= most - PLATEAU]
         return best[len(best) // 2]
+
+    @torch.no_grad()
+    def agreement(self, false_rate: float) -> Agreement | None:
+        """How alike images must be, from held-out questions against the edits of all records."""
+        held = range(self.n_train, len(self.records))
+        edits: Keys = [(record, self._edit(record)) for record in range(len(self.records))]
+        asked: Keys = [
+            (record, number)
+            for record in held
+            for number, one in enumerate(self.questions.of[record])
+            if one.kind in ("reliability", "image_generality")
+        ]
+        vectors, stored = self._vectors(asked), self._vectors(edits)
+        pairs = Pairs.of(self.questions, [*edits, *asked], range(len(edits)))
+        foreign, related, own = (
+            part[:, len(edits) :].T.to(vectors[0].device)
+            for part in (pairs.counts & ~pairs.related & ~pairs.own, pairs.related, pairs.own)
+        )
+        cosine = vectors[0] @ stored[0].T
+        agreement = Agreement.of(
+            cosine, torch.cdist(vectors[2], stored[2], compute_mode="donot_use_mm_for_euclid_dist")
+        )
+        # What would be said of them if they showed the same
+        best = self.classifier.log_probability(torch.ones_like(cosine), vectors[1] @ stored[1].T)
+        asks_same = best >= self.classifier.threshold
+        other = torch.tensor([self.questions.of[r][n].kind == "image_generality" for r, n in asked])
+        same_thing = agreement[(related & own) & other.to(agreement.device)[:, None]]
+        pictured = torch.tensor([one.image is not None for one in (self.questions.of[r][n] for r, n in edits)])
+        foreign &= pictured.to(foreign.device)
+        return Agreement.fitted(
+            agreement[foreign & asks_same], int(foreign.sum()), same_thing, false_rate=false_rate, kept=KEPT
+        )
 
     def _edit(self, record: int) -> int:
         return next(n for n, one in enumerate(self.questions.of[record]) if one.kind == "reliability")

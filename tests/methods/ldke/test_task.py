@@ -29,8 +29,8 @@ def model() -> EditableModel:
 def made(model: EditableModel, count: int = 8, **given: Any) -> ClassifierTask:
     trainer = TrainerConfig(steps=30, batch_size=4, lr=5e-3, warmup=2, valid_every=10)
     settings: dict[str, Any] = {
-        "held": 2, "stored": 5, "contrast": 0.1, "decorrelation": 0.01, "room": 1 << 26, "config": {"a": 1},
-        "finish": lambda: {"b": 2}, **given,
+        "held": 2, "stored": 5, "false_rate": None, "contrast": 0.1, "decorrelation": 0.01, "room": 1 << 26,
+        "config": {"a": 1}, "finish": lambda: {"b": 2}, **given,
     }  # fmt: skip
     classifier = Disentangler(ClassifierShape(model.hidden_size, size=16, queries=2, key=8))
     return ClassifierTask(model, POINT, classifier, make_edits(count), trainer, **settings)
@@ -176,3 +176,26 @@ def test_the_fingerprint_is_of_what_is_learnt_and_from_what(model: EditableModel
     assert own == made(model).fingerprint
     assert own != made(model, contrast=0.2).fingerprint
     assert own != made(model, count=7).fingerprint
+
+
+def test_how_alike_images_must_be_is_measured_on_held_out_questions(model: EditableModel) -> None:
+    task = made(model)
+    # Every relation is right: all unrelated pairs ask the same
+    with torch.no_grad():
+        task.classifier.threshold.fill_(-100.0)
+    found = task.agreement(0.02)
+    assert found is not None
+    held = [(r, n) for r in (6, 7) for n, one in enumerate(task.questions.of[r]) if one.kind == "reliability"]
+    other = [(r, n) for r in (6, 7) for n, one in enumerate(task.questions.of[r]) if one.kind == "image_generality"]
+    edits = [(record, task._edit(record)) for record in range(8)]
+    with torch.no_grad():
+        asked, stored = task._vectors([*held, *other]), task._vectors(edits)
+    agreement = asked[0] @ stored[0].T - 0.5 * torch.cdist(asked[2], stored[2])
+    own = torch.tensor([r for r, _ in [*held, *other]])[:, None] == torch.arange(8)
+    assert found.rate <= 1
+    assert float(agreement[~own].min()) <= found.level <= float(agreement[~own].max())
+    assert found.most == pytest.approx(float(torch.quantile(agreement[len(held) :][own[len(held) :]], 0.05)), abs=1e-4)
+    assert found.false_rate == 0.02
+    assert made(model).result().config.keys() >= {"a", "b", "classifier"}
+    assert "agreement" not in made(model).result().config
+    assert made(model, false_rate=0.02).result().config["agreement"]["false_rate"] == 0.02
