@@ -45,6 +45,7 @@ def train(
     resume: bool = True,
     show_progress: bool | None = None,
     trainer: TrainerConfig | Mapping[str, Any] | None = None,
+    together: bool = True,
     **overrides: Any,
 ) -> Artifact:
     """Train the part that a method needs before it can edit, on a frozen model.
@@ -58,6 +59,9 @@ def train(
         resume: False begins anew whatever lies there.
         show_progress: None shows a progress line with the time left on a terminal.
         trainer: settings of training, over the method's own (steps, batch_size, lr, seed ...).
+        together: with all processes of the program's process group, each of which has to call it: one that calls it
+            alone waits for the others until the group's timeout. False trains in this process alone, as if there were
+            no others.
         overrides: fields of the method's and the objective's config.
     Returns:
         Artifact, for ``fastedit.edit(..., artifact=...)``.
@@ -84,8 +88,7 @@ def train(
     if model.device.type == "cpu":
         keep_freed_memory()
     objective = plan.objective.build(plan.objective_config, settings.steps) if plan.prefix else None
-    processes.join()
-    with _alone(), _claimed(out) as path:
+    with processes.apart(not together), _alone(), _joined_claim(out) as path:
         show_progress = show_progress if processes.is_first() else False
         settings = replace(settings, batch_size=settings.batch_size * processes.count())
         _require_alike(model, plan, records, settings, resume)
@@ -111,8 +114,9 @@ def train(
         return artifact
 
 
-def _claimed(out: str | Path | None) -> AbstractContextManager[Path | None]:
-    """The file that is written, where this process writes one."""
+def _joined_claim(out: str | Path | None) -> AbstractContextManager[Path | None]:
+    """The file that is written, where this process writes one, once it has joined those that it trains with."""
+    processes.join()
     return claim_result(out, field="train") if out is not None and processes.is_first() else nullcontext()
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -20,6 +22,7 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: How long processes wait for the first one, which validates alone.
 LONGEST = timedelta(hours=2)
+_APART: ContextVar[bool] = ContextVar("fastedit_apart", default=False)
 
 
 def join() -> None:
@@ -30,7 +33,7 @@ def join() -> None:
     Raises:
         ValueError: the variables that a launcher sets are incomplete.
     """
-    if _there() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _APART.get() or _there() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
@@ -55,6 +58,8 @@ def count() -> int:
 
 def rank() -> int:
     """The number of this process, from 0; also before it has joined the others."""
+    if _APART.get():
+        return 0
     return distributed.get_rank() if _there() else int(os.environ.get("RANK", "0"))
 
 
@@ -178,8 +183,18 @@ def by_first(make: Callable[[], T]) -> T:
     return cast(T, told[0])
 
 
+@contextmanager
+def apart(wanted: bool = True) -> Iterator[None]:
+    """Inside the block, in this context, there are no other processes, if so wanted."""
+    before = _APART.set(wanted or _APART.get())
+    try:
+        yield
+    finally:
+        _APART.reset(before)
+
+
 def _there() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _APART.get() and distributed.is_available() and distributed.is_initialized()
 
 
 def _device() -> torch.device:

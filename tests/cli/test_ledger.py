@@ -115,6 +115,21 @@ def test_what_acts_is_scored_once(done: dict[str, Done]) -> None:
     assert "text generality" in again.out
 
 
+def test_what_acts_is_scored_on_a_cluster(folder: Path) -> None:
+    pytest.importorskip("ray")
+    edit, score = run_all(
+        [
+            [*EDIT.replace("--ledger led", "--ledger clustered").split(), "--limit", "2"],
+            ["score", "--ledger", "clustered", "--engine", "ray", "--workers", "1", "--json"],
+        ],
+        folder,
+    )
+    assert edit.status == 0, edit
+    content = json.loads(score.out)
+    assert (content["edits"], content["new"]) == (2, 2)
+    assert 0 <= content["scores"]["strict"]["reliability"]["mean"] <= 1
+
+
 def test_the_log_has_every_event_and_every_edit(done: dict[str, Done]) -> None:
     content = document(done, "log --ledger led --json")
     assert list(content) == ["ledger", "model", "acting", "events"]

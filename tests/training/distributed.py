@@ -47,15 +47,23 @@ def noted(losses: list[float]) -> Iterator[None]:
         State.note = stock  # type: ignore[method-assign]
 
 
-def trained(model: Any, method: str, batch_size: int, out: Path | None = None, **changed: Any) -> dict[str, Any]:
+def spread() -> Any:
+    """A model of which a layer's weights are elsewhere; on this machine that is the disk."""
+    return fastedit.load("pocket-llava", device_map={"": "cpu", "model.language_model.layers.0": "disk"})
+
+
+def trained(
+    model: Any, method: str, batch_size: int, out: Path | None = None, together: bool = True, **changed: Any
+) -> dict[str, Any]:
     """Losses by step, validation scores, and the sum of each tensor's squares."""
     losses: list[float] = []
     trainer = {"steps": STEPS, "batch_size": batch_size, "valid_every": 2, "checkpoint_every": 2, "lr": 1e-2}
     trainer |= {"warmup": 0, **changed}
     with noted(losses):
         artifact = fastedit.train(
-            model, method, make_edits(RECORDS), out=out, trainer=trainer, show_progress=False, **METHODS[method]
-        )
+            model, method, make_edits(RECORDS), out=out, trainer=trainer, show_progress=False, together=together,
+            **METHODS[method],
+        )  # fmt: skip
     return {
         "losses": losses,
         "scores": [entry["score"] for entry in artifact.metrics["validation"]],
@@ -63,12 +71,16 @@ def trained(model: Any, method: str, batch_size: int, out: Path | None = None, *
     }
 
 
+def arguments(out: Path) -> list[str]:
+    """Of ``fastedit``: a training of one step."""
+    made = ["train", "--method", "ke", "--model", "random:llava-tiny", "--limit", "4", "--steps", "1"]
+    return [*made, "--trainer", "batch_size=1", "--set", "layers=1", "--set", "valid_records=1", "--out", str(out)]
+
+
 def command(out: Path) -> str:
     """What ``fastedit train`` prints."""
-    arguments = ["train", "--method", "ke", "--model", "random:llava-tiny", "--limit", "4", "--steps", "1"]
-    arguments += ["--trainer", "batch_size=1", "--set", "layers=1", "--set", "valid_records=1", "--out", str(out)]
     with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
-        app(arguments, standalone_mode=False)
+        app(arguments(out), standalone_mode=False)
     return printed.getvalue()
 
 
@@ -93,6 +105,9 @@ def main(folder: Path) -> None:
     told["own"] = list(processes.own(range(5)))
     told["different_rates"] = refused(lambda: trained(model, "mend", size, lr=0.1 * (1 + rank)))
     told["different_sizes"] = refused(lambda: trained(model, "mend", size + rank))
+    # By one of them alone, which waits for nobody
+    told["alone"] = trained(model, "ke", WHOLE_BATCH, together=False) if rank == 1 else None
+    told["spread"] = trained(spread(), "ke", size)
     told["command"] = command(folder / "ke.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(told))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,13 +48,16 @@ def broken_off(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastedit.__file__).parents[1])}
+
+
 @pytest.fixture(scope="module")
 def told(broken_off: Path) -> list[dict[str, Any]]:
     """What each of two processes says, as torchrun starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", distributed.__file__, str(broken_off)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastedit.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((broken_off / f"{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -98,6 +102,39 @@ def test_processes_that_were_asked_for_different_work_are_refused(told: list[dic
         assert "in process 1)" in each["different_rates"]
         assert "batch_size=4" in each["different_sizes"]
         assert "batch_size=6" in each["different_sizes"]
+
+
+def test_one_process_may_train_alone(model: Any, told: list[dict[str, Any]]) -> None:
+    one, alone = distributed.trained(model, "ke", distributed.WHOLE_BATCH), told[1]["alone"]
+    assert told[0]["alone"] is None
+    assert alone["losses"] == pytest.approx(one["losses"], rel=1e-9)
+    assert alone["scores"] == pytest.approx(one["scores"])
+    with processes.apart():
+        assert (processes.count(), processes.rank(), processes.is_first()) == (1, 0, True)
+
+
+def test_a_model_in_several_places_trains_inside_each_process(told: list[dict[str, Any]]) -> None:
+    pytest.importorskip("accelerate")
+    whole = fastedit.load("pocket-llava")
+    one = distributed.trained(whole, "ke", distributed.WHOLE_BATCH)
+    first, second = (each["spread"] for each in told)
+    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert len(set(first["losses"])) == distributed.STEPS
+
+
+def test_accelerate_starts_them_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    out = tmp_path / "ke.safetensors"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    # A port that is free: the default may be another run's
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        command += [f"--main_process_port={free.getsockname()[1]}", "--num_machines=1", "--mixed_precision=no"]
+    command += ["--dynamo_backend=no", "-m", "fastedit", *distributed.arguments(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved to") == 1
+    assert fastedit.load_artifact(out).metrics["trainer"]["batch_size"] == 2, "two processes, one record each"
 
 
 def test_a_launcher_that_tells_half_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
