@@ -136,12 +136,14 @@ def costs(
     repeats: int = 9,
     recalled: Sequence[Query] = (),
     index_to: int = 0,
+    known: dict[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Processor seconds of an answer and of routing a question, by how many edits are stored and how many come at once.
 
     Args:
         queries: asked one at a time and all at once. recalled: asked of exact search and of an index.
         index_to: stored edits up to which an index is built; 0 builds none.
+        known: what the router keeps of records, by name; those of the deltas by default. More are these with noise.
     Returns:
         Of every pair "answer_s", "read_s" (what the router reads of a prompt, without the stored edits), and of routing
         the whole "exact_s", "whole_s", "index_s" and "scores_s" (all pairs), as far as they were tried. Of an index
@@ -151,7 +153,7 @@ def costs(
         RuntimeError: the exact ways of routing choose differently.
     """
     stacked: Any = stack(list(deltas))
-    known = dict(stacked.fixed)
+    known = dict(stacked.fixed) if known is None else known
     found = []
     states = {count: walked_state(model, stacked.spec, list(queries[:count])) for count in (1, len(queries))}
     asked_state = walked_state(model, stacked.spec, list(recalled)) if recalled else None
@@ -326,20 +328,22 @@ def main(
         classifier = _classifier(loaded, artifact, train_records)
         counts, lengths = ([int(each) for each in text.split(",") if each] for text in (stored, sizes))
         records = list(itertools.islice(consistent("pocket-vqa"), max([drawn, *(size + asked for size in lengths)])))
+        heads = Disentangler.of(classifier, loaded.device)
         common = {"method": "ldke", "model": model, "machine": record.machine(), "versions": provenance.versions()}
         common |= {"threads": torch.get_num_threads(), "drawn": drawn, "time": provenance.utc_now()}
         common |= {"commit": record.commit_with_changes(provenance.commit()), "model_fingerprint": loaded.fingerprint}
         if counts:
-            deltas = held_memories(loaded, records[:drawn], classifier)
+            deltas = held_memories(loaded, records[: min(drawn, 2)] if memories else records[:drawn], classifier)
             queries = [Query(each.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
             queries += [Query(each.locality.prompt, render(each.scene)) for each in records[: QUESTIONS // 2]]
             recalled = [Query(each.prompt, render(each.scene)) for each in records[drawn - RECALLED // 2 : drawn]]
             recalled += [Query(each.rephrase, render(each.rephrased)) for each in records[: RECALLED // 2]]
-            rows = costs(loaded, deltas, queries, counts, recalled=recalled, index_to=index_to)
+            known = None if memories is None else remembered(loaded, records, stack(deltas[:1]), heads, memories)
+            rows = costs(loaded, deltas, queries, counts, recalled=recalled, index_to=index_to, known=known)
             outcomes.append({"kind": "costs", **common, "rows": rows})
         if lengths:
             stacked = stack(held_memories(loaded, records[:2], classifier))
-            kept = remembered(loaded, records, stacked, Disentangler.of(classifier, loaded.device), memories)
+            kept = remembered(loaded, records, stacked, heads, memories)
             rows = firing(loaded, stacked, kept, records, lengths, asked)
             trained = {"agreement": classifier.config.get("agreement")}
             outcomes.append({"kind": "firing", **common, **trained, "rows": rows})
