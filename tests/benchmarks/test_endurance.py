@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +19,7 @@ from benchmarks import endurance, ledger_trials, record
 from benchmarks.cases import made_up_edits
 from benchmarks.endurance import Watch
 from fastedit.backbone import load
+from fastedit.ledger.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +89,35 @@ def test_edits_come_round_with_ids_of_their_own() -> None:
 def test_too_few_edits_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at least 10 edits \(got edits=9\)"):
         endurance.endure(load("random:llava-tiny"), made_up_edits(9), "ft", tmp_path)
+
+
+def test_a_run_that_is_stopped_counts_what_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, edits = load("random:llava-tiny"), made_up_edits(40)
+    commit, made = Session.commit, itertools.count(1)
+
+    def counted(self: Session, *given: Any) -> None:
+        commit(self, *given)
+        if next(made) == 24:
+            signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(Session, "commit", counted)
+    found = endurance.endure(model, edits, "ft", tmp_path, batch_size=2, sample=5, most_s=3600, steps=1, layers=1)
+    assert found.edits == 24
+    assert len(found.edits_per_s) == 10
+    assert found.delta_bytes > 100
+    assert found.serve_s is not None
+    assert found.serve_s > 0
+    assert 0 <= (found.held or 0) <= 1
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_an_interrupt_of_somebody_else_goes_on() -> None:
+    with pytest.raises(KeyboardInterrupt), endurance.stopping_after(3600):
+        raise KeyboardInterrupt
+    with endurance.stopping_after(math.inf) as stopped:
+        pass
+    assert not stopped
 
 
 def test_trials_find_what_they_are_to_find(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("simpy", reason="simpy is not installed")
 
-from benchmarks import scaling
+from benchmarks import endurance, record, scaling
 from benchmarks.scaling import Gpu, Parts
 
 EQUAL = Parts([2.0], [0.1])
@@ -65,15 +66,54 @@ def test_the_page_is_made_of_stored_rows() -> None:
 
 
 def test_firing_is_told_of_the_present_weights_in_order() -> None:
-    def outcome(weights: str, *rows: tuple[int, float]) -> dict[str, Any]:
-        told = [
-            {"stored": n, "asked": 5, "own_right": 1.0, "reworded_right": 0.9, "foreign_any": any_} for n, any_ in rows
-        ]
-        return {"method": "ldke", "model": "pocket-llava", "model_fingerprint": weights, "rows": told}
+    def outcome(weights: str, *rows: tuple[int, bool, float]) -> dict[str, Any]:
+        inside = dict.fromkeys(scaling.INSIDE, 0.9)
+        told = [{"stored": n, "agreement": a, "asked": 5, "foreign": 7, **inside, "foreign_any": f} for n, a, f in rows]
+        common = {"method": "ldke", "model": "pocket-llava", "agreement": {"false_rate": 0.02}}
+        return {**common, "model_fingerprint": weights, "rows": told}
 
     made = scaling._of_firing(
-        [outcome("a", (1, 0.5)), outcome("b", (9, 0.25), (10_000, 0.1)), outcome("b", (9, 0.125))]
+        [
+            outcome("a", (1, False, 0.5)),
+            outcome("b", (9, False, 0.25), (10_000, False, 0.1), (10_000, True, 0.01)),
+            outcome("b", (9, False, 0.125)),
+        ]
     )
     rows = [line for line in made if line.startswith("| ") and "%" in line]
-    assert rows == ["| 9 | 5 | 100.0 % | 90.0 % | 12.5 % |", "| 10,000 | 5 | 100.0 % | 90.0 % | 10.0 % |"]
+    same = "90.0 → 90.0 % | " * 4
+    assert rows == [f"| 9 | 5 | {same}12.5 → 12.5 % |", f"| 10,000 | 5 | {same}10.0 → 1.0 % |"]
+    assert "`false_rate=0.02`" in "\n".join(made)
     assert scaling._of_firing([]) == []
+
+
+def test_costs_are_shown_by_way_of_searching() -> None:
+    row = {"stored": 1000, "at_once": 1, "answer_s": 0.01, "read_s": 0.001, "whole_s": 0.004, "exact_s": 0.002}
+    named = {"index_s": 0.001, "build_s": 3.0, "recall": 0.99, "fires": 0.98, "wrong": 0.0}
+    common = {"method": "ldke", "model": "pocket-llava", "threads": 1, "machine": {"cpu": "X"}, "drawn": 10}
+    made = scaling._of_costs(
+        [
+            {**common, "drawn": 5, "rows": [{**row, "stored": 7}]},
+            {**common, "rows": [row, {**row, **named, "stored": 2000}]},
+        ]
+    )
+    rows = [line for line in made if line.startswith("| ") and "," in line]
+    assert rows == [
+        "| 1,000 | 1 | 10.00 | 1.00 | 4.00 | 2.00 |  | 20 % |  |",
+        "| 2,000 | 1 | 10.00 | 1.00 | 4.00 | 2.00 | 1.00 | 20 % | 10 % |",
+        "| 2,000 | 3.0 | 99.0 % | 98.0 % | 0.0 % |",
+    ]
+    assert scaling._of_costs([]) == []
+
+
+def test_a_long_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = endurance.Endured(20, 10.0, [2.0] * 10, [100.0] * 10, 110.0, 0.5, 30, 4.0, 512.0, 3.0, 0.975, 0.5)
+    config = {"model": "pocket-llava", "method": "grace", "edits": 40, "seed": 0, "storage": "tmpfs"}
+    path = tmp_path / "endurance.jsonl"
+    monkeypatch.setattr(scaling, "ENDURANCE", path)
+    assert scaling._of_endurance() == []
+    record.append(endurance.rows_of(found, config), path)
+    made = "\n".join(scaling._of_endurance())
+    assert "20 of 40 edits of `pocket-llava` by `grace`" in made
+    assert "512 bytes of deltas an edit" in made
+    assert "97.5 % hold" in made
+    assert made.count("| 2.0") == 10
