@@ -43,9 +43,10 @@ from benchmarks.quality_cases import (
     single,
 )
 from benchmarks.quality_maps import knowledge, layer_map
+from benchmarks.quality_outcomes import load_outcomes, stored_beside
 from benchmarks.quality_run import World, peak_memory_mib, run_case
 from benchmarks.quality_summary import summary
-from benchmarks.quality_tables import load_outcomes, markdown, rows_of
+from benchmarks.quality_tables import markdown, rows_of
 from fastedit.published.case import case_of
 from fastedit.published.rows import STORED, packed
 
@@ -183,19 +184,23 @@ def report(out: Path, console: Console, *, document: Path | None, store: bool, p
     if not outcomes:
         console.print(f"no outcomes below {out}", markup=False)
         return
+    rows = rows_of(outcomes)
+    outcomes += stored_beside(outcomes, newest_rows(record.RESULTS / "quality"))
     singles = sorted({(o["case"]["model"], o["case"]["data"]) for o in outcomes if o["case"]["table"] == "single"})
     maps = [layer_map(model, data, MAPPED, out / "maps" / f"{model}-{data}.json") for model, data in singles]
     # One picture of spaces is enough: that of the first model and set
     encoders = out / "artifacts" / f"{MODELS[0]}-{DATA[0]}-unike.safetensors"
     views = {f"{DATA[0]} on {MODELS[0]}": knowledge(encoders)} if encoders.exists() else {}
     drawn = draw(outcomes, pictures, maps, views)
+    curves = long_sequence.rows(long_sequence.RESULTS)
+    if curves:
+        drawn["edits in sequence"] = long_sequence.draw_curves(curves, pictures / "edits-in-sequence.png")
     target = document or out / "results.md"
     shown = {name: os.path.relpath(path, target.parent) for name, path in drawn.items()}
     text = markdown(outcomes, shown, summary(outcomes, shown), stored_sections())
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     console.print(f"tables: {target}\npictures: {', '.join(str(path) for path in drawn.values())}", markup=False)
-    rows = rows_of(outcomes)
     path = out / "rows.jsonl"
     if store:
         path = record.RESULTS / "quality" / record.stored(record.machine()).name
@@ -221,12 +226,11 @@ def stored_sections() -> list[str]:
     return lines
 
 
-def ship(folder: Path, target: Path = STORED) -> Path:
-    """Write the rows that ``fastedit reproduce`` runs anew: of every case the newest, on the weights that are newest.
+def newest_rows(folder: Path) -> list[dict[str, Any]]:
+    """Of every case the newest stored row, on the weights that are newest.
 
     Args:
         folder: of stored rows, one file a machine.
-        target: file of the package.
     """
     lines = [line for path in sorted(folder.iterdir()) for line in record.unpacked(path).splitlines()]
     # The first rows did not say what weights they were measured on
@@ -234,7 +238,12 @@ def ship(folder: Path, target: Path = STORED) -> Path:
     rows.sort(key=lambda row: row["provenance"]["time"])
     weights = {row["case"]["model"]: row["weights"] for row in rows}
     newest = {row["case"]["name"]: row for row in rows if row["weights"] == weights[row["case"]["model"]]}
-    target.write_bytes(packed(newest[name] for name in sorted(newest)))
+    return [newest[name] for name in sorted(newest)]
+
+
+def ship(folder: Path, target: Path = STORED) -> Path:
+    """Write the rows that ``fastedit reproduce`` runs anew: those of ``newest_rows``, to a file of the package."""
+    target.write_bytes(packed(newest_rows(folder)))
     return target
 
 

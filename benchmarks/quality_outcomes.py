@@ -35,6 +35,30 @@ def load_outcomes(folder: Path) -> list[Outcome]:
     return list(found.values())
 
 
+def stored_beside(outcomes: Sequence[Outcome], rows: Iterable[Mapping[str, Any]]) -> list[Outcome]:
+    """Stored single edits of the same models, sets, weights and edits that the outcomes lack, in the form of outcomes.
+
+    A row has no values by edit: what is made of it stands in tables and is in no paired difference.
+    """
+    known = {outcome["case"]["name"] for outcome in outcomes}
+    wanted = {_same_run(outcome) for outcome in of(outcomes, "single")}
+    return [_of_row(row) for row in rows if row["case"]["name"] not in known and _same_run(row) in wanted]
+
+
+def _same_run(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    case = row["case"]
+    return case["table"], case["model"], case["data"], case["edits"], row.get("weights")
+
+
+def _of_row(row: Mapping[str, Any]) -> Outcome:
+    def whole(cell: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(("mean", "low", "high", "n"), cell, strict=True))
+
+    scores = {protocol: {name: whole(cell) for name, cell in own.items()} for protocol, own in row["scores"].items()}
+    rates = {name: whole(cell) for name, cell in row["rates"].items()}
+    return {**row, "scores": scores, "rates": rates, "checkpoints": {}, "per_edit": {}, "tags": []}
+
+
 def score(outcome: Outcome, name: str, protocol: str = "strict") -> dict[str, Any] | None:
     """One score with its interval, or None."""
     found = outcome["scores"].get(protocol, {}).get(name)
@@ -43,6 +67,8 @@ def score(outcome: Outcome, name: str, protocol: str = "strict") -> dict[str, An
 
 def mean_of_five(outcome: Outcome) -> float:
     """Mean over edits of the mean of the five scores."""
+    if not outcome["per_edit"]:
+        return float(outcome["mean_of_five"])
     values = [value for value in outcome["per_edit"]["mean_of_five"] if value is not None]
     return sum(values) / len(values)
 
@@ -60,7 +86,9 @@ def pairs(outcomes: Sequence[Outcome], table: str = "single", against: str = "")
     for (model, data, method), outcome in by_key.items():
         prefix, _, base = method.rpartition("+")
         other = by_key.get((model, data, f"odedit+{base}")) if prefix == against else None
-        if other is not None and len(other["per_edit"]["near"]) == len(outcome["per_edit"]["near"]):
+        if other is None or not (other["per_edit"] and outcome["per_edit"]):
+            continue
+        if len(other["per_edit"]["near"]) == len(outcome["per_edit"]["near"]):
             found.append((outcome, other))
     return found
 

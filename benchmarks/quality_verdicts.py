@@ -44,7 +44,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[tuple[str, bool, str]]:
         found += _controlled(outcomes)
     both = {pair: known for pair, known in by_pair.items() if {"unike", "tpatcher"} <= set(known)}
     found += _each("UniKE above T-Patcher in the mean of five", both, _unike)
-    hard = {pair: known for pair, known in by_pair.items() if "ldke" in known}
+    hard = {pair: known for pair, known in by_pair.items() if "ldke" in known and known["ldke"]["per_edit"]}
     found += _each("LDKE-style: locality 0.98 on hard negatives, generality 0.9", hard, _hard)
     long = [o for o in of(outcomes, "sequential") if o["case"]["edits"] >= 1000]
     if long:

@@ -32,6 +32,7 @@ from benchmarks.quality_cases import (
     single,
 )
 from benchmarks.quality_figures import draw
+from benchmarks.quality_outcomes import mean_of_five, stored_beside
 from benchmarks.quality_tables import (
     Outcome,
     differences,
@@ -186,6 +187,24 @@ def test_the_document_and_the_pictures_have_everything(tmp_path: Path) -> None:
         # On other weights it is another row
         quality.write_rows([{**rows[0], "weights": "other"}], path)
         assert len(read(path).splitlines()) == len(rows) + 1
+
+
+def test_stored_rows_stand_beside_what_was_run() -> None:
+    """Of the same model, set, weights and number of edits; in tables, and in no difference of edits."""
+    run, *others = (
+        {**outcome(name, [1.0, 0.0]), "weights": "w"} for name in ("kl+lora", "odedit+lora", "grace", "ldke")
+    )
+    rows = json.loads(json.dumps(rows_of([run, *others])))
+    odedit, grace, ldke = rows[1:]
+    other = [{**grace, "weights": "x"}, {**grace, "case": {**grace["case"], "edits": 3, "name": "fewer"}}]
+    found = stored_beside([run], [rows[0], odedit, ldke, *other])
+    assert [one["case"]["method"] for one in found] == ["odedit+lora", "ldke"]
+    assert mean_of_five(found[0]) == pytest.approx(mean_of_five(others[0]))
+    together = [run, *found]
+    assert not pairs(together, against="kl")
+    text = markdown(together, {})
+    assert "| ldke | 0.500" in text
+    assert rows_of([found[1]])[0]["scores"] == ldke["scores"]
 
 
 def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
