@@ -220,11 +220,13 @@ def _plain(scores: Any) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Stored outcomes, of each case the newest."""
-    found = {}
+    """Stored outcomes, of each method with its settings the longest sequence, the newest of equal ones."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         row = json.loads(line)
-        found[(row["case"]["method"], row["case"]["edits"], json.dumps(row["case"]["settings"]))] = row
+        key = row["case"]["method"], json.dumps(row["case"]["settings"])
+        if key not in found or row["case"]["edits"] >= found[key]["case"]["edits"]:
+            found[key] = row
     return list(found.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,12 @@ def test_curves_are_drawn_of_stored_rows(tmp_path: Path) -> None:
     scores = {gap: {"strict": {"reliability": score, "near": score}} for gap in ("1", "10")}
     row = {"case": {"label": "ldke"}, "scores": scores}
     assert long_sequence.draw_curves([row], tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_of_a_method_the_longest_sequence_is_shown(tmp_path: Path) -> None:
+    cases = [("ldke", 10, {}), ("grace", 5, {}), ("ldke", 100, {}), ("ldke", 20, {}), ("grace", 5, {"radius": 2})]
+    lines = [{"case": {"method": m, "edits": edits, "settings": given}} for m, edits, given in cases]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert long_sequence.rows(path) == [lines[2], lines[1], lines[4]]
+    assert long_sequence.rows(tmp_path / "none.jsonl") == []
