@@ -53,13 +53,16 @@ SEARCHED, POOL = 4, 64
 #: What must change and what must stay, of the scores that the search of layers goes by.
 CHANGES = ("reliability", "text_generality", "image_generality", "text_generality_unseen", "image_generality_unseen")
 STAYS = ("text_locality", "image_locality", "near")
-#: Columns of each table.
-SHOWN = {
-    "localization": (*CHANGES, *STAYS),
+#: Columns of each table, by the parts that it is shown in.
+SHOWN: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "localization": ((*CHANGES, *STAYS),),
     "methods": (
-        *CHANGES, "polite", "text_locality", "text_locality_unseen", "image_locality", "image_locality_unseen", "near",
-        "near_unseen", "same", "sibling", "negated", "contrary", "portability[entailed]", "portability[one-hop]",
-        "portability[two-hop]",
+        (*CHANGES, "polite"),
+        (
+            "text_locality", "text_locality_unseen", "image_locality", "image_locality_unseen", "near", "near_unseen",
+            "same", "contrary",
+        ),
+        ("portability[entailed]", "portability[one-hop]", "portability[two-hop]"),
     ),
 }  # fmt: skip
 LAYERS = 30
@@ -171,7 +174,7 @@ class Bench:
         row = {
             "table": table, "label": variant.label, "start": start, "model": MODEL, "data": DATA, "dtype": DTYPE,
             "weights": self.weights, "method": variant.method, "settings": variant.settings, "edits": len(edits),
-            "scores": per_edit(run, SHOWN.get(table, SHOWN["localization"])), "layers": layers_of(run),
+            "scores": per_edit(run, scores_of(table)), "layers": layers_of(run),
             "cpu_seconds": {name: round(value, 3) for name, value in run.timing.seconds.items()},
             "steps": run.timing.steps, "provenance": run.provenance,
         }  # fmt: skip
@@ -194,6 +197,11 @@ class Bench:
             spent = round(time.process_time() - begin, 1)
             self.append({"table": "training", "label": kind, "start": 0, "weights": self.weights, "cpu_seconds": spent})
         return path
+
+
+def scores_of(table: str) -> list[str]:
+    """Names of the scores that rows of a table have; the search has those of the table that it is made for."""
+    return [name for part in SHOWN.get(table, SHOWN["localization"]) for name in part]
 
 
 def per_edit(run: Run, names: Sequence[str]) -> dict[str, list[float | None]]:
@@ -269,21 +277,34 @@ def complete(rows: Sequence[Mapping[str, Any]], table: str) -> dict[str, list[Ma
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], table: str) -> Iterator[str]:
-    """Lines of a table: means and, below them, 95 % bootstrap intervals; processor seconds an edit."""
+    """Lines of a table, in its parts: means, beside them 95 % bootstrap intervals, and processor seconds an edit.
+
+    The number of edits that have a score stands in its head where not all do.
+    """
     by_label = complete(rows, table)
-    if not by_label:
-        return
-    names = [name for name in SHOWN[table] if any(name in row["scores"] for own in by_label.values() for row in own)]
-    seconds = ["localization, s", "fit, s"] if table == "localization" else ["s an edit"]
-    yield f"| {' | '.join(['', *(name.replace('_', ' ') for name in names), *seconds])} |"
-    yield f"|{'---|' * (1 + len(names) + len(seconds))}"
-    for label, own in by_label.items():
-        cells = [label, *(cell([value for row in own for value in row["scores"].get(name, ())]) for name in names)]
-        yield f"| {' | '.join([*cells, *costs(own, split=table == 'localization')])} |"
+    for number, part in enumerate(SHOWN[table] if by_label else ()):
+        last = number == len(SHOWN[table]) - 1
+        own = next(iter(by_label.values()))
+        edits = sum(row["edits"] for row in own)
+        counts = {name: bootstrap(values_of(own, name)).n for name in part}
+        heads = [f"{name.replace('_', ' ')}{f' ({n})' if n < edits else ''}" for name, n in counts.items()]
+        seconds = ["localization, s", "fit, s"] if table == "localization" else ["s an edit"]
+        yield f"| {' | '.join([table, *heads, *(seconds if last else [])])} |"
+        yield f"|{'---|' * (1 + len(heads) + (len(seconds) if last else 0))}"
+        for label, own in by_label.items():
+            cells = [label, *(cell(values_of(own, name)) for name in part)]
+            cells += costs(own, split=table == "localization") if last else []
+            yield f"| {' | '.join(cells)} |"
+        yield ""
+
+
+def values_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
+    """One value an edit of a score, over rows."""
+    return [value for row in rows for value in row["scores"].get(name, [None] * row["edits"])]
 
 
 def cell(values: Sequence[float | None]) -> str:
-    """A mean with its interval."""
+    """A mean with its interval, "-" where no edit has the score."""
     score = bootstrap(values)
     return f"{score.mean:.2f} <sub>{score.low:.2f} to {score.high:.2f}</sub>" if score.n else "-"
 
@@ -300,7 +321,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """Both tables, the search, and how often each layer was chosen."""
     lines: list[str] = []
     for table in TABLES:
-        lines += [f"## {table}", "", *markdown(rows, table), ""]
+        lines += [f"## {table}", "", *markdown(rows, table)]
     for row in rows:
         if row["table"] == "search":
             spent = sum(v for name, v in row["cpu_seconds"].items() if name != "evaluation")

@@ -33,10 +33,22 @@ def test_edits_that_one_variant_lacks_are_left_out() -> None:
 def test_a_table_has_means_and_seconds_without_evaluation() -> None:
     rows = [row("a"), row("a", start=2, value=0.0)]
     lines = list(icons.markdown(rows, "localization"))
-    assert lines[0].startswith("|  | reliability |")
+    assert lines[0].startswith("| localization | reliability |")
     assert lines[2].startswith("| a | 0.50 <sub>0.00 to 1.00</sub> |")
     assert lines[2].endswith("| 0.50 | 1.00 |")
-    assert len({line.count("|") for line in lines}) == 1
+    assert len({line.count("|") for line in lines[:3]}) == 1
+
+
+def test_the_head_says_of_how_many_edits_a_score_is() -> None:
+    one = row("lora", table="methods")
+    one["scores"] = {name: [1.0, 1.0] for name in icons.scores_of("methods")} | {"portability[two-hop]": [None, 1.0]}
+    lines = list(icons.markdown([one], "methods"))
+    heads = [line for line in lines if line.startswith("| methods")]
+    assert len(heads) == 3
+    assert (
+        heads[2] == "| methods | portability[entailed] | portability[one-hop] | portability[two-hop] (1) | s an edit |"
+    )
+    assert "(" not in heads[0] + heads[1]
 
 
 def test_an_edit_without_a_score_does_not_count() -> None:

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model, packer = measure.load(model_path())
+    model.requires_grad_(False)
     language, _ = read_language()
     trained = load_file(ASSETS / WEIGHTS)
     inner: Any = model.model.language_model
