@@ -12,7 +12,8 @@ nox.options.sessions = ["matrix"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 
-#: Oldest and newest of torch; of transformers, with None for the newest that there is.
+#: Oldest and newest of torch; of transformers, with None for the newest that there is. docs/faq.md says what was tried.
+#: torch 2.11.0 comes with CUDA's libraries, 2.7 GB, where an index has no build of it for the CPU.
 TORCH = ("2.11.0", "2.13.0")
 TRANSFORMERS = ("5.17.0", None)
 BUILD = ("setuptools>=77", "wheel", "cmake>=3.26", "ninja")

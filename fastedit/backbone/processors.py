@@ -48,7 +48,10 @@ def load_processor(source: str, model_type: str, *, local_only: bool, sees: bool
     AutoProcessor returns a bare tokenizer, or raises, for families whose processor wants a video library; images and
     text do not need one, so the parts are loaded instead. A model of text alone (``sees`` False) has a tokenizer only.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
+
+    # Before transformers 5.23 the name in the package itself insists on torchvision, which processors on Pillow do not
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     options: dict[str, Any] = {"local_files_only": local_only, "trust_remote_code": False}
     try:
@@ -66,7 +69,6 @@ def load_processor(source: str, model_type: str, *, local_only: bool, sees: bool
     except ImportError:
         if model_type not in FAMILIES:
             raise
-        # Before transformers 5.23 it insists on torchvision
         image_processor = (
             FAMILIES[model_type].image_processor_class().from_pretrained(source, local_files_only=local_only)
         )
