@@ -366,8 +366,8 @@ def _of_costs(outcomes: Sequence[dict[str, Any]]) -> list[str]:
         f"{LEAST_ROWS:,} stored edits on), and an index of hnswlib (`model.index_from = ...`, off unless set).", "",
         *table((*names, "index / answer"), rows),
         "The target, 5 % of an answer at 100,000 stored edits, is missed: reading a prompt alone takes more of an "
-        "answer of a model this small. Reduced vectors are as fast as the index up to 100,000 and never "
-        "miss; beyond, the index alone stays where it is. Therefore it is off unless asked for.", "",
+        "answer of a model this small, and 13 MB of reduced vectors come from memory each time. Up to 100,000 they are "
+        "about as fast as the index, and never miss; it is for more, and therefore off unless asked for.", "",
         "What the index names is scored exactly, and edits taken back are not among it. What it misses, of "
         f"{routing.RECALLED} questions: `recall` is the share with the same edit where exact search lets one act, "
         "`fires` the share on which both let one act or neither, `wrong` the share on which another one acts. It is "
@@ -431,8 +431,8 @@ def _of_endurance() -> list[str]:
     lines = [
         "## A long run", "",
         f"`benchmarks/endurance.py`: {edits:,} of {config['edits']:,} edits of `{config['model']}` by "
-        f"`{config['method']}` that were asked for, into one ledger on {config['storage']}, within the time that "
-        "there was, on a machine that did other work as well:", "",
+        f"`{config['method']}` that were asked for, into one ledger on {config['storage']}, before the run was "
+        "stopped; up to ten other processes shared the two cores of the machine:", "",
         *table(
             ("tenth of the edits", *(str(number) for number in range(1, len(rates) + 1))),
             [("edits/s", *(f"{each:.1f}" for each in rates)), ("resident MiB", *(f"{each:,.0f}" for each in memory))],
@@ -446,6 +446,11 @@ def _of_endurance() -> list[str]:
             f" Of sampled edits {100 * found['held']:.1f} % hold with all that act, {100 * found['reworded']:.1f} % "
             f"reworded; what acts was ready to answer after {found['serve_s']:,.0f} s, in which every delta's file is "
             "read and checked."
+        )
+    else:
+        lines[-1] += (
+            " Whether they hold was not asked: before it serves, `grace` looks at every pair of balls once, and every "
+            "delta's file is read, which had not ended when this was written."
         )
     return [*lines, ""]
 
