@@ -368,6 +368,7 @@ def _of_costs(outcomes: Sequence[dict[str, Any]]) -> list[str]:
         "The target, 5 % of an answer at 100,000 stored edits, is missed: reading a prompt alone takes more of an "
         "answer of a model this small, and 13 MB of reduced vectors come from memory each time. Up to 100,000 they are "
         "about as fast as the index, and never miss; it is for more, and therefore off unless asked for.", "",
+        *_of_more(outcomes, last, max(stored for stored, _ in latest)),
         "What the index names is scored exactly, and edits taken back are not among it. What it misses, of "
         f"{routing.RECALLED} questions: `recall` is the share with the same edit where exact search lets one act, "
         "`fires` the share on which both let one act or neither, `wrong` the share on which another one acts. It is "
@@ -379,6 +380,19 @@ def _of_costs(outcomes: Sequence[dict[str, Any]]) -> list[str]:
         f"{100 * 1e5 * 1024 / (4 * weights):.2f} % with whole ones. A stored edit keeps {per_edit / 1024:.0f} KiB for "
         "the router there.", "",
     ]  # fmt: skip
+
+
+def _of_more(outcomes: Sequence[dict[str, Any]], last: dict[str, Any], most: int) -> list[str]:
+    """What more stored edits cost, where fewer of them were records."""
+    said = {
+        row["stored"]: f"Of {row['stored']:,} stored edits, {each['drawn']:,} of them records, a question alone takes "
+        f"{1000 * row['exact_s']:.1f} ms with reduced vectors, {100 * row['exact_s'] / row['answer_s']:.0f} % of an "
+        f"answer, and {1000 * row['whole_s']:.1f} with whole ones; an index of so many was not tried."
+        for each in outcomes
+        for row in each["rows"]
+        if each["drawn"] != last["drawn"] and row["stored"] > most and row["at_once"] == 1 and "recall" not in row
+    }
+    return [line for text in said.values() for line in (text, "")]
 
 
 def _of_firing(outcomes: Sequence[dict[str, Any]]) -> list[str]:
