@@ -2,9 +2,10 @@
 
 The shipped changes are taken at a share of their size, 0 being the unchanged language model behind the shipped tower,
 and asked for names on pictures never seen and for facts in text. Facts are asked in two ways. "known" is the card's:
-facts that training never asked, without a pattern, right is what the unchanged model says behind one; at share 0 it is
-low, as the form of a short answer is what the changes teach. "as_unchanged" asks both models the very same text, three
-answered questions before it, and counts equal answers: what the changes do to a text prompt that needs them not.
+facts that training never asked, without a pattern, right is what the unchanged model says behind one, so that the form
+of a short answer, which the changes teach, counts as well. "as_unchanged" asks both models the very same text, three
+answered questions before it, and counts equal answers: what the changes do to a text prompt that needs them not;
+"as_unchanged/right" counts those alone that the unchanged model answers rightly.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     put(0.0)
     before = teach(asked, packer.tokenizer, chosen=some)
+    right = [one for one in before if one.answer == one.truth]
     for share in arguments.shares:
         put(share)
         wrong: dict[str, list[str]] = {}
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found |= measure.shares(model, packer, list(measure.texts([])), note)
         after = before if share == 0.0 else teach(asked, packer.tokenizer, chosen=some)
         found["as_unchanged"] = round(equal_answers(before, after), 4)
+        found["as_unchanged/right"] = round(equal_answers(right, after), 4)
         row = {"share": share, "accuracy": found, "asked_as_unchanged": len(before), "wrongly_named": wrong.get("name")}
         log.info("%s", json.dumps(row))
 
