@@ -103,7 +103,7 @@ class Case:
         """
         from fastedit.methods import resolve
 
-        return resolve(self.method, self.overrides)
+        return resolve(self.method, self.overrides, seed=self.seed)
 
     def loading(self) -> dict[str, Any]:
         """Keyword arguments of ``fastedit.load``."""

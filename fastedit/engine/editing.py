@@ -100,7 +100,7 @@ def edit(
         views: "heldout" never fits on a record's own rephrase and locality questions; "record" fits on exactly those.
         near: draw locality views near the edit (its own question about other images) where the pool has them.
         evaluate: score every edit under both protocols.
-        seed: of the views and of score intervals.
+        seed: of the views, of score intervals, and of what the method draws: first factors, masks, layers.
         show_progress: None shows a progress line with the time left on a terminal.
         ledger: from ``fastedit.open_ledger``: every edit is committed there as it ends, with its outcome and scores,
             and what is committed of these edits already is not made again. Memory does not grow with their number.
@@ -133,7 +133,7 @@ def edit(
     )  # fmt: skip
     spread = workers_of(engine, workers, resources)
     check_editable(model)
-    plan = resolve(method, overrides)
+    plan = resolve(method, overrides, seed=seed)
     check_sequence(plan, mode, score_at, len(edits), score_sample)
     trained = trained_parts(model, plan, artifact)
     spec, solver = plan.method.spec(model, plan.config), plan.method.solver(model, plan.config)

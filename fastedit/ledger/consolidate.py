@@ -89,7 +89,7 @@ def consolidate(
     if ledger.needs_model("consolidate") is not model:
         raise LedgerError("ledger: what is consolidated is of the model that it was opened with (got another object)")
     ledger.check_model()
-    plan = resolve(method, overrides)
+    plan = resolve(method, overrides, seed=seed)
     objective = method.rpartition("+")[0]
     spec = plan.method.spec(model, plan.config)
     if spec.kind not in KINDS or objective not in OBJECTIVES or is_computed(plan.method):

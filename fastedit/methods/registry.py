@@ -99,11 +99,13 @@ def objectives_of(method: type[Method]) -> tuple[str, ...]:
     return tuple(OBJECTIVES) if method.objectives is None else method.objectives
 
 
-def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
+def resolve(name: str, overrides: Mapping[str, Any], *, seed: int | None = None) -> EditPlan:
     """The plan of a method name, ``x``, ``kl+x`` or ``odedit+x``, with fields of its configs overridden.
 
     An override goes to every config of the plan that has a field of this name.
 
+    Args:
+        seed: of a run, for the configs that have a seed of their own and no override of it.
     Raises:
         ValueError: unknown method, objective or field (naming the nearest that exists), or a value a config refuses.
     """
@@ -123,6 +125,8 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> EditPlan:
         if key not in method_fields | objective_fields:
             known = sorted(method_fields | objective_fields)
             raise ValueError(f"{name}: field {key!r} is not known{nearest(key, known)} (got {key}={value!r})")
+    if seed is not None and "seed" in method_fields | objective_fields:
+        overrides = {"seed": seed, **overrides}
     for_method = {key: value for key, value in overrides.items() if key in method_fields}
     for_objective = {key: value for key, value in overrides.items() if key in objective_fields}
     return EditPlan(

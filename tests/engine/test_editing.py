@@ -142,6 +142,14 @@ def test_a_run_comes_back_from_disk(model: EditableModel, edits: list[EditReques
     assert again.provenance["model"]["fingerprint"] == model.fingerprint
 
 
+@pytest.mark.parametrize("method", ["lora", "wise"])
+def test_another_seed_draws_something_else(model: EditableModel, edits: list[EditRequest], method: str) -> None:
+    first, same, other = (run(model, edits[:2], method, steps=1, seed=seed) for seed in (0, 0, 1))
+    assert largest_difference(list(first.deltas), list(same.deltas)) == 0
+    assert largest_difference(list(first.deltas), list(other.deltas)) > 0
+    assert other.provenance["config"]["method"]["seed"] == 1
+
+
 def test_zero_steps_change_nothing(model: EditableModel, edits: list[EditRequest]) -> None:
     result = run(model, edits[:3], "ft", steps=0, evaluate=True)
     for name, score in result.scores["strict"].items():

@@ -37,6 +37,15 @@ def test_overrides_reach_every_config_that_has_the_field() -> None:
     assert plan.settings()["method"]["rank"] == 3
 
 
+def test_the_seed_of_a_run_reaches_every_config_that_draws() -> None:
+    plan = resolve("odedit+lora", {}, seed=5)
+    assert plan.config.seed == plan.objective_config.seed == 5
+    assert resolve("odedit+lora", {"seed": 7}, seed=5).config.seed == 7
+    assert resolve("ldke", {}, seed=5).config.seed == 5
+    # Nothing to draw
+    assert resolve("grace", {}, seed=5).settings() == resolve("grace", {}).settings()
+
+
 def test_no_method_knows_the_objective() -> None:
     with pytest.raises(ValueError, match="lora: field 'penalty' is not known"):
         resolve("lora", {"penalty": "paper"})
