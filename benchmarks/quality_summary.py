@@ -107,7 +107,7 @@ def _advice(group: Sequence[Outcome], long: Sequence[Outcome]) -> list[str]:
     careful = [o for o in group if _known(o, LOCAL) >= LEAST]
     if careful:
         best = _best(careful, lambda o: _known(o, GENERAL))
-        lines.append(f"* **Edits that must hold in any words and touch nothing else:** {_told(best)}.")
+        lines.append(f"* **Edits that must touch nothing else:** {_told(best)}.")
     if long:
         count = max(o["case"]["edits"] for o in long)
         best = _best([o for o in long if o["case"]["edits"] == count], lambda o: _known(o, GENERAL) + _known(o, LOCAL))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from benchmarks.quality_cases import FIVE, SCORES, UNFITTED
 from benchmarks.quality_outcomes import HEADINGS, Outcome, mean_of_five, named, of, pairs, score
@@ -95,7 +95,7 @@ def _best(by_pair: ByPair) -> list[tuple[str, bool, str]]:
 def _gained(outcomes: Sequence[Outcome]) -> tuple[str, bool, str]:
     found = pairs(outcomes)
     gained, apart = (_above(found, names) for names in (("mean_of_six",), ("mean_of_five", "near")))
-    told = f"{len(gained)}: {', '.join(gained)}"
+    told = _counted(gained, over_methods(found, "mean_of_six"))
     if apart:
         told += f"; in the five and in near, each by itself: {', '.join(apart)}"
     aim = "odedit+x above x in the mean of the five and near, paired, over all pairs of model and set, at least 7"
@@ -109,9 +109,14 @@ def _controlled(outcomes: Sequence[Outcome]) -> list[tuple[str, bool, str]]:
         return []
     above = sorted(base for base, each in apart.items() if each.low > 0)
     below = sorted(base for base, each in apart.items() if each.high < 0)
-    told = f"{len(above)} of {len(apart)}: {', '.join(above)}; below it {len(below)}: {', '.join(below)}"
+    told = f"above it {_counted(above, apart)}; below it {_counted(below, apart)}"
     aim = "odedit+x above kl+x with the same data in the mean of the five and near, over all pairs, at least half"
     return [(aim, 2 * len(above) >= len(apart), told)]
+
+
+def _counted(some: Sequence[str], measured: Collection[str]) -> str:
+    """How many of the methods that were measured, and which."""
+    return f"{len(some)} of {len(measured)}" + (f" ({', '.join(some)})" if some else "")
 
 
 def _above(found: Sequence[tuple[Outcome, Outcome]], names: Sequence[str]) -> list[str]:

@@ -116,7 +116,7 @@ def test_what_is_reached_is_told_from_what_is_not() -> None:
     found = {aim: (reached, told) for aim, reached, told in verdicts([*good, *poor])}
     assert [reached for reached, _ in found.values()] == [True, False, True, True]
     gained = next(told for aim, (_, told) in found.items() if aim.startswith("odedit"))
-    assert gained == "1: tpatcher"
+    assert gained == "1 of 1 (tpatcher)"
     # A single score below its bound is enough
     bad = [outcome("ldke", [1.0] * 20, near=0.89), *poor]
     assert not verdicts(bad)[0][1]
@@ -320,8 +320,8 @@ def test_the_control_has_tables_and_a_verdict_over_all_pairs() -> None:
     found = over_methods(both, "mean_of_six")["lora"]
     assert (found.mean, found.low < 0, found.high > 0) == (pytest.approx(0, abs=1e-9), True, True)
     controlled = [(reached, told) for aim, reached, told in verdicts(made) if "kl+x" in aim]
-    assert controlled == [(False, "0 of 1: ; below it 0: ")]
-    assert [told for aim, _, told in verdicts(made[:1] + made[2:3]) if "kl+x" in aim] == ["1 of 1: lora; below it 0: "]
+    assert controlled == [(False, "above it 0 of 1; below it 0 of 1")]
+    assert [told for aim, _, told in verdicts(made[:1] + made[2:3]) if "kl+x" in aim] == ["above it 1 of 1 (lora); below it 0 of 1"]
     text = markdown(made, {})
     assert "## odedit+x minus kl+x" in text
     assert "## odedit+x minus x" not in text
