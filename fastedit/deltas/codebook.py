@@ -14,6 +14,11 @@ from fastedit.deltas.questions import questions_of
 from fastedit.deltas.rows import Rows, TokenSpans
 from fastedit.deltas.scope import in_scope, row_marks
 
+#: Types whose products are as exact as their differences.
+_EXACT = (torch.float32, torch.float64)
+#: Distances that are held at once: 64 MiB.
+_AT_ONCE = 1 << 24
+
 
 class CodebookDelta(FlatStack):
     """The block's output is the entry's value: ``y = value``, or ``y += value``.
@@ -93,6 +98,10 @@ class Entries(list[EditDelta]):
         self._keys = torch.empty(0)
         #: Which entries answer a question.
         self._asked: dict[str, list[int]] = {}
+        #: Entries that come next, the number of their first; of those from ``_begun`` on, squared distances.
+        self._coming: Sequence[EditDelta] = ()
+        self._first = self._begun = 0
+        self._rough, self._longest = torch.empty(0), torch.zeros(())
         for entry in entries:
             self.append(entry)
 
@@ -108,16 +117,60 @@ class Entries(list[EditDelta]):
         for question in questions_of(entry.texts):
             self._asked.setdefault(question, []).append(len(self))
         super().append(entry)
+        if len(self) == self._first + len(self._coming):
+            self._coming, self._rough = (), torch.empty(0)
+
+    def expect(self, coming: Sequence[EditDelta]) -> None:
+        """Say which entries come next, in order: what is nearest to them is looked for many at a time."""
+        self._coming, self._first = coming, len(self)
+        self._rough = torch.empty(0)
 
     def nearest(self, new: EditDelta) -> tuple[int, Tensor] | None:
         """The entry of another question whose key is nearest, and its distance; None where there is none."""
         own = {number for question in questions_of(new.texts) for number in self._asked.get(question, ())}
         if len(own) == len(self):
             return None
-        distances = torch.linalg.vector_norm(self._keys[: len(self)] - new.tensors[f"{_prefix(new)}key"], dim=1)
+        key, keys = new.tensors[f"{_prefix(new)}key"], self._keys[: len(self)]
+        near = self._near(new, list(own))
+        if near is not None:
+            # The same numbers as below, for the few that can be the nearest
+            distances = torch.linalg.vector_norm(keys[near] - key, dim=1)
+            least = int(distances.argmin())
+            return int(near[least]), distances[least]
+        distances = torch.linalg.vector_norm(keys - key, dim=1)
         distances[list(own)] = torch.inf
         number = int(distances.argmin())
         return number, distances[number]
+
+    def _near(self, new: EditDelta, own: list[int]) -> Tensor | None:
+        """Numbers of the entries that can be nearest to an expected one; None where it was not."""
+        at = len(self) - self._first
+        if not (0 <= at < len(self._coming) and self._coming[at] is new) or self._keys.dtype not in _EXACT:
+            return None
+        if not self._begun <= at < self._begun + len(self._rough):
+            self._look(at)
+        rough = self._rough[at - self._begun, : len(self)].clone()
+        rough[own] = torch.inf
+        # Of squared distances by products, and of those by differences, the rounding is no more than this each
+        key = new.tensors[f"{_prefix(new)}key"]
+        longest = self._longest + torch.linalg.vector_norm(key)
+        error = (len(key) + 8) * torch.finfo(key.dtype).eps * longest.square()
+        possible = rough <= rough.amin() + 4 * error
+        possible[own] = False
+        found = possible.nonzero()[:, 0]
+        return found if len(found) else None
+
+    def _look(self, at: int) -> None:
+        """Squared distances of some expected entries from those that are there, and from one another."""
+        known = len(self)
+        count = max(1, min(len(self._coming) - at, _AT_ONCE // (known + 1)))
+        count = min(count, max(1, int(_AT_ONCE**0.5)))
+        some = self._coming[at : at + count]
+        new = torch.stack([entry.tensors[f"{_prefix(entry)}key"] for entry in some])
+        keys = torch.cat([self._keys[:known], new])
+        squares = keys.square().sum(1)
+        self._rough = torch.addmm(squares, new, keys.T, alpha=-2).add_(squares[known:, None])
+        self._begun, self._longest = at, squares.amax().sqrt()
 
 
 def _prefix(entry: EditDelta) -> str:
@@ -147,6 +200,15 @@ def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> Entries:
             combined[number] = _within(other, radius, between / 2)
             new = _within(new, radius, between / 2)
     combined.append(new)
+    return combined
+
+
+def expecting(entries: list[EditDelta], coming: Sequence[EditDelta]) -> list[EditDelta]:
+    """A sequence, ready for ``with_entry`` with some entries one after another; of other kinds as it is."""
+    if not coming or coming[0].spec.kind != "codebook":
+        return entries
+    combined = entries if isinstance(entries, Entries) else Entries(entries)
+    combined.expect(coming)
     return combined
 
 

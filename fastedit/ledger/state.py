@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
+from fastedit.deltas.codebook import expecting
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine.acting import applied
 from fastedit.ledger.database import LedgerError
@@ -86,8 +87,9 @@ class LedgerState:
         if replay.listed != self.listed[: len(replay.listed)]:
             replay.clear()
         slim = plan.method.sequence == "route"
-        for delta in self.deltas[len(replay.listed) :]:
-            given = replay.slim(delta) if slim else delta
+        new = [replay.slim(delta) if slim else delta for delta in self.deltas[len(replay.listed) :]]
+        replay.committed = expecting(replay.committed, new)
+        for given in new:
             replay.given.append(given)
             replay.committed = plan.method.combine(plan.config, replay.committed, given)
         replay.listed = list(self.listed)

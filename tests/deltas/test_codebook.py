@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastedit.backbone import Site
 from fastedit.backbone.token_layout import TokenLayout
-from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate
-from fastedit.deltas.codebook import CodebookDelta, with_entry
+from fastedit.deltas import DeltaSpec, EditDelta, Rows, TokenSpans, accumulate, codebook
+from fastedit.deltas.codebook import CodebookDelta, Entries, expecting, with_entry
 from fastedit.deltas.kinds import new_stack
+from fastedit.deltas.questions import QUESTIONS
 
 D = 4
 SITE = Site(3, "down", "down", 6, D)
@@ -153,3 +156,37 @@ def test_balls_stay_where_targets_agree_or_they_do_not_meet(at: float, label: fl
 def test_a_ball_never_grows() -> None:
     small, other = entry([0.0, 0, 0, 0], 0.1, label=1), entry([1.0, 0, 0, 0], 1.0, label=2)
     assert radii(with_entry([small], other)) == pytest.approx([0.1, 0.5])
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 24])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e18])
+def test_entries_that_are_expected_shrink_as_those_that_are_not(
+    at_once: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys far from zero and close together, some twice, some of one question: the same nearest to the bit."""
+    monkeypatch.setattr(codebook, "_AT_ONCE", at_once)
+    make = torch.Generator().manual_seed(0)
+    keys = (scale * (100 + torch.randn(60, 4, generator=make))).repeat_interleave(torch.tensor([1, 1, 2]).repeat(20), 0)
+    made = [entry(key.tolist(), scale, label=n % 3) for n, key in enumerate(keys)]
+    made = [replace(each, texts={QUESTIONS: f"question {n % 17}"}) for n, each in enumerate(made)]
+    plain, expected = Entries(), expecting(Entries(), made[:50])
+    for number, each in enumerate(made):
+        if number == 50:
+            expected = expecting(expected, made[50:])
+        plain, expected = with_entry(plain, each), with_entry(expected, each)
+    assert radii(plain) == radii(expected)
+    assert min(radii(plain)) < 0.9 * scale, "some balls meet"
+
+
+def test_what_was_not_expected_is_found_too() -> None:
+    one, two, three = (entry([at, 0, 0, 0], 1.0, label=at) for at in (0.0, 1.6, -1.5))
+    entries = expecting([one], [three])
+    assert radii(with_entry(with_entry(entries, two), three)) == radii(with_entry(with_entry([one], two), three))
+
+
+def test_what_is_not_finite_is_looked_for_the_long_way() -> None:
+    made = [entry([at, 0, 0, 0], 1.0, label=at) for at in (0.0, float("inf"), 1.6, float("nan"), 1.0)]
+    entries, plain = expecting([], made), Entries()
+    for each in made:
+        entries, plain = with_entry(entries, each), with_entry(plain, each)
+    assert str(radii(entries)) == str(radii(plain))
