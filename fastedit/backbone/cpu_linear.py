@@ -60,9 +60,13 @@ class OneDnnLinear(nn.Linear):
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, by: str) -> Tensor:
-    """Return x (..., i) times a constant weight (o, i), plus a constant bias: by "torch", or "onednn" where it can."""
+    """Return x (..., i) times a constant weight (o, i), plus a constant bias: by "torch", or "onednn" where it can.
+
+    Under ``torch.autocast`` torch multiplies, which casts both, however many rows there are.
+    """
     few = x.numel() < _FEW_ROWS * weight.shape[1]
-    if by == "torch" or few or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    cast = torch.is_autocast_enabled(x.device.type)
+    if by == "torch" or few or cast or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return nn.functional.linear(x, weight, bias)
     return onednn_product(x, weight, bias)
 

@@ -35,6 +35,17 @@ def test_values_and_gradients_equal_torch(shape, bias):
 
 
 @needs_onednn
+@pytest.mark.parametrize("rows", [1, 64])
+def test_autocast_has_its_dtype_whatever_the_rows(rows):
+    fast = nn.Sequential(nn.Linear(33, 65)).requires_grad_(False)
+    use_onednn(fast)
+    x = torch.randn(rows, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), nn.functional.linear(x, fast[0].weight, fast[0].bias))
+        assert fast(x).dtype == torch.bfloat16
+
+
+@needs_onednn
 def test_it_is_onednn_that_multiplies(monkeypatch):
     called = []
     real = products.onednn_product
