@@ -321,7 +321,9 @@ def test_the_control_has_tables_and_a_verdict_over_all_pairs() -> None:
     assert (found.mean, found.low < 0, found.high > 0) == (pytest.approx(0, abs=1e-9), True, True)
     controlled = [(reached, told) for aim, reached, told in verdicts(made) if "kl+x" in aim]
     assert controlled == [(False, "above it 0 of 1; below it 0 of 1")]
-    assert [told for aim, _, told in verdicts(made[:1] + made[2:3]) if "kl+x" in aim] == ["above it 1 of 1 (lora); below it 0 of 1"]
+    assert [told for aim, _, told in verdicts(made[:1] + made[2:3]) if "kl+x" in aim] == [
+        "above it 1 of 1 (lora); below it 0 of 1"
+    ]
     text = markdown(made, {})
     assert "## odedit+x minus kl+x" in text
     assert "## odedit+x minus x" not in text
