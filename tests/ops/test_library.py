@@ -26,8 +26,18 @@ def _compiled_op(monkeypatch, compiled, preferred):
     library = torch.library.Library("fastedit", "FRAGMENT")
     if compiled:
         library.impl(name, lambda x: x + 2, "CUDA")
-    _library.serve_with_triton(name, "low_rank")
+    try:
+        _library.serve_with_triton(name, "low_rank")
+    except RuntimeError as error:
+        skip_where_python_replaces_no_python(str(error))
+        raise
     return name, library
+
+
+def skip_where_python_replaces_no_python(told: str) -> None:
+    """The compiled library's kernels, which Python's stand for here, torch 2.11 lets be replaced."""
+    if "already a kernel registered from python" in told:
+        pytest.skip("this torch lets no kernel of Python take the place of another of Python")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,7 @@ print(ops.implementations()["low_rank"]["cuda"])
 def test_the_choice_is_read_at_the_import(chosen, served):
     environment = {**os.environ, "FASTEDIT_CUDA": chosen}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    skip_where_python_replaces_no_python(done.stderr)
     assert done.stdout.strip() == served, done.stderr
     if not served:
         assert "ValueError: FASTEDIT_CUDA is csrc or triton (got FASTEDIT_CUDA=cuda)" in done.stderr
