@@ -17,6 +17,8 @@ from fastedit.deltas.kinds import new_stack
 from fastedit.files import open_tensors, require_finite, write_tensors
 
 FORMAT, UNCHECKED = "fastedit-deltas/2", "fastedit-deltas/1"
+#: Bytes of a part up to which it is copied when it is read: what routers look at, and entries of a codebook.
+COPIED = 1 << 18
 # How deltas of files without a checksum are read
 _WARNING = "deltas: {path} was written without checksums ({format}): what it holds is not checked; save it again"
 
@@ -223,7 +225,9 @@ class DeltaFile:
             if found != shape:
                 detail = f"part {key!r} of {str(self.path)!r}"
                 raise ValueError(f"deltas: {detail} has shape {shape} (got shape={found})")
-            tensors[name] = self._file.get_tensor(key)
+            tensor = self._file.get_tensor(key)
+            # A mapped part keeps all of its file mapped, and a process has no more than some ten thousand mappings
+            tensors[name] = tensor.clone() if tensor.nbytes <= COPIED else tensor
         fitted_on = None if entry.fitted_on is None else self.header.members(entry.fitted_on)
         delta = EditDelta(
             self.header.specs[entry.spec],

@@ -17,6 +17,8 @@ from fastedit.files.atomic import CHECKSUM, json_text, replacing
 
 #: Field of the file's metadata that holds our header.
 FIELD = "fastedit"
+#: What torch says where a process has as many mappings as it may have.
+NO_ROOM = "Cannot allocate memory"
 # As the format spells them
 _DTYPES = {
     torch.float64: "F64",
@@ -84,6 +86,7 @@ def open_tensors(path: str | Path, owner: str, format: str | None = None) -> Ite
         FileNotFoundError: no such file.
         ValueError: not a whole safetensors file, no header of ours, another format, or not the header that was written;
             names the file.
+        MemoryError: the process has no room to map it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -97,6 +100,12 @@ def open_tensors(path: str | Path, owner: str, format: str | None = None) -> Ite
     except PermissionError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError, MemoryError) as error:
+        if NO_ROOM in str(error):
+            # Nothing is wrong with the file
+            raise MemoryError(
+                f"{owner}: the process must have room to map one more file; on Linux vm.max_map_count says how many "
+                f"(got {error})"
+            ) from error
         raise ValueError(f"{owner}: a whole safetensors file (got {error} in path={str(path)!r})") from error
     with opened as file:
         metadata = file.metadata() or {}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastedit.backbone import Site
-from fastedit.deltas import DeltaSpec, EditDelta, load_deltas, save_deltas
+from fastedit.deltas import DeltaSpec, EditDelta, load_deltas, save_deltas, storage
 from fastedit.deltas.kinds import new_stack
 from fastedit.files import open_tensors, write_tensors
 from tests.files.damage import refused_or_same
@@ -222,3 +222,18 @@ def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
         load_deltas(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"deltas: the file exists \(got a folder at path="):
         load_deltas(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads mappings from /proc")
+@pytest.mark.parametrize("copied", [0, 1 << 18])
+def test_a_delta_that_is_held_keeps_no_file_mapped(
+    copied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process has some 65,000 mappings at most: each edit of a ledger has a file of its own until it is compacted."""
+    monkeypatch.setattr(storage, "COPIED", copied)
+    path = save_deltas(deltas(1), tmp_path / "held.safetensors")
+    with storage.opened(path) as file:
+        held = file.read(0)
+    mapped = str(path) in Path("/proc/self/maps").read_text()
+    assert mapped == (copied == 0)
+    assert held.id == load_deltas(path)[0].id

@@ -108,3 +108,17 @@ def test_values_that_are_not_finite_are_counted() -> None:
     bad = {"a": torch.tensor([1.0, torch.nan, -torch.inf], dtype=torch.bfloat16)}
     with pytest.raises(ValueError, match=r"test: every value is finite \(got 2 that are not in part 'a' of them\)"):
         require_finite(bad, "test", "them")
+
+
+def test_a_process_without_room_for_a_mapping_finds_no_fault_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "whole.safetensors"
+    write_tensors({"a": torch.zeros(2)}, {"format": "f"}, path, "test")
+
+    def full(*_: object, **__: object) -> object:
+        raise RuntimeError(f"unable to mmap 64 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("safetensors.safe_open", full)
+    with pytest.raises(MemoryError, match=r"^test: the process must have room to map one more file; .*max_map_count"):
+        read_tensors(path, "f", "test")
