@@ -442,11 +442,12 @@ def _of_endurance() -> list[str]:
     tenths = [row for row in rows if row.case.startswith(f"{last.case}/tenth=") and row.time == last.time]
     rates, memory = ([row.value for row in tenths if row.metric == each] for each in ("edits_per_s", "rss_mib"))
     edits, config = round(found["edits_per_s"] * found["run_s"]), last.config
+    stopped = "" if edits >= config["edits"] else f"of {config['edits']:,} "
     lines = [
         "## A long run", "",
-        f"`benchmarks/endurance.py`: {edits:,} of {config['edits']:,} edits of `{config['model']}` by "
-        f"`{config['method']}` that were asked for, into one ledger on {config['storage']}, before the run was "
-        "stopped; up to ten other processes shared the two cores of the machine:", "",
+        f"`benchmarks/endurance.py`: {edits:,} {stopped}edits of `{config['model']}` by `{config['method']}` in "
+        f"{found['run_s']:,.0f} s, batches of {config['batch_size']} on one thread, into one ledger on "
+        f"{config['storage']}; other work ran on the second core:", "",
         *table(
             ("tenth of the edits", *(str(number) for number in range(1, len(rates) + 1))),
             [("edits/s", *(f"{each:.1f}" for each in rates)), ("resident MiB", *(f"{each:,.0f}" for each in memory))],

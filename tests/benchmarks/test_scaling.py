@@ -107,13 +107,13 @@ def test_costs_are_shown_by_way_of_searching() -> None:
 
 def test_a_long_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = endurance.Endured(20, 10.0, [2.0] * 10, [100.0] * 10, 110.0, 0.5, 30, 4.0, 512.0, 3.0, 0.975, 0.5)
-    config = {"model": "pocket-llava", "method": "grace", "edits": 40, "seed": 0, "storage": "tmpfs"}
+    config = {"model": "pocket-llava", "method": "grace", "edits": 40, "seed": 0, "storage": "tmpfs", "batch_size": 4}
     path = tmp_path / "endurance.jsonl"
     monkeypatch.setattr(scaling, "ENDURANCE", path)
     assert scaling._of_endurance() == []
     record.append(endurance.rows_of(found, config), path)
     made = "\n".join(scaling._of_endurance())
-    assert "20 of 40 edits of `pocket-llava` by `grace`" in made
+    assert "20 of 40 edits of `pocket-llava` by `grace` in 10 s, batches of 4 on one thread" in made
     assert "512 bytes of deltas an edit" in made
     assert "97.5 % hold" in made
     assert made.count("| 2.0") == 10
