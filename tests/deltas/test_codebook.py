@@ -166,7 +166,9 @@ def test_entries_that_are_expected_shrink_as_those_that_are_not(
     """Keys far from zero and close together, some twice, some of one question: the same nearest to the bit."""
     monkeypatch.setattr(codebook, "_AT_ONCE", at_once)
     make = torch.Generator().manual_seed(0)
-    keys = (scale * (100 + torch.randn(60, 4, generator=make))).repeat_interleave(torch.tensor([1, 1, 2]).repeat(20), 0)
+    keys = (scale * (1000 + torch.randn(60, 4, generator=make))).repeat_interleave(
+        torch.tensor([1, 1, 2]).repeat(20), 0
+    )
     made = [entry(key.tolist(), scale, label=n % 3) for n, key in enumerate(keys)]
     made = [replace(each, texts={QUESTIONS: f"question {n % 17}"}) for n, each in enumerate(made)]
     plain, expected = Entries(), expecting(Entries(), made[:50])
