@@ -203,10 +203,8 @@ def with_entry(entries: Sequence[EditDelta], new: EditDelta) -> Entries:
     return combined
 
 
-def expecting(entries: list[EditDelta], coming: Sequence[EditDelta]) -> list[EditDelta]:
-    """A sequence, ready for ``with_entry`` with some entries one after another; of other kinds as it is."""
-    if not coming or coming[0].spec.kind != "codebook":
-        return entries
+def expecting(entries: Sequence[EditDelta], coming: Sequence[EditDelta]) -> Entries:
+    """A codebook, ready for ``with_entry`` with these entries one after another."""
     combined = entries if isinstance(entries, Entries) else Entries(entries)
     combined.expect(coming)
     return combined

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastedit.backbone import EditableModel
 from fastedit.deltas import EditDelta
-from fastedit.deltas.codebook import expecting
 from fastedit.deltas.kinds import new_stack
 from fastedit.engine.acting import applied
 from fastedit.ledger.database import LedgerError
@@ -88,7 +87,7 @@ class LedgerState:
             replay.clear()
         slim = plan.method.sequence == "route"
         new = [replay.slim(delta) if slim else delta for delta in self.deltas[len(replay.listed) :]]
-        replay.committed = expecting(replay.committed, new)
+        replay.committed = plan.method.expecting(plan.config, replay.committed, new)
         for given in new:
             replay.given.append(given)
             replay.committed = plan.method.combine(plan.config, replay.committed, given)

@@ -56,9 +56,8 @@ class ComputedDelta:
 class Method:
     """A base editor: its config, where its delta sits, how it is stepped.
 
-    A method overrides ``Config``, ``sequence``, ``spec`` and ``solver``, and of the optional members those that it
-    needs. All are static and take what they use: a method holds no state. ``check_method`` refuses a public member
-    that is none of these when the registry is made.
+    A method overrides ``Config``, ``sequence``, ``spec`` and ``solver``, and of the optional members what it needs. All
+    are static: a method holds no state. ``check_method`` refuses a public member that is none of these.
     """
 
     Config: ClassVar[type]
@@ -113,6 +112,11 @@ class Method:
     def combine(config: Any, committed: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
         """A sequence with one more edit; by default all in one delta. Of "route", overridden or one delta an edit."""
         return [accumulate([*committed, new])] if committed else [new]
+
+    @staticmethod
+    def expecting(config: Any, committed: list[EditDelta], coming: Sequence[EditDelta]) -> list[EditDelta]:
+        """A sequence, ready for ``combine`` with these edits one after another."""
+        return committed
 
     @staticmethod
     def active_while_fitting(config: Any, committed: Sequence[EditDelta], question: str) -> Sequence[EditDelta]:

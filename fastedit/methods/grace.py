@@ -14,7 +14,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.backbone.probe import feed_forward_parts
 from fastedit.deltas import DeltaSpec, EditDelta
-from fastedit.deltas.codebook import with_entry
+from fastedit.deltas.codebook import expecting, with_entry
 from fastedit.deltas.random_mask import mask_key
 from fastedit.deltas.scope import IN_SCOPE
 from fastedit.fitting.prepared import EditRows
@@ -143,6 +143,11 @@ class GRACE(Method):
     def combine(config: GRACEConfig, committed: Sequence[EditDelta], new: EditDelta) -> list[EditDelta]:
         """One more entry."""
         return with_entry(committed, new) if config.split else [*committed, new]
+
+    @staticmethod
+    def expecting(config: GRACEConfig, committed: list[EditDelta], coming: Sequence[EditDelta]) -> list[EditDelta]:
+        """Entries that look for what is nearest to many of these at a time."""
+        return expecting(committed, coming) if config.split else committed
 
 
 def deep_layer(layer: int | None, n_layers: int, owner: str) -> int:
