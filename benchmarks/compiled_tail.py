@@ -31,7 +31,6 @@ from benchmarks.cases import CASES, Case, made_up_edits
 from benchmarks.outcome import Fitted
 from fastedit.backbone import packed_forward
 from fastedit.deltas import LowRankDelta
-from fastedit.engine import provenance
 
 #: Implementation: (how frozen maps multiply, whether blocks are compiled).
 MODES = {"engine": ("auto", False), "engine/torch": ("torch", False), "engine/torch/compiled": ("torch", True)}
@@ -93,14 +92,7 @@ def rows_of(
     case: Case, seconds: dict[str, list[float]], results: dict[str, list[Fitted]], compiling: float
 ) -> list[record.Row]:
     """Rates and the phases of a step, each beside the engine's own products without compiling."""
-    shared = (
-        case.config,
-        record.machine(),
-        provenance.versions(),
-        record.commit_with_changes(provenance.commit()),
-        case.seed,
-        provenance.utc_now(),
-    )
+    shared = (case.config, *record.origin(case.seed))
 
     def row(mode: str, metric: str, values: list[float]) -> record.Row:
         unit = record.unit_of(metric)

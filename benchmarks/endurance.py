@@ -40,7 +40,6 @@ import fastedit
 from benchmarks import ledger_trials, record
 from benchmarks.memory import _status_mib
 from fastedit.backbone import EditableModel
-from fastedit.engine import provenance
 from fastedit.evaluation.normalise import exact_match
 from fastedit.ledger import Ledger
 from fastedit.methods import resolve
@@ -268,14 +267,7 @@ def _moment(done: Sequence[tuple[float, int]], wanted: float) -> float:
 
 def rows_of(found: Endured, config: dict[str, Any]) -> list[record.Row]:
     """One row for every number; a part is a case of its own."""
-    shared = (
-        config,
-        record.machine(),
-        provenance.versions(),
-        record.commit_with_changes(provenance.commit()),
-        int(config["seed"]),
-        provenance.utc_now(),
-    )
+    shared = (config, *record.origin(int(config["seed"])))
     case = f"endurance({config['model']},{config['method']},edits={found.edits})"
 
     def row(name: str, metric: str, value: float) -> record.Row:
@@ -328,14 +320,7 @@ def try_ledgers(
 ) -> list[record.Row]:
     """Kill, flip bits, fill disks, read beside a writer, open many edits; prints what was found and returns rows."""
     config = {"model": "random:llava-tiny", "seed": seed, "edits": opened}
-    shared = (
-        config,
-        record.machine(),
-        provenance.versions(),
-        record.commit_with_changes(provenance.commit()),
-        seed,
-        provenance.utc_now(),
-    )
+    shared = (config, *record.origin(seed))
     rows: list[record.Row] = []
 
     def row(name: str, metric: str, value: float) -> None:

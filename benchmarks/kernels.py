@@ -37,7 +37,6 @@ from benchmarks.kernel_timing import OURS, Clock, Contexts, extra_on_device, run
 from benchmarks.memory import _reset_peak, _status_mib
 from benchmarks.record import Row
 from fastedit import ops
-from fastedit.engine import provenance
 from fastedit.engine.profiling.flops import Peak
 from fastedit.engine.profiling.utilisation import measure_peak
 
@@ -141,14 +140,7 @@ def rows_of(
         "device": device,
         "served_by": serving.server(stem, device),
     }
-    shared = (
-        config,
-        record.machine(device),
-        provenance.versions(),
-        record.commit_with_changes(provenance.commit()),
-        0,
-        provenance.utc_now(),
-    )
+    shared = (config, *record.origin(0, device))
 
     def row(implementation: str, metric: str, values: Sequence[float]) -> Row:
         value, low, high = record.spread(values)

@@ -394,3 +394,11 @@ def commit_with_changes(commit: str, root: Path | None = None) -> str:
     except (OSError, subprocess.SubprocessError):
         return commit
     return f"{commit}+changes" if changed else commit
+
+
+def origin(seed: int, device: str = "cpu") -> tuple[dict[str, Any], dict[str, str], str, int, str]:
+    """The last fields of every row that is made now: machine, versions, commit, seed, time."""
+    from fastedit.engine import provenance
+
+    commit = commit_with_changes(provenance.commit())
+    return machine(device), provenance.versions(), commit, seed, provenance.utc_now()

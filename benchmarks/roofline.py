@@ -15,7 +15,6 @@ if __name__ == "__main__":
     import _package  # noqa: F401
 
 from benchmarks import record
-from fastedit.engine import provenance
 from fastedit.engine.profiling.flops import Peak
 from fastedit.engine.profiling.utilisation import TF32, measure_peak
 
@@ -24,13 +23,7 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", TF32, 
 
 def rows_of(peaks: list[Peak], device: str, scale: float = 1.0) -> list[record.Row]:
     """Return rows of the machine alone, a case for every dtype."""
-    shared = (
-        record.machine(device),
-        provenance.versions(),
-        record.commit_with_changes(provenance.commit()),
-        0,
-        provenance.utc_now(),
-    )
+    shared = record.origin(0, device)
     suffix = "" if scale == 1.0 else f"@{scale:g}"
 
     def row(peak: Peak, metric: str, value: float) -> record.Row:
