@@ -9,30 +9,33 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import icons
+from benchmarks import icons, icons_tables
 from fastedit.methods import resolve
 from fastedit.requests import EditRequest, Probe, Query
 
 
+DATA = "icon-entity"
+
+
 def row(label: str, start: int = 0, value: float = 1.0, table: str = "localization", **more: Any) -> dict[str, Any]:
-    scores = {name: [value, value] for name in (*icons.CHANGES, *icons.STAYS)}
+    scores = {name: [value, value] for name in (*icons_tables.CHANGES, *icons_tables.STAYS)}
     seconds = {"setup": 1.0, "backward": 2.0, "evaluation": 50.0}
     return {
-        "table": table, "label": label, "start": start, "weights": "w", "edits": 2, "scores": scores,
+        "table": table, "data": DATA, "label": label, "start": start, "weights": "w", "edits": 2, "scores": scores,
         "cpu_seconds": seconds, "layers": [[3, 7], [3, 9]], **more,
     }  # fmt: skip
 
 
 def test_edits_that_one_variant_lacks_are_left_out() -> None:
     rows = [row("a"), row("b"), row("a", start=2, value=0.0)]
-    found = icons.complete(rows, "localization")
+    found = icons_tables.complete(rows, "localization")
     assert {label: [each["start"] for each in own] for label, own in found.items()} == {"a": [0], "b": [0]}
-    assert icons.complete([*rows[:1], row("b", start=2)], "localization") == {}
+    assert icons_tables.complete([*rows[:1], row("b", start=2)], "localization") == {}
 
 
 def test_a_table_has_means_and_seconds_without_evaluation() -> None:
     rows = [row("a"), row("a", start=2, value=0.0)]
-    lines = list(icons.markdown(rows, "localization"))
+    lines = list(icons_tables.markdown(rows, "localization"))
     assert lines[0].startswith("| localization | reliability |")
     assert lines[2].startswith("| a | 0.50 <sub>0.00 to 1.00</sub> |")
     assert lines[2].endswith("| 0.50 | 1.00 |")
@@ -41,8 +44,10 @@ def test_a_table_has_means_and_seconds_without_evaluation() -> None:
 
 def test_the_head_says_of_how_many_edits_a_score_is() -> None:
     one = row("lora", table="methods")
-    one["scores"] = {name: [1.0, 1.0] for name in icons.scores_of("methods")} | {"portability[two-hop]": [None, 1.0]}
-    lines = list(icons.markdown([one], "methods"))
+    one["scores"] = {name: [1.0, 1.0] for name in icons_tables.scores_of("methods")} | {
+        "portability[two-hop]": [None, 1.0]
+    }
+    lines = list(icons_tables.markdown([one], "methods"))
     heads = [line for line in lines if line.startswith("| methods")]
     assert len(heads) == 3
     assert (
@@ -52,8 +57,8 @@ def test_the_head_says_of_how_many_edits_a_score_is() -> None:
 
 
 def test_an_edit_without_a_score_does_not_count() -> None:
-    assert icons.cell([1.0, None]) == "1.00 <sub>1.00 to 1.00</sub>"
-    assert icons.cell([None]) == "-"
+    assert icons_tables.cell([1.0, None]) == "1.00 <sub>1.00 to 1.00</sub>"
+    assert icons_tables.cell([None]) == "-"
 
 
 def test_the_best_layers_alone_are_the_brute_force_set() -> None:
@@ -65,11 +70,11 @@ def test_the_best_layers_alone_are_the_brute_force_set() -> None:
 def test_what_must_change_and_what_must_stay_count_alike() -> None:
     kept = row("layer 7")
     kept["scores"] |= {name: [0.0, None] for name in icons.STAYS}
-    assert icons.worth(kept) == pytest.approx(0.5)
+    assert icons_tables.worth(kept) == pytest.approx(0.5)
 
 
 def test_every_variant_resolves_and_names_candidates_alone() -> None:
-    for variant in (*icons.localization(icons.CANDIDATES[:3]), *icons.alone(), *icons.methods()):
+    for variant in (*icons.localization(icons.CANDIDATES[:3]), *icons.alone(), *icons.methods(), *icons.controls()):
         resolve(variant.method, variant.settings)
     labels = [variant.label for variant in icons.localization((7, 10, 13))]
     assert len(set(labels)) == len(labels)
@@ -94,21 +99,35 @@ def test_rows_that_are_there_are_read_and_not_run_again(tmp_path: Path) -> None:
     assert icons.read(path) == []
     path.write_text(json.dumps(row("lora", table="methods")) + "\n", encoding="utf-8")
     bench = object.__new__(icons.Bench)
-    bench.rows, bench.weights = icons.read(path), "w"
+    bench.rows, bench.weights, bench.data = icons.read(path), "w", DATA
     assert bench.run("methods", icons.methods()[0], 0, [])["label"] == "lora"
 
 
 def test_the_report_says_how_often_layers_were_chosen() -> None:
-    text = icons.report([row("fast localization"), row("layer 7", table="search")])
+    text = icons_tables.report([row("fast localization"), row("layer 7", table="search")])
     assert "* fast localization: layer 3 2 times, layer 7 1 times, layer 9 1 times" in text
     assert "* layer 7: 1.000, 3.0 s" in text
 
 
 def test_the_stored_rows_compare_the_same_edits() -> None:
     rows = icons.read(icons.STORED)
-    assert {row["table"] for row in rows} >= {"search", "localization"}
-    for table in icons.TABLES:
-        own = [row for row in rows if row["table"] == table]
-        compared = icons.complete(own, table).values()
+    assert {row["table"] for row in rows} >= {"search", "localization", "methods"}
+    for data, table in {(row["data"], row["table"]) for row in rows if row["table"] in icons_tables.TABLES}:
+        own = [row for row in rows if (row["data"], row["table"]) == (data, table)]
+        compared = icons_tables.complete(own, table).values()
         # Nothing is stored that the page does not show
         assert sum(row["edits"] for row in own) == sum(row["edits"] for each in compared for row in each)
+
+
+def test_sets_are_reported_apart() -> None:
+    rows = [row("a"), row("a", data="icon-vqa", start=2), row("b", data="icon-vqa", start=2)]
+    text = icons_tables.report(rows)
+    assert "## localization, icon-entity" in text
+    assert "## localization, icon-vqa" in text
+    assert text.count("| b |") == 1
+
+
+def test_controls_stand_beside_their_methods() -> None:
+    labels = [variant.label for variant in icons.controls()]
+    for name in icons.CONTROLLED:
+        assert {name, f"kl+{name}", f"odedit+{name}"} <= set(labels)

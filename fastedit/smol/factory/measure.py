@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from fastedit.pocket.models import to_pixels
 from fastedit.smol.concepts import FLAG, concepts
+from fastedit.smol.factory.optimiser import FAST_BF16
 from fastedit.smol.factory.packing import Line, Packed, Packer
 from fastedit.smol.factory.teacher import Taught, kept_for_measuring
 from fastedit.smol.facts import Fact, facts, known
@@ -48,10 +49,11 @@ def logits(model: LlavaForConditionalGeneration, packer: Packer, packed: Packed,
 
 
 def load(folder: Path) -> tuple[LlavaForConditionalGeneration, Packer]:
-    """Return the model of a folder in bfloat16, eval mode, and its packer."""
+    """Return the model of a folder, eval mode, and its packer: bfloat16 as it ships, float32 where that is faster."""
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    dtype = torch.bfloat16 if FAST_BF16 else torch.float32
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     return model, Packer(AutoTokenizer.from_pretrained(folder))
 
 

@@ -13,24 +13,46 @@ from fastedit.smol.scenes import Scene, draw_scene
 
 #: Of a layout: how likely a question of each kind is; more than one is that many at least.
 MIX: dict[str, dict[str, float]] = {
-    "one": {"name": 2, "flag": 2, "caption": 0.7, "background": 0.5, "exist": 1, "count": 0.3, "is_background": 0.3,
-            "is_count": 0.2},
-    "pair": {"at": 2, "flag_at": 2, "where": 1, "beside": 0.7, "caption": 0.7, "background": 0.3, "exist": 1,
-             "count": 0.2, "is_background": 0.2, "is_count": 0.2},
-    "copies": {"count": 1.5, "background": 0.6, "exist": 1, "is_count": 1, "is_background": 0.3},
-}  # fmt: skip
+    "one": {
+        "name": 2,
+        "flag": 2,
+        "caption": 0.7,
+        "background": 0.5,
+        "exist": 1,
+        "count": 0.3,
+        "is_background": 0.3,
+        "is_count": 0.2,
+    },
+    "pair": {
+        "at": 2,
+        "flag_at": 2,
+        "where": 1.5,
+        "beside": 1,
+        "caption": 0.8,
+        "background": 0.3,
+        "exist": 1,
+        "count": 0.2,
+        "is_background": 0.2,
+        "is_count": 0.2,
+    },
+    "copies": {"count": 2, "background": 0.6, "exist": 1, "is_count": 1, "is_background": 0.3},
+}
+#: How likely a picture of a pair, and one of copies, is; the others show one thing.
+_PAIR, _COPIES, _SHORT_PAIR = 0.42, 0.15, 0.4  # fmt: skip
 
 
 class Mixture:
     """Draws pictures and what is asked of them.
 
     Args:
-        facts: what may be asked through a picture, by its subject. texts: questions without a picture and the answers
-            that the unchanged language model gives. seed: of everything.
+        facts: what may be asked through a picture, by its subject. texts: questions without a picture and what the
+            unchanged language model says. seed: of everything. after: texts that have a pattern before them.
     """
 
-    def __init__(self, facts: Mapping[str, Sequence[Fact]], texts: Sequence[tuple[str, str]], seed: int) -> None:
-        self._facts, self._texts = facts, texts
+    def __init__(
+        self, facts: Mapping[str, Sequence[Fact]], texts: Sequence[Line], seed: int, after: Sequence[Line] = ()
+    ) -> None:
+        self._facts, self._texts, self._after = facts, texts, after
         self._rng = random.Random(f"mixture:{seed}")
         self._icons = tuple(concept.name for concept in icons())
         self._flags = tuple(concept.name for concept in flags())
@@ -44,15 +66,15 @@ class Mixture:
     def draw_short(self) -> tuple[Scene, list[Line]]:
         """Return a picture and what it shows, asked once of one icon, twice of a pair: a row of 60 to 80 tokens."""
         rng = self._rng
-        scene = self._scene("pair" if rng.random() < 0.25 else "one")
+        scene = self._scene("pair" if rng.random() < _SHORT_PAIR else "one")
         kinds = ("name", "flag") if len(scene.shown) == 1 else ("at", "flag_at")
         asked = [ask(scene, kind, rng) for kind in kinds for _ in scene.shown]
         return scene, [Line(one.kind, rng.choice(one.prompts), one.answer) for one in asked if one is not None][:2]
 
-    def draw(self, *, texts: int = 2, knowledge: int = 2) -> tuple[Scene, list[Line]]:
+    def draw(self, *, texts: int = 4, after: float = 0.5, knowledge: int = 2) -> tuple[Scene, list[Line]]:
         """Return a picture and the lines that are asked of it, some of them about no picture."""
         rng = self._rng
-        layout = rng.choices(("one", "pair", "copies"), (0.5, 0.38, 0.12))[0]
+        layout = rng.choices(("one", "pair", "copies"), (1 - _PAIR - _COPIES, _PAIR, _COPIES))[0]
         scene = self._scene(layout)
         lines = []
         for kind, likely in MIX[layout].items():
@@ -64,7 +86,8 @@ class Mixture:
             known = list(self._facts.get(scene.names[0], ()))
             for fact in rng.sample(known, min(knowledge, len(known))):
                 lines.append(Line(f"knows:{fact.relation}", rng.choice(fact.seen_prompts()), fact.answer))
-        lines += [Line("text", question, answer, False) for question, answer in rng.sample(self._texts, texts)]
+        lines += rng.sample(self._texts, texts)
+        lines += rng.sample(self._after, int(bool(self._after) and rng.random() < after))
         rng.shuffle(lines)
         return scene, lines
 

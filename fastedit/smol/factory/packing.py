@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
-    """One question and the answer to be given; `kind` is only for accounting."""
+    """One question and the answer to be given; `kind` is only for accounting, `before` stands ahead of the question."""
 
     kind: str
     question: str
     answer: str
     with_image: bool = True
+    before: str = ""
+    #: By token of the answer, the end included: what may stand there and how likely; () is the answer alone.
+    likely: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclasses.dataclass
@@ -41,6 +44,22 @@ class Packed:
     labels: Tensor  # (T,), int64
     owner: Tensor  # (T,), int64: the line of each
     lines: list[Line]
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the mean cross-entropy of (T, V) with what is likely in place of each token, or with the token."""
+        logs = torch.log_softmax(logits.float(), -1)
+        told = -logs.gather(1, self.labels[:, None])[:, 0]
+        soft: list[tuple[int, int, float]] = []
+        first = 0
+        for line, count in zip(self.lines, torch.bincount(self.owner, minlength=len(self.lines)).tolist(), strict=True):
+            for at, token in enumerate(line.likely, start=first):
+                soft += [(at, number, share) for number, share in token]
+            first += count
+        if soft:
+            rows, numbers, shares = (torch.tensor(part) for part in zip(*soft, strict=True))
+            expected = torch.zeros_like(told).index_add(0, rows, -shares * logs[rows, numbers])
+            told = told.index_copy(0, rows.unique(), expected[rows.unique()])
+        return told.mean()
 
     def right(self, logits: Tensor) -> list[bool]:
         """Return for every line whether its whole answer, end included, is what greedy decoding of (T, V) gives."""
@@ -76,7 +95,13 @@ class Packer:
         """Return one picture's lines a row; image tokens stand behind `before`, as the end token for now."""
         opened = self.opened
         encoded = [
-            [(self._ids(TEXT_PROMPT.format(line.question)), (*self._ids(f" {line.answer}"), self.end)) for line in row]
+            [
+                (
+                    (*self._ids(line.before), *self._ids(TEXT_PROMPT.format(line.question))),
+                    (*self._ids(f" {line.answer}"), self.end),
+                )
+                for line in row
+            ]
             for row in rows
         ]
         n = max(opened + sum(len(prompt) + len(answer) for prompt, answer in row) for row in encoded)

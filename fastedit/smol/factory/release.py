@@ -20,7 +20,7 @@ import torch
 
 from fastedit.smol.factory import measure
 from fastedit.smol.factory.packing import Line
-from fastedit.smol.factory.teacher import Taught
+from fastedit.smol.factory.teacher import read
 from fastedit.smol.factory.train import HISTORY, SPEAKER, TAUGHT
 from fastedit.smol.icons import ATTRIBUTION
 from fastedit.smol.language import SHA256
@@ -42,7 +42,7 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
     from safetensors.torch import save_file
 
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in torch.load(trained / SPEAKER).items()}
-    taught = [Taught(**one) for one in json.loads((trained / TAUGHT).read_text(encoding="utf-8"))]
+    taught = read(trained / TAUGHT)
     wrong: Counter[str] = Counter()
 
     def note(scene: Scene, line: Line) -> None:
@@ -60,6 +60,7 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
                 ("knowledge", measure.knowledge(taught)),
             )
         }
+        computed = str(model.dtype).removeprefix("torch.")
         parameters = sum(parameter.numel() for parameter in model.parameters())
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / WEIGHTS)
@@ -71,7 +72,8 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
         "shipped_parameters": sum(weight.numel() for weight in weights.values()),
         "stored_dtype": "bfloat16",
         "measure": (
-            "share of answers that greedy decoding in bfloat16 gives whole, the end included, on pictures never seen; "
+            f"share of answers that greedy decoding of the bfloat16 weights in {computed} gives whole, the end "
+            "included, on pictures never seen; "
             f"{renderings} pictures of each concept for names, {samples} questions of each other kind; '/unseen': "
             "wordings nothing was trained on; text_as_before: facts never asked in training, right is the answer of "
             "the unchanged language model after three others of the relation, itself right (known) or not (guesses); "
@@ -101,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trained", type=Path, required=True, help="folder that fastedit.smol.factory.train wrote")
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--renderings", type=int, default=3, help="pictures of each concept to be named")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    card = release(arguments.trained, arguments.out, seed=arguments.seed)
+    card = release(arguments.trained, arguments.out, seed=arguments.seed, renderings=arguments.renderings)
     log.info("%s", json.dumps(card["accuracy"], indent=1))
 
 

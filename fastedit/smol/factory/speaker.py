@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 from fastedit.smol.models import IMAGE_TOKENS, PATCH, llava_config, vision_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import LlamaForCausalLM
 
@@ -29,7 +31,7 @@ class Tower(nn.Module):
         from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
         self.vision_tower = CLIPVisionModel(vision_config())
-        self.vision_tower.set_attn_implementation("eager")
+        self.vision_tower.set_attn_implementation("sdpa")
         self.multi_modal_projector = LlavaMultiModalProjector(llava_config())
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -49,6 +51,11 @@ class Tower(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """Return the weights by their names in the whole model."""
         return {f"model.{name}": weight.detach() for name, weight in self.state_dict().items()}
+
+
+def tower_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tower's weights by their names in it, of weights by their names in the whole model."""
+    return {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
 
 
 class LowRank(nn.Module):
@@ -102,10 +109,10 @@ class Speaker(nn.Module):
         return weights
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take weights that `trained` gave; changes of the language model may be absent."""
-        self.tower.load_state_dict(
-            {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
-        )
+        """Take weights that `trained` gave; the tower's, or changes of the language model, may be absent."""
+        tower = tower_of(weights)
+        if tower:
+            self.tower.load_state_dict(tower)
         for name, module in self._adapted.items():
             if f"adapter.{name}.up" in weights:
                 module.adapter_up.data.copy_(weights[f"adapter.{name}.up"])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.smol.concepts import concepts
 from fastedit.smol.facts import Fact, facts
 from fastedit.smol.models import TEXT_PROMPT
 
@@ -23,18 +24,28 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _PATTERN, _BATCH, _LONGEST = 3, 40, 7
+_LIKELIEST = 8  # tokens that are kept of a distribution
+_OTHERS = 300  # questions without a known answer
 _MEASURED_SHARE = 4  # one fact of so many is never trained on in text
+
+#: By token of an answer, the likeliest tokens and their shares.
+Likely = tuple[tuple[tuple[int, float], ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Taught:
-    """One question in text and the language model's own answer. truth: the right one."""
+    """One question in text and the language model's own answer.
+
+    truth: the right one, "" where none is known. likely: by token of the answer, the end included, the likeliest
+    tokens and their shares.
+    """
 
     relation: str
     subject: str
     prompt: str
     answer: str
     truth: str
+    likely: Likely = ()
 
     @property
     def measured(self) -> bool:
@@ -88,14 +99,17 @@ def teach(
                 part = group[at : at + _BATCH]
                 rows = _continued(model, head.past_key_values, [ids for _, _, ids in part], ends)
                 for (fact, prompt, _), row in zip(part, rows, strict=True):
-                    answer = tokenizer.decode(row).strip() if row is not None else ""
+                    tokens = [token[0][0] for token in row[:-1]]
+                    answer = tokenizer.decode(tokens).strip()
                     if answer:
-                        taught.append(Taught(relation, fact.subject, prompt, answer, fact.answer))
+                        # Another spelling of the answer has other tokens, which these shares are not of
+                        likely = row if tokenizer(f" {answer}").input_ids == tokens else ()
+                        taught.append(Taught(relation, fact.subject, prompt, answer, fact.answer, likely))
     return taught
 
 
-def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]) -> list[list[int] | None]:
-    """Return the greedy tokens before an end; None where none comes."""
+def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]) -> list[Likely]:
+    """Return for each token of greedy answers, the end included, the likeliest tokens; () where no end comes."""
     import torch
 
     cache = copy.deepcopy(before)
@@ -104,16 +118,46 @@ def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]
     with torch.no_grad():
         for _ in range(_LONGEST):
             hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            ids = model.lm_head(hidden).argmax(-1, keepdim=True)
-            steps.append(ids)
-    rows = torch.cat(steps, 1).tolist()
-    stops = [next((at for at, token in enumerate(row) if token in ends), None) for row in rows]
-    return [None if stop is None else row[:stop] for row, stop in zip(rows, stops, strict=True)]
+            shares, tokens = model.lm_head(hidden).float().softmax(-1).topk(_LIKELIEST)
+            steps.append([tuple(zip(*row, strict=True)) for row in zip(tokens.tolist(), shares.tolist(), strict=True)])
+            ids = tokens[:, :1]
+    rows = [list(row) for row in zip(*steps, strict=True)]
+    stops = [next((at for at, token in enumerate(row) if token[0][0] in ends), None) for row in rows]
+    return [() if stop is None else tuple(row[: stop + 1]) for row, stop in zip(rows, stops, strict=True)]
+
+
+def others(seed: int = 0) -> list[Fact]:
+    """Return questions that have no known answer: of each relation, every concept of the kinds that facts are of.
+
+    What is said of them must stay as well, and nobody measures it.
+    """
+    every = frozenset((fact.relation, fact.subject) for fact in facts())
+    kinds: dict[str, set[str]] = defaultdict(set)
+    kind_of = {concept.name: concept.kind for concept in concepts()}
+    for relation, subject in sorted(every):
+        kinds[relation].add(kind_of[subject])
+    asked = [
+        Fact(relation, name, "")
+        for relation, wanted in sorted(kinds.items())
+        for name, kind in kind_of.items()
+        if kind in wanted and (relation, name) not in every and not kept_for_measuring(relation, name)
+    ]
+    return random.Random(f"others:{seed}").sample(asked, min(_OTHERS, len(asked)))
 
 
 def stored(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[Taught]:
     """Return what `teach` gives, from a file if it is there, else written to it."""
     if not path.is_file():
-        taught = teach(model, tokenizer)
+        taught = teach(model, tokenizer, chosen=[*facts(), *others()])
         path.write_text(json.dumps([dataclasses.asdict(one) for one in taught]), encoding="utf-8")
-    return [Taught(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    return read(path)
+
+
+def read(path: Path) -> list[Taught]:
+    """Return what `stored` wrote."""
+    return [
+        Taught(
+            **{**one, "likely": tuple(tuple((int(n), float(share)) for n, share in token) for token in one["likely"])}
+        )
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    ]

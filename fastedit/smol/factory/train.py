@@ -24,16 +24,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from torch.nn.functional import cross_entropy
 
 from fastedit.pocket.models import to_pixels
 from fastedit.smol.concepts import concepts
 from fastedit.smol.factory.align import WORDS, Alignment, name_table
 from fastedit.smol.factory.mixture import Mixture
-from fastedit.smol.factory.optimiser import Optimiser
-from fastedit.smol.factory.packing import Packer
-from fastedit.smol.factory.speaker import Speaker, Tower
-from fastedit.smol.factory.teacher import Taught, kept_for_measuring, stored
+from fastedit.smol.factory.optimiser import FAST_BF16, Optimiser
+from fastedit.smol.factory.packing import Line, Packer
+from fastedit.smol.factory.speaker import Speaker, Tower, tower_of
+from fastedit.smol.factory.teacher import Taught, kept_for_measuring, pattern, stored
 from fastedit.smol.factory.views import Painter, Pool
 from fastedit.smol.facts import Fact, facts
 from fastedit.smol.language import load_language
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("fastedit.smol.factory.train")
-TOWER, SPEAKER, TAUGHT, HISTORY = "tower.pt", "speaker.pt", "taught.json", "history.json"
+BEGIN, TOWER, SPEAKER, TAUGHT, HISTORY = "begin.pt", "tower.pt", "speaker.pt", "taught.json", "history.json"
 _SAVE_EVERY_S = 120.0
 
 
@@ -73,21 +72,22 @@ class Run:
         self.tokenizer: PreTrainedTokenizerFast
         torch.manual_seed(seed)
         self.tower = Tower()
-        self.language, self.tokenizer = load_language()
+        self.language, self.tokenizer = load_language(None if FAST_BF16 else torch.float32)
         self._saved = time.monotonic()
 
     def align(self) -> None:
         """Run the first stage."""
         recipe = self.recipe
+        if (self.out / BEGIN).is_file():
+            self.tower.load_state_dict(tower_of(torch.load(self.out / BEGIN)))
         alignment, pool = self._alignment(), self._pool(recipe.align_rows)
         optimiser = self._optimiser(self.tower, recipe.align_steps, recipe.align_lr, warm_up=100)
-        average = self._average(optimiser)
         mean: dict[str, float] = {}
         for step, (views, pixels, cover) in zip(range(recipe.align_steps), pool, strict=False):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BF16):
                 tokens = self.tower(pixels)
             loss, shares = alignment.loss(tokens, views, cover)
-            optimiser.step(loss, average)
+            optimiser.step(loss, self.rank, self.processes)
             shares["loss"] = float(loss.detach())
             mean = {name: 0.95 * mean.get(name, value) + 0.05 * value for name, value in shares.items()}
             if step % 25 == 0:
@@ -104,10 +104,12 @@ class Run:
             layer.compile(dynamic=True)
         if (self.out / SPEAKER).is_file():
             speaker.restore(torch.load(self.out / SPEAKER))
-        texts = [(one.prompt, one.answer) for one in taught if not one.measured]
-        mixture = Mixture(_asked(taught), texts, self.seed * self.processes + self.rank)
+        elif (self.out / BEGIN).is_file():
+            begun = torch.load(self.out / BEGIN)
+            speaker.restore({name: weight for name, weight in begun.items() if name.startswith("adapter.")})
+        texts, after = text_lines(taught, self.tokenizer)
+        mixture = Mixture(_asked(taught), texts, self.seed * self.processes + self.rank, after)
         optimiser = self._optimiser(speaker, recipe.speak_steps, recipe.speak_lr, warm_up=20)
-        average = self._average(optimiser)
         alignment, pool = self._alignment(), self._pool(recipe.aligned_rows)
         right: dict[str, list[bool]] = defaultdict(list)
         rows = recipe.speak_rows // self.processes
@@ -115,11 +117,12 @@ class Run:
             drawn = [mixture.draw_short() for _ in range(3 * rows)] if step % 2 == 0 else []
             drawn = drawn or [mixture.draw() for _ in range(rows)]
             packed = packer.pack([lines for _, lines in drawn])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BF16):
                 logits = speaker(packed, to_pixels([render(scene) for scene, _ in drawn]))
                 tokens = self.tower(pixels)
             loss, _ = alignment.loss(tokens, views, cover)
-            optimiser.step(cross_entropy(logits.float(), packed.labels) + recipe.aligned_weight * loss, average)
+            loss = packed.loss(logits) + recipe.aligned_weight * loss
+            optimiser.step(loss, self.rank, self.processes)
             answered = iter(packed.right(logits.detach()))
             for scene, lines in drawn:
                 for line, is_right in zip(lines, answered, strict=False):
@@ -158,20 +161,6 @@ class Run:
         ]
         return Optimiser(named, steps, matrix_lr=lr[0], rest_lr=lr[1], warm_up=warm_up)
 
-    def _average(self, optimiser: Optimiser) -> Callable[[], None] | None:
-        if self.processes == 1:
-            return None
-
-        def average() -> None:
-            gradients = [parameter.grad for parameter in optimiser.parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient) / self.processes)
-
-        return average
-
     def _keep(self, name: str, weights: Callable[[], dict[str, Tensor]], *, last: bool) -> None:
         if self.rank == 0 and (last or time.monotonic() - self._saved > _SAVE_EVERY_S):
             part = self.out / f"{name}.part"
@@ -194,6 +183,32 @@ def _asked(taught: Sequence[Taught]) -> dict[str, list[Fact]]:
     return asked
 
 
+def text_lines(taught: Sequence[Taught], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Line], list[Line]]:
+    """Return what training asks in text: questions alone, and behind the pattern that they were answered behind.
+
+    A question alone gets the shares that the unchanged model gives behind the pattern, where a line's end is an end;
+    the same text gets the very shares.
+    """
+    end, line_end = int(tokenizer.eos_token_id), tokenizer("\n").input_ids[0]
+    alone, after = [], []
+    for one in taught:
+        if one.measured:
+            continue
+        ended = tuple(tuple((end if n == line_end else n, share) for n, share in token) for token in one.likely)
+        alone.append(Line("text", one.prompt, one.answer, False, likely=ended))
+        if one.likely:
+            after.append(Line("after", one.prompt, one.answer, False, pattern(one.relation)[0], one.likely))
+    return alone, after
+
+
+def begin_from(weights: Path, out: Path) -> None:
+    """Put weights that ship into a folder as what both stages begin from."""
+    from safetensors.torch import load_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save({name: weight.float() for name, weight in load_file(weights).items()}, out / BEGIN)
+
+
 def train(rank: int, out: Path, seed: int, recipe: Recipe, processes: int) -> None:
     """Run one process of a training run, its stages one after the other."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
@@ -205,12 +220,13 @@ def train(rank: int, out: Path, seed: int, recipe: Recipe, processes: int) -> No
     started, cpu = time.monotonic(), time.process_time()
     run = Run(out, seed, recipe, rank, processes)
     if (out / TOWER).is_file():
-        run.tower.load_state_dict({n.removeprefix("model."): w for n, w in torch.load(out / TOWER).items()})
-    else:
+        run.tower.load_state_dict(tower_of(torch.load(out / TOWER)))
+    elif not (out / SPEAKER).is_file():
         run.align()
     if processes > 1:
         dist.barrier()
-    run.speak()
+    if recipe.speak_steps:
+        run.speak()
     if rank == 0:
         spent = {"seconds": round(time.monotonic() - started), "cpu_seconds": round(time.process_time() - cpu)}
         history = {"recipe": dataclasses.asdict(recipe), "processes": processes, **spent}
@@ -219,12 +235,24 @@ def train(rank: int, out: Path, seed: int, recipe: Recipe, processes: int) -> No
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser, recipe = argparse.ArgumentParser(description=__doc__), Recipe()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="that share every batch, one thread each")
+    parser.add_argument("--steps", type=int, nargs=2, default=(recipe.align_steps, recipe.speak_steps))
+    parser.add_argument("--rates", type=float, nargs=2, default=(1.0, 1.0), help="of each stage, times the recipe's")
+    parser.add_argument("--begin", type=Path, help="shipped weights to go on from, absent: from nothing")
     arguments = parser.parse_args(argv)
-    work = (arguments.out, arguments.seed, Recipe(), arguments.processes)
+    if arguments.begin is not None:
+        begin_from(arguments.begin, arguments.out)
+    recipe = dataclasses.replace(
+        recipe,
+        align_steps=arguments.steps[0],
+        speak_steps=arguments.steps[1],
+        align_lr=(recipe.align_lr[0] * arguments.rates[0], recipe.align_lr[1] * arguments.rates[0]),
+        speak_lr=(recipe.speak_lr[0] * arguments.rates[1], recipe.speak_lr[1] * arguments.rates[1]),
+    )
+    work = (arguments.out, arguments.seed, recipe, arguments.processes)
     if arguments.processes == 1:
         train(0, *work)
     else:

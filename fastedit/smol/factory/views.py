@@ -55,7 +55,7 @@ class View:
 
 def draw_view(rng: random.Random, icons: Sequence[int], layout: str | None = None) -> View:
     """Draw a picture of different icons, chosen from these rows."""
-    layout = layout or rng.choices(tuple(_LAYOUTS), (0.6, 0.16, 0.16, 0.08))[0]
+    layout = layout or rng.choices(tuple(_LAYOUTS), (0.46, 0.21, 0.21, 0.12))[0]
     centres = list(_LAYOUTS[layout])
     if layout == "corners":
         kept = sorted(rng.sample(range(4), rng.choice((3, 3, 4))))

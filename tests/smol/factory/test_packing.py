@@ -10,6 +10,7 @@ import torch
 from fastedit.smol.factory import speaker
 from fastedit.smol.factory.packing import Line, Packer
 from fastedit.smol.language import language_settings
+from fastedit.smol.models import TEXT_PROMPT
 
 
 class WordTokenizer:
@@ -116,3 +117,29 @@ class TestTower:
         model.restore(weights)
         for name, weight in model.trained().items():
             assert torch.equal(weight, weights[name]), name
+
+
+def test_a_pattern_before_a_question_is_seen_by_it_alone(small: tuple[speaker.Speaker, Packer]) -> None:
+    model, packer = small
+    after = Line("after", "And of Kenya ?", "Nairobi", False, "Question: Of Peru ? Short answer: Lima\n")
+    pixels = torch.rand(1, 3, 96, 96)
+    packed = packer.pack([[*LINES, after]])
+    with torch.no_grad():
+        logits = model(packed, pixels)[packed.owner == 3]
+        ids = [*packer._ids(after.before), *packer._ids(TEXT_PROMPT.format(after.question)), *packer._ids(" Nairobi")]
+        expected = model.language(input_ids=torch.tensor([ids])).logits[0, -2:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_takes_what_is_likely_in_place_of_a_token(small: tuple[speaker.Speaker, Packer]) -> None:
+    _, packer = small
+    likely = (((5, 0.75), (9, 0.25)), ((2, 1.0),))
+    packed = packer.pack([[LINES[0], Line("text", "What ?", "Tokyo", False, likely=likely), LINES[2]]])
+    logits = torch.randn(len(packed.labels), 64, generator=torch.Generator().manual_seed(0))
+    logs = logits.log_softmax(-1)
+    told = [-logs[at, label] for at, label in enumerate(packed.labels.tolist())]
+    first = packed.owner.tolist().index(1)
+    told[first] = -(0.75 * logs[first, 5] + 0.25 * logs[first, 9])
+    told[first + 1] = -logs[first + 1, 2]
+    torch.testing.assert_close(packed.loss(logits), torch.stack(told).mean())
+    assert packed.loss(logits) != torch.nn.functional.cross_entropy(logits, packed.labels)

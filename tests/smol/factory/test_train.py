@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import pytest
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from fastedit.smol import templates
 from fastedit.smol.concepts import concepts
 from fastedit.smol.factory import measure, teacher
 from fastedit.smol.factory.mixture import Mixture
-from fastedit.smol.factory.optimiser import Optimiser
+from fastedit.smol.factory.optimiser import Optimiser, orthogonal
+from fastedit.smol.factory.packing import Line
+from fastedit.smol.factory.speaker import tower_of
 from fastedit.smol.factory.teacher import Taught
-from fastedit.smol.factory.train import _asked
+from fastedit.smol.factory.train import BEGIN, _asked, begin_from, text_lines
 from fastedit.smol.facts import facts
 from fastedit.smol.grammar import SCENE_KINDS
 from fastedit.smol.split import concepts_of
 
-TEXTS = [(f"What is {number}?", str(number)) for number in range(9)]
+TEXTS = [Line("text", f"What is {number}?", str(number), False) for number in range(9)]
+AFTER = [Line("after", "What is it?", "one", False, "Question: What was it? Short answer: two\n")]
 
 
 def taught(answer: str | None = None) -> list[Taught]:
@@ -47,6 +56,12 @@ class TestMixture:
         assert {line.kind for line in short} == {"name", "flag", "at", "flag_at"}
         assert any(line.kind.startswith("knows:") for line in lines)
         assert all(line.with_image == (line.kind != "text") for line in lines)
+
+    def test_a_text_behind_a_pattern_is_asked_of_some_pictures(self) -> None:
+        mixture = Mixture({}, TEXTS, seed=0, after=AFTER)
+        rows = [lines for _, lines in (mixture.draw(after=0.5) for _ in range(300))]
+        assert 100 < sum(AFTER[0] in lines for lines in rows) < 200
+        assert not any(AFTER[0] in mixture.draw(after=0.0)[1] for _ in range(50))
 
     def test_what_was_not_named_is_drawn_more_often(self) -> None:
         mixture = Mixture({}, TEXTS, seed=0)
@@ -117,15 +132,81 @@ class TestOptimiser:
         optimiser.step(weight.sum())
         assert (weight < 1).all()
 
-    def test_gradients_are_averaged_before_the_step(self) -> None:
-        weight = torch.nn.Parameter(torch.ones(3))
-        optimiser = Optimiser([("bias", weight)], 10, matrix_lr=0.1, rest_lr=0.1, warm_up=1)
+    def test_newton_schulz_in_float32_is_what_torch_computes_in_bfloat16(self) -> None:
+        from torch.optim._muon import _zeropower_via_newtonschulz
 
-        def average() -> None:
-            assert weight.grad is not None
-            weight.grad.zero_()
+        coefficients = (3.4445, -4.775, 2.0315)
+        for shape in ((24, 40), (40, 24)):
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            found = orthogonal(gradient, coefficients, 5, 1e-7)
+            torch.testing.assert_close(
+                found, _zeropower_via_newtonschulz(gradient, coefficients, 5, 1e-7).float(), rtol=0.05, atol=0.02
+            )
 
-        assert optimiser.step(weight.sum(), average) == pytest.approx(0)
+    def test_processes_share_a_step(self, tmp_path: Path) -> None:
+        alone = shared_step(0, 1, None)
+        context = torch.multiprocessing.get_context("spawn")
+        with context.Pool(2) as pool:
+            found = pool.starmap(shared_step, [(rank, 2, tmp_path / "meeting") for rank in range(2)])
+        for name, weight in alone.items():
+            for each in found:
+                np.testing.assert_allclose(each[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def shared_step(rank: int, processes: int, meeting: Path | None) -> dict[str, Any]:
+    """Two steps on a batch of four rows that processes share; returns what is learned."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Linear(6, 3), torch.nn.Linear(3, 4))
+    rows = torch.randn(4, 5)
+    if meeting is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+        rows = rows[2 * rank : 2 * rank + 2]
+    optimiser = Optimiser(module.named_parameters(), 10, matrix_lr=0.1, rest_lr=0.01, warm_up=1)
+    for _ in range(2):
+        optimiser.step(module(rows).square().mean(), rank, processes)
+    return {name: weight.detach().numpy() for name, weight in module.named_parameters()}
+
+
+class TestTextLines:
+    def test_a_line_s_end_is_an_end_where_there_is_no_pattern(self) -> None:
+        alone, after = text_lines([one_taught("dog"), one_taught("dog", likely=())], Tokens(2, 7))
+        assert [line.likely for line in alone] == [(((5, 0.9), (2, 0.1)), ((2, 1.0),)), ()]
+        assert [line.likely for line in after] == [(((5, 0.9), (7, 0.1)), ((7, 1.0),))]
+        assert after[0].before == teacher.pattern("class")[0]
+
+    def test_what_is_measured_is_not_asked(self) -> None:
+        subjects = {fact.subject for fact in facts() if fact.relation == "class"}
+        kept = next(name for name in sorted(subjects) if teacher.kept_for_measuring("class", name))
+        assert text_lines([one_taught(kept)], Tokens(2, 7)) == ([], [])
+
+
+class Tokens:
+    """An end, and what a line's end is."""
+
+    def __init__(self, end: int, line: int) -> None:
+        self.eos_token_id, self._line = end, line
+
+    def __call__(self, _text: str) -> Any:
+        return SimpleNamespace(input_ids=[self._line])
+
+
+def one_taught(subject: str, likely: teacher.Likely = (((5, 0.9), (7, 0.1)), ((7, 1.0),))) -> Taught:
+    return Taught("class", subject, "Which class?", "mammal", "mammal", likely)
+
+
+def test_questions_without_a_known_answer_are_no_facts_and_never_measured() -> None:
+    asked = teacher.others()
+    every = {(fact.relation, fact.subject) for fact in facts()}
+    assert len(asked) > 100
+    assert not every & {(fact.relation, fact.subject) for fact in asked}
+    assert not any(teacher.kept_for_measuring(fact.relation, fact.subject) for fact in asked)
+
+
+def test_what_was_taught_is_read_as_it_was_written(tmp_path: Path) -> None:
+    whole = [one_taught("dog"), one_taught("cat", likely=())]
+    (tmp_path / "taught.json").write_text(json.dumps([dataclasses.asdict(one) for one in whole]), encoding="utf-8")
+    assert teacher.read(tmp_path / "taught.json") == whole
 
 
 def test_names_are_measured_on_pictures_of_their_own() -> None:
@@ -133,3 +214,12 @@ def test_names_are_measured_on_pictures_of_their_own() -> None:
     assert len(set(first)) == 2 * len(concepts())
     assert first == [scene.seed for scene, _ in measure.names(2)]
     assert first[0] != random.Random(0).getrandbits(32)
+
+
+def test_training_goes_on_from_what_ships(tmp_path: Path) -> None:
+    weights = {"model.a": torch.ones(2, dtype=torch.bfloat16), "adapter.b.up": torch.zeros(2, dtype=torch.bfloat16)}
+    save_file(weights, tmp_path / "shipped.safetensors")
+    begin_from(tmp_path / "shipped.safetensors", tmp_path / "out")
+    begun = torch.load(tmp_path / "out" / BEGIN)
+    assert {name: weight.dtype for name, weight in begun.items()} == dict.fromkeys(weights, torch.float32)
+    assert set(tower_of(begun)) == {"a"}
