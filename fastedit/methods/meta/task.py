@@ -149,6 +149,13 @@ class MetaTask:
         Right is: every target token is the largest logit, for what must change; every token's largest logit is the
         unedited model's, for what must stay.
         """
+        means = {kind: sum(values) / len(values) for kind, values in sorted(self.held_out().items())}
+        scored = [means[kind] for kind in SCORES if kind in means]
+        return {**means, "score": sum(scored) / len(scored)}
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, list[float]]:
+        """By kind of view, 1 for each held-out one that is as it should be, in the order of the records."""
         found: dict[str, list[float]] = {}
         size = processes.at_once(self.trainer.batch_size)
         for start in range(self.n_train, len(self.records), size):
@@ -156,9 +163,7 @@ class MetaTask:
             batch = self._batch(chosen, [list(range(len(self.views.of(index)))) for index in chosen])
             for kind, right in zip(batch.kinds, self._right(batch, chosen), strict=True):
                 found.setdefault(kind, []).append(right)
-        means = {kind: sum(values) / len(values) for kind, values in sorted(found.items())}
-        scored = [means[kind] for kind in SCORES if kind in means]
-        return {**means, "score": sum(scored) / len(scored)}
+        return found
 
     def result(self) -> Artifact:
         """The network."""

@@ -64,14 +64,15 @@ class Mixture:
         self._weight[name] = 0.8 * self._weight[name] + 0.2 * (0.7 if is_right else 3.0)
 
     def draw_short(self) -> tuple[Scene, list[Line]]:
-        """Return a picture and what it shows, asked once of one icon, twice of a pair: a row of 60 to 80 tokens."""
+        """Return a picture, what it shows, asked once of one icon, twice of a pair, and a text: 75 to 95 tokens."""
         rng = self._rng
         scene = self._scene("pair" if rng.random() < _SHORT_PAIR else "one")
         kinds = ("name", "flag") if len(scene.shown) == 1 else ("at", "flag_at")
         asked = [ask(scene, kind, rng) for kind in kinds for _ in scene.shown]
-        return scene, [Line(one.kind, rng.choice(one.prompts), one.answer) for one in asked if one is not None][:2]
+        lines = [Line(one.kind, rng.choice(one.prompts), one.answer) for one in asked if one is not None][:2]
+        return scene, [*lines, *rng.sample(self._texts, 1)]
 
-    def draw(self, *, texts: int = 4, after: float = 0.5, knowledge: int = 2) -> tuple[Scene, list[Line]]:
+    def draw(self, *, texts: int = 8, after: float = 0.5, knowledge: int = 2) -> tuple[Scene, list[Line]]:
         """Return a picture and the lines that are asked of it, some of them about no picture."""
         rng = self._rng
         layout = rng.choices(("one", "pair", "copies"), (1 - _PAIR - _COPIES, _PAIR, _COPIES))[0]

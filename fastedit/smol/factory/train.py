@@ -109,7 +109,8 @@ class Run:
             speaker.restore({name: weight for name, weight in begun.items() if name.startswith("adapter.")})
         texts, after = text_lines(taught, self.tokenizer)
         mixture = Mixture(_asked(taught), texts, self.seed * self.processes + self.rank, after)
-        optimiser = self._optimiser(speaker, recipe.speak_steps, recipe.speak_lr, warm_up=20)
+        warm_up = min(20, recipe.speak_steps // 8)
+        optimiser = self._optimiser(speaker, recipe.speak_steps, recipe.speak_lr, warm_up=warm_up)
         alignment, pool = self._alignment(), self._pool(recipe.aligned_rows)
         right: dict[str, list[bool]] = defaultdict(list)
         rows = recipe.speak_rows // self.processes
@@ -186,8 +187,8 @@ def _asked(taught: Sequence[Taught]) -> dict[str, list[Fact]]:
 def text_lines(taught: Sequence[Taught], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Line], list[Line]]:
     """Return what training asks in text: questions alone, and behind the pattern that they were answered behind.
 
-    A question alone gets the shares that the unchanged model gives behind the pattern, where a line's end is an end;
-    the same text gets the very shares.
+    Both get the shares that the unchanged model gives behind the pattern, where a line's end is an end: whoever shows
+    the model answered questions has its answer end as well.
     """
     end, line_end = int(tokenizer.eos_token_id), tokenizer("\n").input_ids[0]
     alone, after = [], []
@@ -197,7 +198,7 @@ def text_lines(taught: Sequence[Taught], tokenizer: PreTrainedTokenizerFast) -> 
         ended = tuple(tuple((end if n == line_end else n, share) for n, share in token) for token in one.likely)
         alone.append(Line("text", one.prompt, one.answer, False, likely=ended))
         if one.likely:
-            after.append(Line("after", one.prompt, one.answer, False, pattern(one.relation)[0], one.likely))
+            after.append(Line("after", one.prompt, one.answer, False, pattern(one.relation)[0], ended))
     return alone, after
 
 
