@@ -150,7 +150,7 @@ class TestOptimiser:
             found = pool.starmap(shared_step, [(rank, 2, tmp_path / "meeting") for rank in range(2)])
         for name, weight in alone.items():
             for each in found:
-                np.testing.assert_allclose(each[name], weight, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(each[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def shared_step(rank: int, processes: int, meeting: Path | None) -> dict[str, Any]:
