@@ -13,7 +13,6 @@ from benchmarks import icons, icons_tables
 from fastedit.methods import resolve
 from fastedit.requests import EditRequest, Probe, Query
 
-
 DATA = "icon-entity"
 
 

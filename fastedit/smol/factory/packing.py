@@ -49,16 +49,16 @@ class Packed:
         """Return the mean cross-entropy of (T, V) with what is likely in place of each token, or with the token."""
         logs = torch.log_softmax(logits.float(), -1)
         told = -logs.gather(1, self.labels[:, None])[:, 0]
-        soft: list[tuple[int, int, float]] = []
+        likely: list[tuple[int, int, float]] = []
         first = 0
         for line, count in zip(self.lines, torch.bincount(self.owner, minlength=len(self.lines)).tolist(), strict=True):
             for at, token in enumerate(line.likely, start=first):
-                soft += [(at, number, share) for number, share in token]
+                likely += [(at, number, share) for number, share in token]
             first += count
-        if soft:
-            rows, numbers, shares = (torch.tensor(part) for part in zip(*soft, strict=True))
+        if likely:
+            rows, numbers, shares = (torch.tensor(part) for part in zip(*likely, strict=True))
             expected = torch.zeros_like(told).index_add(0, rows, -shares * logs[rows, numbers])
-            told = told.index_copy(0, rows.unique(), expected[rows.unique()])
+            told = torch.where(torch.bincount(rows, minlength=len(told)) > 0, expected, told)
         return told.mean()
 
     def right(self, logits: Tensor) -> list[bool]:
