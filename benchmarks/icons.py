@@ -172,7 +172,8 @@ class Bench:
             )
         row = {
             "table": table, "label": variant.label, "start": start, "model": MODEL, "data": self.data,
-            "dtype": self.dtype, "weights": self.weights, "method": variant.method, "settings": variant.settings, "edits": len(edits),
+            "dtype": self.dtype, "weights": self.weights, "method": variant.method, "settings": variant.settings,
+            "edits": len(edits),
             "scores": per_edit(run, scores_of(table)), "layers": layers_of(run),
             "cpu_seconds": {name: round(value, 3) for name, value in run.timing.seconds.items()},
             "steps": run.timing.steps, "provenance": run.provenance,

@@ -68,7 +68,7 @@ def test_the_best_layers_alone_are_the_brute_force_set() -> None:
 
 def test_what_must_change_and_what_must_stay_count_alike() -> None:
     kept = row("layer 7")
-    kept["scores"] |= {name: [0.0, None] for name in icons.STAYS}
+    kept["scores"] |= {name: [0.0, None] for name in icons_tables.STAYS}
     assert icons_tables.worth(kept) == pytest.approx(0.5)
 
 

@@ -170,7 +170,7 @@ def shared_step(rank: int, processes: int, meeting: Path | None) -> dict[str, An
 
 class TestTextLines:
     def test_a_line_s_end_is_an_end(self) -> None:
-        alone, after = text_lines([one_taught("dog"), one_taught("dog", likely=())], Tokens(2, 7))
+        alone, after = text_lines([one_taught("cat"), one_taught("cat", likely=())], Tokens(2, 7))
         assert [line.likely for line in alone] == [(((5, 0.9), (2, 0.1)), ((2, 1.0),)), ()]
         assert [line.likely for line in after] == [alone[0].likely]
         assert after[0].before == teacher.pattern("class")[0]
@@ -204,7 +204,7 @@ def test_questions_without_a_known_answer_are_no_facts_and_never_measured() -> N
 
 
 def test_what_was_taught_is_read_as_it_was_written(tmp_path: Path) -> None:
-    whole = [one_taught("dog"), one_taught("cat", likely=())]
+    whole = [one_taught("cat"), one_taught("cow", likely=())]
     (tmp_path / "taught.json").write_text(json.dumps([dataclasses.asdict(one) for one in whole]), encoding="utf-8")
     assert teacher.read(tmp_path / "taught.json") == whole
 
