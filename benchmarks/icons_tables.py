@@ -55,7 +55,7 @@ def complete(rows: Sequence[Mapping[str, Any]], table: str) -> dict[str, list[Ma
 def markdown(rows: Sequence[Mapping[str, Any]], table: str) -> Iterator[str]:
     """Lines of a table, in its parts: means, beside them 95 % bootstrap intervals, and processor seconds an edit.
 
-    The number of edits that have a score stands in its head where not all do.
+    The number of edits that have a score stands in its head where not all do; a score that none has is left out.
     """
     by_label = complete(rows, table)
     for number, part in enumerate(SHOWN[table] if by_label else ()):
@@ -63,12 +63,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], table: str) -> Iterator[str]:
         own = next(iter(by_label.values()))
         edits = sum(row["edits"] for row in own)
         counts = {name: bootstrap(values_of(own, name)).n for name in part}
+        counts = {name: n for name, n in counts.items() if n}
         heads = [f"{name.replace('_', ' ')}{f' ({n})' if n < edits else ''}" for name, n in counts.items()]
         seconds = ["localization, s", "fit, s"] if table == "localization" else ["s an edit"]
         yield f"| {' | '.join([table, *heads, *(seconds if last else [])])} |"
         yield f"|{'---|' * (1 + len(heads) + (len(seconds) if last else 0))}"
         for label, own in by_label.items():
-            cells = [label, *(cell(values_of(own, name)) for name in part)]
+            cells = [label, *(cell(values_of(own, name)) for name in counts)]
             cells += costs(own, split=table == "localization") if last else []
             yield f"| {' | '.join(cells)} |"
         yield ""

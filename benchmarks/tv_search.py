@@ -57,6 +57,8 @@ NO_MMD: Mapping[str, Any] = {"weights": (1.0, 1.0, 0.0)}
 #: a share of the risk all along, ``late`` begins in the middle, where most edits are right.
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kl": ("kl", {"kl_rephrases": True}),
+    "kl, KL of weight 2": ("kl", {"kl_rephrases": True, "kl_weight": 2.0}),
+    "kl, KL of weight 4": ("kl", {"kl_rephrases": True, "kl_weight": 4.0}),
     "kl, 3 views": ("kl", {"kl_rephrases": True, "n_views": 3}),
     "kl, all steps": ("kl", {"kl_rephrases": True, **ALL_STEPS}),
     "no TV": ("odedit", NO_TV),
@@ -79,6 +81,7 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "scalar .1, token": ("odedit", {**SCALAR, "penalty": "token"}),
     "scalar .1, warm-up .2": ("odedit", {**SCALAR, "warmup": 0.2}),
     "network .1": ("odedit", {"dual": "network", "scale": 0.1}),
+    "network .1, MMD .01": ("odedit", {"dual": "network", "scale": 0.1, "weights": (1.0, 1.0, 0.01)}),
     "detached .1": ("odedit", {"dual": "network-detached", "scale": 0.1}),
     "no TV, 3 views": ("odedit", {**NO_TV, "n_views": 3}),
     "scalar .1, 3 views": ("odedit", {**SCALAR, "n_views": 3}),

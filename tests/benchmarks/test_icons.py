@@ -53,6 +53,8 @@ def test_the_head_says_of_how_many_edits_a_score_is() -> None:
         heads[2] == "| methods | portability[entailed] | portability[one-hop] | portability[two-hop] (1) | s an edit |"
     )
     assert "(" not in heads[0] + heads[1]
+    del one["scores"]["sibling"]
+    assert not any("sibling" in line for line in icons_tables.markdown([one], "methods"))
 
 
 def test_an_edit_without_a_score_does_not_count() -> None:
