@@ -38,25 +38,36 @@ def load_outcomes(folder: Path) -> list[Outcome]:
 def stored_beside(outcomes: Sequence[Outcome], rows: Iterable[Mapping[str, Any]]) -> list[Outcome]:
     """Stored single edits of the same models, sets, weights and edits that the outcomes lack, in the form of outcomes.
 
-    A row has no values by edit: what is made of it stands in tables and is in no paired difference.
+    Sequences of the same models, sets and weights too, of any number of edits. A row has no values by edit: what is
+    made of it stands in tables and is in no paired difference.
     """
     known = {outcome["case"]["name"] for outcome in outcomes}
-    wanted = {_same_run(outcome) for outcome in of(outcomes, "single")}
-    return [_of_row(row) for row in rows if row["case"]["name"] not in known and _same_run(row) in wanted]
+    singles = of(outcomes, "single")
+    wanted = {(*_same_model(outcome), "single", outcome["case"]["edits"]) for outcome in singles}
+    lasting = {(*_same_model(outcome), "sequential") for outcome in singles}
+    found = []
+    for row in rows:
+        table = (*_same_model(row), row["case"]["table"])
+        if row["case"]["name"] not in known and ((*table, row["case"]["edits"]) in wanted or table in lasting):
+            found.append(_of_row(row))
+    return found
 
 
-def _same_run(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    case = row["case"]
-    return case["table"], case["model"], case["data"], case["edits"], row.get("weights")
+def _same_model(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["case"]["model"], row["case"]["data"], row.get("weights")
 
 
 def _of_row(row: Mapping[str, Any]) -> Outcome:
     def whole(cell: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(("mean", "low", "high", "n"), cell, strict=True))
 
-    scores = {protocol: {name: whole(cell) for name, cell in own.items()} for protocol, own in row["scores"].items()}
+    def both(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {protocol: {name: whole(cell) for name, cell in own.items()} for protocol, own in cells.items()}
+
     rates = {name: whole(cell) for name, cell in row["rates"].items()}
-    return {**row, "scores": scores, "rates": rates, "checkpoints": {}, "per_edit": {}, "tags": []}
+    checkpoints = {count: both(scores) for count, scores in row["checkpoints"].items()}
+    apart: dict[str, Any] = {"checkpoints": checkpoints, "per_edit": {}, "tags": []}
+    return {**row, "scores": both(row["scores"]), "rates": rates, **apart}
 
 
 def score(outcome: Outcome, name: str, protocol: str = "strict") -> dict[str, Any] | None:

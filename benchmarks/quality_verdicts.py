@@ -44,7 +44,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[tuple[str, bool, str]]:
         found += _controlled(outcomes)
     both = {pair: known for pair, known in by_pair.items() if {"unike", "tpatcher"} <= set(known)}
     found += _each("UniKE above T-Patcher in the mean of five", both, _unike)
-    hard = {pair: known for pair, known in by_pair.items() if "ldke" in known and known["ldke"]["per_edit"]}
+    hard = {pair: known for pair, known in by_pair.items() if "ldke" in known and _tells_hard(known["ldke"])}
     found += _each("LDKE-style: locality 0.98 on hard negatives, generality 0.9", hard, _hard)
     long = [o for o in of(outcomes, "sequential") if o["case"]["edits"] >= 1000]
     if long:
@@ -130,13 +130,21 @@ def _unike(known: Mapping[str, Outcome]) -> tuple[bool, str]:
     return ours > theirs, f"{ours:.3f} and {theirs:.3f}"
 
 
+def _tells_hard(outcome: Outcome) -> bool:
+    """Whether hard questions can be told: by edit, or as one of all."""
+    return bool(outcome["per_edit"]) or _value(outcome, "image_locality") == 1.0
+
+
 def _hard(known: Mapping[str, Outcome]) -> tuple[bool, str]:
     outcome = known["ldke"]
+    generality = min(_value(outcome, "text_generality"), _value(outcome, "image_generality"))
+    if not outcome["per_edit"]:
+        told = f"1.000 on every question, the hard ones among them, generality {generality:.3f}"
+        return generality >= 0.9, told
     hard = [number for number, tags in enumerate(outcome["tags"]) if "hard" in tags]
     values = [outcome["per_edit"]["image_locality"][number] for number in hard]
     present = [value for value in values if value is not None]
     locality = sum(present) / len(present) if present else float("nan")
-    generality = min(_value(outcome, "text_generality"), _value(outcome, "image_generality"))
     told = f"{locality:.3f} on {len(present)} hard questions, generality {generality:.3f}"
     return locality >= 0.98 and generality >= 0.9, told
 

@@ -207,6 +207,25 @@ def test_stored_rows_stand_beside_what_was_run() -> None:
     assert rows_of([found[1]])[0]["scores"] == ldke["scores"]
 
 
+def test_stored_sequences_stand_beside_new_singles_of_the_same_weights() -> None:
+    run = outcome("lora", [1.0, 0.0])
+    long = outcome("ldke", [1.0] * 1000, table="sequential")
+    (row,) = json.loads(json.dumps(rows_of([long])))
+    (found,) = stored_beside([run], [row, {**row, "weights": "x"}])
+    assert found["checkpoints"]["1"]["strict"]["near"] == long["checkpoints"]["1"]["strict"]["near"]
+    told = {aim: reached for aim, reached, _ in verdicts([run, found])}
+    assert told["after 1000 edits in sequence reliability 0.9, locality 0.95"]
+
+
+def test_hard_questions_are_told_of_a_stored_row_where_none_failed() -> None:
+    run = outcome("lora", [1.0, 0.0])
+    aim = "LDKE-style: locality 0.98 on hard negatives, generality 0.9"
+    for right, expected in (([1.0, 1.0], True), ([1.0, 0.0], None)):
+        stored = stored_beside([run], json.loads(json.dumps(rows_of([outcome("ldke", right)]))))
+        told = {aim: reached for aim, reached, _ in verdicts([run, *stored])}
+        assert told.get(aim) is expected
+
+
 def test_a_case_is_run_scored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edits = make_edits(4)
 
