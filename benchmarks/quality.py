@@ -216,8 +216,8 @@ def stored_sections() -> list[str]:
     for base, edits in sorted({(cell["base"], cell["edits"]) for cell in cells}):
         told = f"`benchmarks/tv_search.py`: {base}, {edits} edits of each train split, paired; bold: above zero."
         some = [cell for cell in cells if (cell["base"], cell["edits"]) == (base, edits)]
-        told += " The penalty acts from the first step and does not back off; MMD² has the weight 1 of equation (9) where"
-        told += " no other is named; `no TV` is MMD alone. Means and differences are over the pairs that a setting has."
+        told += " The penalty acts from the first step and does not back off; MMD² has the weight 1 of equation (9)"
+        told += " where no other is named; `no TV` is MMD alone. Means and differences are over a setting's pairs."
         lines += ["## Does the total variation earn its place over kl+x with the same data?", "", told, ""]
         lines += [*tv_search.table(some), ""]
     if curves:
