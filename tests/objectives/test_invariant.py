@@ -45,17 +45,27 @@ def penalty_by_hand(batch: object, mode: str) -> Tensor:
 def test_total_is_risk_plus_multiplier_times_variation(mode: str) -> None:
     batch, _ = make_batch()
     with_flat(batch)
-    objective = InvariantObjective(FromFirstStep(penalty=mode, smoothing=0.0, warmup=0.0), steps=10)
-    losses = objective(batch, 0)
+    config = FromFirstStep(penalty=mode, smoothing=0.0, warmup=0.0, weights=(1.5, 0.5, 0.25))
+    losses = InvariantObjective(config, steps=10)(batch, 0)
     expected = penalty_by_hand(batch, mode)
     torch.testing.assert_close(losses.parts["tv"], expected.detach())
     table = tripartite(batch)
     fitted = table.value[:, :3].mean(1) if mode in ("prompt_env", "token") else table.value[:, 0]
-    risk = fitted + table.value[:, 3:5].mean(1) + table.value[:, 5]
+    risk = 1.5 * fitted + 0.5 * table.value[:, 3:5].mean(1) + 0.25 * table.value[:, 5]
     torch.testing.assert_close(losses.total, risk + losses.parts["lambda"] * expected)
     # Calibration: when it is switched on the penalty is ``scale`` times the risk, up to the network's start
     share = losses.parts["lambda"] * expected / risk
     assert ((share > 0.02) & (share < 0.5)).all(), share
+
+
+def test_generality_weighs_a_hundredth_by_default() -> None:
+    batch, _ = make_batch()
+    with_flat(batch)
+    whole, default = (
+        InvariantObjective(config, steps=4)(batch, 0).total
+        for config in (FromFirstStep(scale=0.0, weights=(1.0, 1.0, 1.0)), FromFirstStep(scale=0.0))
+    )
+    torch.testing.assert_close(whole - default, 0.99 * tripartite(batch).value[:, 5])
 
 
 def test_penalty_is_off_during_the_warmup() -> None:
