@@ -76,6 +76,13 @@ def score(outcome: Outcome, name: str, protocol: str = "strict") -> dict[str, An
     return found if found and found["mean"] is not None else None
 
 
+def seconds_of(outcome: Outcome) -> str:
+    """Seconds an edit, marked where the processor had nothing wider than AVX2: those compare with no others."""
+    seconds = f"{outcome['timing']['seconds_per_edit']:.3f}"
+    machine = outcome.get("provenance", {}).get("machine", {})
+    return f"{seconds} (AVX2)" if machine.get("cpu_capability") == "AVX2" else seconds
+
+
 def mean_of_five(outcome: Outcome) -> float:
     """Mean over edits of the mean of the five scores."""
     if not outcome["per_edit"]:
@@ -92,7 +99,7 @@ def differences(plain: Outcome, other: Outcome) -> dict[str, Score]:
 
 def pairs(outcomes: Sequence[Outcome], table: str = "single", against: str = "") -> list[tuple[Outcome, Outcome]]:
     """(x, odedit+x) on the same edits; ``against="kl"``: (kl+x, odedit+x), the control with the same data."""
-    by_key = {(o["case"]["model"], o["case"]["data"], o["case"]["method"]): o for o in of(outcomes, table)}
+    by_key = {(o["case"]["model"], o["case"]["data"], o["case"]["method"]): o for o in unlabelled(of(outcomes, table))}
     found = []
     for (model, data, method), outcome in by_key.items():
         prefix, _, base = method.rpartition("+")
@@ -107,6 +114,11 @@ def pairs(outcomes: Sequence[Outcome], table: str = "single", against: str = "")
 def of(outcomes: Iterable[Outcome], table: str) -> list[Outcome]:
     """The outcomes of a table."""
     return [outcome for outcome in outcomes if outcome["case"]["table"] == table]
+
+
+def unlabelled(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Methods as they are; a case with a label has other settings and stands for nobody else."""
+    return [outcome for outcome in outcomes if not outcome["case"]["label"]]
 
 
 def named(outcome: Outcome) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality_cases import DATA, MODELS
+from benchmarks.quality_outcomes import seconds_of, unlabelled
 from benchmarks.quality_tables import Outcome, named, of, score
 
 #: Side by side, in this order.
@@ -52,7 +53,7 @@ def summary(outcomes: Sequence[Outcome], pictures: Mapping[str, str]) -> list[st
 def shown_pair(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The single edits of one pair of set and model."""
     by_pair: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in of(outcomes, "single"):
+    for outcome in unlabelled(of(outcomes, "single")):
         by_pair.setdefault((outcome["case"]["data"], outcome["case"]["model"]), []).append(outcome)
     for pair in PAIRS:
         if set(EIGHT) <= {o["case"]["method"] for o in by_pair.get(pair, [])}:
@@ -90,7 +91,7 @@ def _table(group: Sequence[Outcome], long: Sequence[Outcome]) -> list[str]:
             sequence = after.get(name)
             same = sequence is not None and sequence["case"]["edits"] == count
             cells.append(_text(_mean(sequence, ("reliability",))) if sequence is not None and same else "")
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{outcome['timing']['seconds_per_edit']:.3f}"]) + " |")
+        lines.append(f"| {name} | " + " | ".join([*cells, seconds_of(outcome)]) + " |")
     return lines
 
 
@@ -115,8 +116,7 @@ def _advice(group: Sequence[Outcome], long: Sequence[Outcome]) -> list[str]:
     fast = [o for o in group if o["timing"]["train_s"] is None and _known(o, GENERAL) >= LEAST_GENERAL]
     if fast:
         best = _best(fast, lambda o: -o["timing"]["seconds_per_edit"])
-        seconds = best["timing"]["seconds_per_edit"]
-        lines.append(f"* **Least time, nothing trained before:** {_told(best)}, {seconds:.3f} s an edit.")
+        lines.append(f"* **Least time, nothing trained before:** {_told(best)}, {seconds_of(best)} s an edit.")
     return lines
 
 

@@ -18,6 +18,7 @@ from benchmarks.quality_outcomes import (
     of,
     pairs,
     score,
+    seconds_of,
 )
 from benchmarks.quality_verdicts import over_methods, verdicts
 from fastedit.evaluation import Score, bootstrap
@@ -83,7 +84,8 @@ def _how(outcomes: Sequence[Outcome]) -> list[str]:
         "rate of 3/n. The strict protocol compares generated answers; `near` is the edit's question about another "
         "image, `same` another question about the edit's image, both must stay. Trained parts and pools come from the "
         "train split, edits from the eval split. Seconds an edit are processor seconds of one out of a batch of 16 on "
-        "one thread, without scores; training is wall time on one thread of a machine that ran other cases beside; "
+        "one thread, without scores; those marked AVX2, of a machine with nothing wider, compare with no others. "
+        "Training is wall time on one thread of a machine that ran other cases beside; "
         "memory is the peak of a process that fits and scores 64 edits at a time and does nothing else.",
         "",
         f"Versions: {versions}. Commits: {', '.join(commits)}.",
@@ -124,7 +126,7 @@ def _score_table(group: Sequence[Outcome], heading: str = "method") -> list[str]
         timing = outcome["timing"]
         train = "" if timing["train_s"] is None else f"{timing['train_s']:.0f} s"
         cells = [_cell(score(outcome, name)) for name in SCORES]
-        cells += [f"{mean_of_five(outcome):.3f}", f"{timing['seconds_per_edit']:.3f}", train]
+        cells += [f"{mean_of_five(outcome):.3f}", seconds_of(outcome), train]
         memory = "" if timing["peak_memory_mib"] is None else f"{timing['peak_memory_mib']:.0f}"
         lines.append("| " + " | ".join([named(outcome), *cells, memory]) + " |")
     return lines
@@ -221,7 +223,7 @@ def _sequence_table(group: Sequence[Outcome]) -> list[str]:
         for number, (count, scores) in enumerate(points):
             cells = [_mean_text(scores["strict"].get(name)) for name in shown]
             name = named(outcome) if not number else ""
-            seconds = f"{outcome['timing']['seconds_per_edit']:.3f}" if number == len(points) - 1 else ""
+            seconds = seconds_of(outcome) if number == len(points) - 1 else ""
             lines.append(f"| {name} | {count} | " + " | ".join(cells) + f" | {seconds} |")
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from benchmarks.quality_cases import FIVE, SCORES, UNFITTED
-from benchmarks.quality_outcomes import HEADINGS, Outcome, mean_of_five, named, of, pairs, score
+from benchmarks.quality_outcomes import HEADINGS, Outcome, mean_of_five, named, of, pairs, score, unlabelled
 from fastedit.evaluation import Score, bootstrap_over_groups
 
 #: By pair ("set on model"), outcomes by method.
@@ -34,7 +34,7 @@ def over_methods(found: Sequence[tuple[Outcome, Outcome]], name: str) -> dict[st
 def verdicts(outcomes: Sequence[Outcome]) -> list[tuple[str, bool, str]]:
     """(aim, whether it is reached on every pair, what was measured), as far as the outcomes say."""
     by_pair: dict[str, dict[str, Outcome]] = {}
-    for outcome in of(outcomes, "single"):
+    for outcome in unlabelled(of(outcomes, "single")):
         case = outcome["case"]
         by_pair.setdefault(f"{case['data']} on {case['model']}", {})[case["method"]] = outcome
     found: list[tuple[str, bool, str]] = []

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import fastedit
-from benchmarks import long_sequence, quality, quality_maps, quality_run, tv_search
+from benchmarks import long_sequence, quality, quality_maps, quality_outcomes, quality_run, tv_search
 from benchmarks.quality_cases import (
     CONTROL,
     DATA,
@@ -215,6 +215,24 @@ def test_stored_sequences_stand_beside_new_singles_of_the_same_weights() -> None
     assert found["checkpoints"]["1"]["strict"]["near"] == long["checkpoints"]["1"]["strict"]["near"]
     told = {aim: reached for aim, reached, _ in verdicts([run, found])}
     assert told["after 1000 edits in sequence reliability 0.9, locality 0.95"]
+
+
+def test_a_case_with_other_settings_stands_for_no_method() -> None:
+    found = [outcome("kl+lora", [0.5, 0.5]), outcome("odedit+lora", [0.0, 0.0])]
+    tuned = outcome("odedit+lora", [1.0, 1.0], label="odedit+lora, tuned")
+    for together in ([*found, tuned], [tuned, *found]):
+        ((_, other),) = pairs(together, against="kl")
+        assert mean_of_five(other) == 0.0
+        assert "| odedit+lora, tuned |" in markdown(together, {})
+        assert any("below it 1 of 1 (lora)" in told for _, _, told in verdicts(together))
+
+
+def test_seconds_of_a_narrower_processor_are_marked() -> None:
+    run = outcome("lora", [1.0])
+    plain = quality_outcomes.seconds_of(run)
+    narrow = {**run, "provenance": {**run["provenance"], "machine": {"cpu_capability": "AVX2"}}}
+    assert quality_outcomes.seconds_of(narrow) == f"{plain} (AVX2)"
+    assert f"| {plain} (AVX2) |" in markdown([narrow], {})
 
 
 def test_hard_questions_are_told_of_a_stored_row_where_none_failed() -> None:
