@@ -126,12 +126,21 @@ def test_what_is_replayed_has_the_reference_of_the_sequence(
 @pytest.mark.parametrize("method", ["kl+lora", "odedit+ft"])
 def test_replay_joins_an_objective_that_has_a_kl_term(model: EditableModel, method: str) -> None:
     edits, pool = make_edits(3), make_edits(8)[4:]
-    # Equation (9)'s weights: with others the two runs round the first edit apart
-    given: dict[str, Any] = {"weights": (1.0, 1.0, 1.0)} if method.startswith("odedit") else {}
-    with_it = run(model, edits, method, pool=pool, retain="replay", **given).deltas
-    without = run(model, edits, method, pool=pool, **given).deltas
-    assert with_it[0].id == without[0].id
-    assert with_it[2].id != without[2].id
+    with_it = run(model, edits, method, pool=pool, retain="replay").deltas
+    without = run(model, edits, method, pool=pool).deltas
+    # The two walk batches of other sizes, whose rounding is another
+    assert distance(with_it[0], without[0]) < 1e-4
+    assert distance(with_it[2], without[2]) > 0.01
+
+
+def distance(one: fastedit.EditDelta, other: fastedit.EditDelta) -> float:
+    """Of two changes, over the size of the second."""
+    squares = [
+        torch.stack([(one.tensors[name] - tensor).float().square().sum(), tensor.float().square().sum()])
+        for name, tensor in other.tensors.items()
+    ]
+    apart, size = torch.stack(squares).sum(0).tolist()
+    return float((apart / size) ** 0.5)
 
 
 @pytest.mark.parametrize("retain", KINDS)
