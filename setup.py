@@ -230,6 +230,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "pytest-timeout>=2.3",
         "hypothesis>=6.120",
         "easy-vqa>=1.0",
         # trainers of others

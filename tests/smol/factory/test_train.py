@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,9 +148,10 @@ class TestOptimiser:
 
     def test_processes_share_a_step(self, tmp_path: Path) -> None:
         alone = shared_step(0, 1, None)
-        context = torch.multiprocessing.get_context("spawn")
-        with context.Pool(2) as pool:
-            found = pool.starmap(shared_step, [(rank, 2, tmp_path / "meeting") for rank in range(2)])
+        # Not a Pool, which waits for ever for what a process that ended was asked
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            asked = [pool.submit(shared_step, rank, 2, tmp_path / "meeting") for rank in range(2)]
+            found = [each.result(timeout=300) for each in asked]
         for name, weight in alone.items():
             for each in found:
                 np.testing.assert_allclose(each[name], weight, rtol=1e-4, atol=1e-5)
@@ -160,11 +164,15 @@ def shared_step(rank: int, processes: int, meeting: Path | None) -> dict[str, An
     module = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Linear(6, 3), torch.nn.Linear(3, 4))
     rows = torch.randn(4, 5)
     if meeting is not None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes, timeout=timedelta(minutes=2)
+        )
         rows = rows[2 * rank : 2 * rank + 2]
     optimiser = Optimiser(module.named_parameters(), 10, matrix_lr=0.1, rest_lr=0.01, warm_up=1)
     for _ in range(2):
         optimiser.step(module(rows).square().mean(), rank, processes)
+    if meeting is not None:
+        torch.distributed.destroy_process_group()
     return {name: weight.detach().numpy() for name, weight in module.named_parameters()}
 
 
