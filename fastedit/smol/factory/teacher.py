@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.backbone.stock import cache_of
 from fastedit.smol.concepts import concepts
 from fastedit.smol.facts import Fact, facts
 from fastedit.smol.models import TEXT_PROMPT
@@ -97,7 +98,7 @@ def teach(
         for group in groups.values():
             for at in range(0, len(group), _BATCH):
                 part = group[at : at + _BATCH]
-                rows = _continued(model, head.past_key_values, [ids for _, _, ids in part], ends)
+                rows = _continued(model, cache_of(head), [ids for _, _, ids in part], ends)
                 for (fact, prompt, _), row in zip(part, rows, strict=True):
                     tokens = [token[0][0] for token in row[:-1]]
                     answer = tokenizer.decode(tokens).strip()
@@ -117,7 +118,8 @@ def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]
     ids, steps = torch.tensor(prompts), []
     with torch.no_grad():
         for _ in range(_LONGEST):
-            hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            # By its position: transformers is about to give the cache another name
+            hidden = model.model(ids, None, None, cache, use_cache=True).last_hidden_state[:, -1]
             shares, tokens = model.lm_head(hidden).float().softmax(-1).topk(_LIKELIEST)
             steps.append([tuple(zip(*row, strict=True)) for row in zip(tokens.tolist(), shares.tolist(), strict=True)])
             ids = tokens[:, :1]

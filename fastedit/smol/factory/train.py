@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastedit.smol.factory.train")
 BEGIN, TOWER, SPEAKER, TAUGHT, HISTORY = "begin.pt", "tower.pt", "speaker.pt", "taught.json", "history.json"
+_MEETING = "meeting"
 _SAVE_EVERY_S = 120.0
 
 
@@ -216,7 +217,7 @@ def train(rank: int, out: Path, seed: int, recipe: Recipe, processes: int) -> No
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if processes > 1:
-        meeting = f"file://{(out / 'meeting').resolve()}"
+        meeting = f"file://{(out / _MEETING).resolve()}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     started, cpu = time.monotonic(), time.process_time()
     run = Run(out, seed, recipe, rank, processes)
@@ -257,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.processes == 1:
         train(0, *work)
     else:
+        # Of a run before, whose processes answer no more
+        (arguments.out / _MEETING).unlink(missing_ok=True)
         spawn(train, work, arguments.processes)  # type: ignore[no-untyped-call]
 
 
