@@ -11,6 +11,9 @@ from fastedit.fitting.solver import SolverConfig
 from fastedit.methods.base import Accumulation, Method, check_positions, last_layers, layer_sites, positions_option
 from fastedit.settings import check_fit, check_ranges, check_retain
 
+#: What the factors lose at a step by default, as a share.
+FADING = 0.02
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -26,7 +29,8 @@ class LoRAConfig:
         steps: most optimiser steps.
         lr: of AdamW; None is 0.6 / hidden size (1.5e-4 at 4096, 5e-3 at 128).
         clip: largest gradient norm of an edit; None is off.
-        weight_decay: on the factors.
+        weight_decay: on the factors, decoupled; None is 0.02 / lr, two per cent a step. The first factor is drawn, and
+            what of it no gradient asks for fades: measured, it holds what must stay (docs/methods.md). 0 is none.
         positions: "all", or "after_image": the delta acts on the tokens behind the image only, in edits and answers
             alike. Another delta than "all", and a faster fit: the image's tokens become constants of the layers above.
         stop_loss: stop an edit when its NLL is below this and every target token is the argmax; None never stops.
@@ -47,7 +51,7 @@ class LoRAConfig:
     steps: int = 100
     lr: float | None = None
     clip: float | None = 1.0
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     positions: str = "all"
     stop_loss: float | None = 0.02
     check_every: int = 1
@@ -86,11 +90,12 @@ class LoRA(Method):
     @staticmethod
     def solver(model: EditableModel, config: LoRAConfig) -> SolverConfig:
         """AdamW per edit."""
+        lr = 0.6 / model.hidden_size if config.lr is None else config.lr
         return SolverConfig(
             steps=config.steps,
-            lr=0.6 / model.hidden_size if config.lr is None else config.lr,
+            lr=lr,
             clip=config.clip,
-            weight_decay=config.weight_decay,
+            weight_decay=FADING / lr if config.weight_decay is None else config.weight_decay,
             stop_loss=config.stop_loss,
             check_every=config.check_every,
             capture=config.capture,
