@@ -86,6 +86,9 @@ def _train(
     if state.status == "diverging" and processes.is_first():
         message = f"train {task.name}: the loss ended above where it began (got {state.told_losses}); try a smaller lr"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+    if state.best is not None and state.best["score"] == 0 and processes.is_first():
+        message = f"train {task.name}: no validation scored above 0 (got {len(state.history)} validations)"
+        warnings.warn(f"{message}; try more steps, more records or a smaller lr", RuntimeWarning, stacklevel=3)
     artifact = task.result()
     seconds = state.seconds + time.monotonic() - start
     metrics = {"steps": state.step, "seconds": round(seconds, 1), "validation": state.history, "best": state.best}

@@ -392,6 +392,8 @@ def test_training_that_goes_nowhere_says_so(tmp_path: Path) -> None:
     assert made.metrics["status"] == "diverging"
     # A multiplier may let the loss grow while validation gets better
     assert train_task(Climbing(scores=[0.3, 0.4, 0.5]), CONFIG).metrics["status"] == "max_steps"
+    with pytest.warns(RuntimeWarning, match=r"no validation scored above 0 \(got \d+ validations\); try more steps"):
+        train_task(Line(scores=[0.0] * 3), CONFIG)
     # What was broken off knows its first losses
     path = tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):

@@ -215,6 +215,9 @@ class Scale(nn.Module):
     directions are brought to size one, not dimensions: what tells two targets or two images apart is small beside what
     they share, and a network that is handed both at their sizes learns the difference late.
 
+    Of fewer than 2 d tokens the strengths are shrunk towards their mean (Ledoit and Wolf, 2004), the more the fewer
+    there are: a direction that few tokens happen not to have would else be blown up in every edit that has it.
+
     Args:
         width: d.
         directions: how many directions are scaled each by itself, the others alike; 0 scales dimensions.
@@ -249,8 +252,11 @@ class Scale(nn.Module):
         _, values, basis = torch.linalg.svd(some, full_matrices=False)
         found = min(len(self.gain), len(values))
         strengths = values[:found].square() / len(some)
-        ridge = RIDGE * float(squares.mean()) or 1.0
+        mean = float(squares.mean())
+        ridge = RIDGE * mean or 1.0
         left = max(0.0, float(squares.sum() - strengths.sum())) / max(1, tokens.shape[1] - found)
+        doubt = max(0.0, 1 - len(some) / (2 * tokens.shape[1]))
+        strengths, left = torch.lerp(strengths, torch.full_like(strengths, mean), doubt), left + doubt * (mean - left)
         rest = (left + ridge) ** -0.5
         self.deviation.fill_(1 / rest)
         self.basis.zero_()

@@ -243,14 +243,25 @@ def test_directions_are_brought_to_size_one(directions: int) -> None:
     assert seen.square().mean(0).sqrt()[3:].tolist() == pytest.approx([rest] * 9, rel=0.25)
 
 
+@pytest.mark.parametrize("count", [8, 24, 64])
+def test_statistics_of_few_tokens_blow_nothing_up(count: int) -> None:
+    """Directions that no measured token had are as large in others, and come out at a size near one."""
+    tokens = 1e-3 * torch.randn(count + 500, 64, generator=torch.Generator().manual_seed(0))
+    scale = Scale(64, 48)
+    scale.measure(tokens[:count])
+    size = scale(tokens[count:]).square().mean().sqrt().item()
+    assert 0.7 < size < 1.5
+
+
 def test_statistics_of_fewer_tokens_than_directions() -> None:
     tokens = torch.eye(6)[:2] * torch.tensor([[2.0], [4.0]])
     scale = Scale(6, 6)
     scale.measure(tokens)
     found = scale(tokens)
-    assert bool(found.isfinite().all())
-    assert found[0, 0].item() == pytest.approx(2**0.5, rel=0.05)
-    assert found[1, 1].item() == pytest.approx(2**0.5, rel=0.05)
+    # Mean squares of 2 and 8 shrunk by 10 / 12 towards 20 / 12, and a hundredth of that beside them
+    mean = 20 / 12
+    assert found[0, 0].item() == pytest.approx(2 / (2 / 6 + mean * 5 / 6 + 0.01 * mean) ** 0.5)
+    assert found[1, 1].item() == pytest.approx(4 / (8 / 6 + mean * 5 / 6 + 0.01 * mean) ** 0.5)
     again = Scale(6, 6)
     again.measure(torch.zeros(4, 6))
     assert bool(again(tokens).isfinite().all())
