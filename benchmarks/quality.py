@@ -56,6 +56,14 @@ MAPPED = 200
 TABLES = ("single", "sequential", "cross-task", "ablation", "icons")
 
 
+#: What stands above the tables of the search for a penalty.
+SEARCHED = """`benchmarks/tv_search.py`, edits of each train split, paired; bold: above zero. Where a setting says no
+other, the penalty acts from the first step and does not back off, MMD² has the weight 1 of equation (9) and factors do
+not decay; `guarded` is the default's warm-up and backing off; `no TV` is MMD alone. The control of a setting with decay
+has the same; that of `kl` with decay or another weight is `kl`. Means and differences are over a setting's pairs.
+[Methods](methods.md) says what follows."""
+
+
 def cases_of(tables: Sequence[str], edits: int, ablated: int) -> list[Case]:
     """The cases of some tables.
 
@@ -213,13 +221,11 @@ def stored_sections() -> list[str]:
     """What other scripts measured, from the rows that they stored."""
     cells, curves = tv_search.stored_cells(), long_sequence.rows(long_sequence.RESULTS)
     lines: list[str] = []
-    for base, edits in sorted({(cell["base"], cell["edits"]) for cell in cells}):
-        told = f"`benchmarks/tv_search.py`: {base}, {edits} edits of each train split, paired; bold: above zero."
+    if cells:
+        lines += ["## Does the total variation earn its place over kl+x with the same data?", "", SEARCHED, ""]
+    for edits, base in sorted({(cell["edits"], cell["base"]) for cell in cells}, reverse=True):
         some = [cell for cell in cells if (cell["base"], cell["edits"]) == (base, edits)]
-        told += " The penalty acts from the first step and does not back off; MMD² has the weight 1 of equation (9)"
-        told += " where no other is named; `no TV` is MMD alone. Means and differences are over a setting's pairs."
-        lines += ["## Does the total variation earn its place over kl+x with the same data?", "", told, ""]
-        lines += [*tv_search.table(some), ""]
+        lines += [f"### {base}, {edits} edits of each train split", "", *tv_search.table(some), ""]
     if curves:
         lines += ["## Thousands of edits in one sequence that do not contradict each other", ""]
         lines += ["`benchmarks/long_sequence.py`, pocket-vqa, scored on a sample at each length.", ""]

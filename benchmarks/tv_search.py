@@ -51,20 +51,28 @@ ALL_STEPS: Mapping[str, Any] = {"stop_loss": None}
 NO_TV: Mapping[str, Any] = {"dual": "constant", "scale": 0.0}
 SCALAR: Mapping[str, Any] = {"dual": "scalar", "scale": 0.1}
 NO_MMD: Mapping[str, Any] = {"weights": (1.0, 1.0, 0.0)}
+#: What ``odedit+x`` weighs MMD by default.
+LITTLE_MMD = (1.0, 1.0, 0.01)
+NETWORK: Mapping[str, Any] = {"dual": "network", "scale": 0.1, "weights": LITTLE_MMD}
 
 #: By name, the objective and its settings. ``kl`` is the control: the same views, without MMD, TV and multiplier; a
 #: setting of several views, or of all steps, stands beside the control that has as many. ``share`` keeps the penalty at
-#: a share of the risk all along, ``late`` begins in the middle, where most edits are right.
+#: a share of the risk all along, ``late`` begins in the middle, where most edits are right. ``guarded`` begins after a
+#: fifth of the steps and backs off where an answer is lost again, as by default.
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kl": ("kl", {"kl_rephrases": True}),
     "kl, KL of weight 2": ("kl", {"kl_rephrases": True, "kl_weight": 2.0}),
     "kl, KL of weight 4": ("kl", {"kl_rephrases": True, "kl_weight": 4.0}),
+    "kl, weight decay 1": ("kl", {"kl_rephrases": True, "weight_decay": 1.0}),
+    "kl, weight decay 4": ("kl", {"kl_rephrases": True, "weight_decay": 4.0}),
+    "kl, weight decay 10": ("kl", {"kl_rephrases": True, "weight_decay": 10.0}),
+    "kl, weight decay 25": ("kl", {"kl_rephrases": True, "weight_decay": 25.0}),
     "kl, 3 views": ("kl", {"kl_rephrases": True, "n_views": 3}),
     "kl, all steps": ("kl", {"kl_rephrases": True, **ALL_STEPS}),
     "no TV": ("odedit", NO_TV),
     "no TV, no MMD": ("odedit", {**NO_TV, **NO_MMD}),
     "no TV, MMD .1": ("odedit", {**NO_TV, "weights": (1.0, 1.0, 0.1)}),
-    "no TV, MMD .01": ("odedit", {**NO_TV, "weights": (1.0, 1.0, 0.01)}),
+    "no TV, MMD .01": ("odedit", {**NO_TV, "weights": LITTLE_MMD}),
     "constant .1, MMD .1": ("odedit", {"dual": "constant", "scale": 0.1, "weights": (1.0, 1.0, 0.1)}),
     "constant .1": ("odedit", {"dual": "constant", "scale": 0.1}),
     "constant 1": ("odedit", {"dual": "constant", "scale": 1.0}),
@@ -81,7 +89,18 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "scalar .1, token": ("odedit", {**SCALAR, "penalty": "token"}),
     "scalar .1, warm-up .2": ("odedit", {**SCALAR, "warmup": 0.2}),
     "network .1": ("odedit", {"dual": "network", "scale": 0.1}),
-    "network .1, MMD .01": ("odedit", {"dual": "network", "scale": 0.1, "weights": (1.0, 1.0, 0.01)}),
+    "network .1, MMD .01": ("odedit", NETWORK),
+    "network .1, MMD .01, backs off": ("odedit", {**NETWORK, "backoff": 0.5}),
+    "network .1, MMD .01, guarded": ("odedit", {**NETWORK, "backoff": 0.5, "warmup": 0.2}),
+    "network .1, MMD .01, backs off, weight decay 4": ("odedit", {**NETWORK, "backoff": 0.5, "weight_decay": 4.0}),
+    "no TV, MMD .01, weight decay 4": ("odedit", {**NO_TV, "weights": LITTLE_MMD, "weight_decay": 4.0}),
+    "detached .1, MMD .01, backs off": ("odedit", {**NETWORK, "dual": "network-detached", "backoff": 0.5}),
+    "scalar .1, MMD .01, backs off": ("odedit", {**NETWORK, "dual": "scalar", "backoff": 0.5}),
+    "constant .1, MMD .01, backs off": ("odedit", {**NETWORK, "dual": "constant", "backoff": 0.5}),
+    "constant .3, MMD .01, backs off": ("odedit", {**NETWORK, "dual": "constant", "scale": 0.3, "backoff": 0.5}),
+    "constant .1, MMD .01": ("odedit", {"dual": "constant", "scale": 0.1, "weights": LITTLE_MMD}),
+    "scalar .1, MMD .01": ("odedit", {**SCALAR, "weights": LITTLE_MMD}),
+    "detached .1, MMD .01": ("odedit", {"dual": "network-detached", "scale": 0.1, "weights": LITTLE_MMD}),
     "detached .1": ("odedit", {"dual": "network-detached", "scale": 0.1}),
     "no TV, 3 views": ("odedit", {**NO_TV, "n_views": 3}),
     "scalar .1, 3 views": ("odedit", {**SCALAR, "n_views": 3}),
@@ -93,9 +112,11 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def control_of(name: str) -> str:
-    """The control that has the data and the steps of a setting."""
-    settings = SETTINGS[name][1]
+    """The control that has the data, the steps and the decay of a setting; of a control with decay, the one without."""
+    objective, settings = SETTINGS[name]
     views = settings.get("n_views", 1)
+    if objective == "odedit" and "weight_decay" in settings:
+        return f"kl, weight decay {settings['weight_decay']:g}"
     if "stop_loss" in settings:
         return "kl, all steps"
     return "kl" if views == 1 else f"kl, {views} views"
@@ -184,6 +205,8 @@ def run_cell(
     if objective == "odedit":
         # From the first step to the last, all risks alike as in equation (9), where a setting does not say otherwise
         settings = {"warmup": 0.0, "backoff": 1.0, "weights": (1.0, 1.0, 1.0), **settings}
+    # Without decay of the factors where a setting does not name it; `lora` has some by default
+    settings = {"weight_decay": 0.0, **settings}
     begin = time.process_time()
     with watched() as curves:
         run = fastedit.edit(

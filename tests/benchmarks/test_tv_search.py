@@ -32,7 +32,8 @@ def test_settings_stand_beside_a_control_with_the_same_data() -> None:
         control = SETTINGS[control_of(name)]
         beside = resolve(f"{control[0]}+lora", dict(control[1]))
         assert plan.build_objective(50).roles == beside.build_objective(50).roles, name
-        assert plan.config == beside.config, name
+        if objective == "odedit":
+            assert plan.config == beside.config, name
     assert {settings.get("dual") for _, settings in SETTINGS.values()} >= {
         "network", "network-detached", "scalar", "constant",
     }  # fmt: skip
@@ -43,6 +44,8 @@ def test_a_cell_tells_how_the_multiplier_went() -> None:
     climbing = run_cell(model, edits[:3], edits[3:], "scalar .1", "lora")
     still = run_cell(model, edits[:3], edits[3:], "no TV", "lora")
     control = run_cell(model, edits[:3], edits[3:], "kl", "lora")
+    decayed = run_cell(model, edits[:3], edits[3:], "kl, weight decay 4", "lora")
+    assert (control["settings"]["weight_decay"], decayed["settings"]["weight_decay"]) == (0.0, 4.0)
     assert climbing["curves"]["ratio"] > 1.5
     assert climbing["curves"]["first_share"] == pytest.approx(0.1, rel=1e-3)
     assert "ratio" not in still["curves"]
