@@ -167,6 +167,9 @@ def test_edits_converge_and_leave_the_base_alone(key: str, method: str, record_p
     weights = [weight.clone() for weight in model.hf.parameters()]
     options: dict[str, Any] = {"method": method, "views": "record", "evaluate": False}
     options["lr"] = 3e-2
+    if key.startswith("gemma4"):
+        # Says its second target at an NLL above 0.7 as it is, and needs factors as large as they get for that
+        options["weight_decay"] = 0.0
     asked = requests(key)
     if method == "lora":
         few, alone = (fastedit.edit(model, some, steps=2, **options).deltas[0] for some in (asked, asked[:1]))
