@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ def main(kinds: str, folder: Path, steps: int = 3) -> None:
     rows = training_set(pocket)
     told = {kind: run(kind, pocket, rows, folder, steps) for kind in kinds.split(",")}
     (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(told))
+    distributed.barrier()
     distributed.destroy_process_group()
+    # What was asked is written; threads of gloo that outlive the interpreter may abort it, as was seen once
+    os._exit(0)
 
 
 if __name__ == "__main__":
