@@ -57,11 +57,11 @@ TABLES = ("single", "sequential", "cross-task", "ablation", "icons")
 
 
 #: What stands above the tables of the search for a penalty.
-SEARCHED = """`benchmarks/tv_search.py`, edits of each train split, paired; bold: above zero. Where a setting says no
-other, the penalty acts from the first step and does not back off, MMD² has the weight 1 of equation (9) and factors do
-not decay; `guarded` is the default's warm-up and backing off; `no TV` is MMD alone. The control of a setting with decay
-has the same; that of `kl` with decay or another weight is `kl`. Means and differences are over a setting's pairs.
-[Methods](methods.md) says what follows."""
+SEARCHED = """`benchmarks/tv_search.py`, edits of each train split, paired; bold: above zero. Unless a setting says
+otherwise, the penalty acts from the first step and does not back off, MMD² has the weight 1 of equation (9) and
+factors do not decay; `guarded` is the default's warm-up and backing off; `no TV` is MMD alone. The control of a setting
+with decay has the same; that of `kl` with decay or another weight is `kl`. Means and differences are over a setting's
+pairs. [Methods](methods.md) says what follows."""
 
 
 def cases_of(tables: Sequence[str], edits: int, ablated: int) -> list[Case]:

@@ -32,6 +32,7 @@ from benchmarks import record
 from benchmarks.quality_cases import FIVE
 from benchmarks.quality_verdicts import over_pairs
 from fastedit.evaluation import Score, bootstrap_difference
+from fastedit.methods import resolve
 from fastedit.methods.registry import OBJECTIVES
 from fastedit.objectives import Losses, TokenBatch
 from fastedit.requests import EditRequest
@@ -205,8 +206,9 @@ def run_cell(
     if objective == "odedit":
         # From the first step to the last, all risks alike as in equation (9), where a setting does not say otherwise
         settings = {"warmup": 0.0, "backoff": 1.0, "weights": (1.0, 1.0, 1.0), **settings}
-    # Without decay of the factors where a setting does not name it; `lora` has some by default
-    settings = {"weight_decay": 0.0, **settings}
+    if hasattr(resolve(f"{objective}+{base}", {}).config, "weight_decay"):
+        # None where a setting does not name it; `lora` has some by default
+        settings = {"weight_decay": 0.0, **settings}
     begin = time.process_time()
     with watched() as curves:
         run = fastedit.edit(

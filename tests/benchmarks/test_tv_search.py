@@ -46,6 +46,7 @@ def test_a_cell_tells_how_the_multiplier_went() -> None:
     control = run_cell(model, edits[:3], edits[3:], "kl", "lora")
     decayed = run_cell(model, edits[:3], edits[3:], "kl, weight decay 4", "lora")
     assert (control["settings"]["weight_decay"], decayed["settings"]["weight_decay"]) == (0.0, 4.0)
+    assert "weight_decay" not in run_cell(model, edits[:1], edits[3:], "kl", "wise")["settings"]
     assert climbing["curves"]["ratio"] > 1.5
     assert climbing["curves"]["first_share"] == pytest.approx(0.1, rel=1e-3)
     assert "ratio" not in still["curves"]
