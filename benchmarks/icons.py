@@ -60,7 +60,7 @@ LOTS = (1,)
 TRAINED_ON = 48
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "ldke": {"valid_records": 16, "stored": 64, "trainer": {"steps": 60, "batch_size": 24, "valid_every": 30}},
-    "serac": {"valid_records": 12, "trainer": {"steps": 40, "batch_size": 8, "valid_every": 20}},
+    "serac": {"valid_records": 12, "trainer": {"steps": 120, "batch_size": 8, "valid_every": 30}},
     "unike": {"valid_records": 12, "triplets": 400, "trainer": {"steps": 100, "batch_size": 64, "valid_every": 25}},
     "mend": {"valid_records": 12, "trainer": {"steps": 150, "batch_size": 8, "valid_every": 50}},
 }

@@ -20,7 +20,7 @@ SHOWN: Mapping[str, tuple[tuple[str, ...], ...]] = {
         (*CHANGES, "polite"),
         (
             "text_locality", "text_locality_unseen", "image_locality", "image_locality_unseen", "near", "near_unseen",
-            "same", "sibling", "contrary",
+            "same", "sibling", "negated", "contrary",
         ),
         ("portability[entailed]", "portability[one-hop]", "portability[two-hop]"),
     ),

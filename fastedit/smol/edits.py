@@ -76,7 +76,7 @@ def draw(name: str, split: str, number: int) -> Record[Scene] | None:
         same=tuple(same),
     )
     return dataclasses.replace(
-        record, further=further(record, question, fact, random.Random(f"{name}:{number}:further"))
+        record, further=further(record, question, after, fact, random.Random(f"{name}:{number}:further"))
     )
 
 

@@ -1,4 +1,4 @@
-"""What a record asks besides the benchmarks' questions: unseen wordings, politeness, siblings, false claims.
+"""What a record asks besides the benchmarks' questions: unseen wordings, politeness, siblings, negations, false claims.
 
 Drawn apart from the record itself, so that a record is what it is without them. Whether the model answers them rightly
 before the edit is stored beside the set; those that it does not are not asked.
@@ -10,18 +10,21 @@ import random
 
 from fastedit.pocket.edits import Asked, Record
 from fastedit.pocket.further import polite
+from fastedit.smol.concepts import concepts
 from fastedit.smol.facts import Fact
-from fastedit.smol.grammar import PLACES, Question, answer_to
-from fastedit.smol.scenes import Scene
+from fastedit.smol.grammar import PLACES, Question, answer_to, phrase
+from fastedit.smol.scenes import Scene, by_name
 from fastedit.smol.templates import prompts
 
 
-def further(record: Record[Scene], question: Question, fact: Fact, rng: random.Random) -> tuple[Asked[Scene], ...]:
+def further(
+    record: Record[Scene], question: Question, after: Scene, fact: Fact, rng: random.Random
+) -> tuple[Asked[Scene], ...]:
     """Return the questions, each with the right answer before the edit and the score it counts for as its kind.
 
     Args:
-        record: the edit, without them. question: what it asks. fact: what its text locality asks.
-        rng: source of all randomness.
+        record: the edit, without them. question: what it asks. after: the scene after the edit.
+        fact: what its text locality asks. rng: source of all randomness.
     """
     first, second, third, near = rng.sample(question.unseen, 4)
     asked = [
@@ -42,7 +45,19 @@ def further(record: Record[Scene], question: Question, fact: Fact, rng: random.R
         for one in record.same
         if one.answer == "no" and one.kind.startswith("exist|")
     ]
+    # Behind all others: what of a record's questions a model is not asked is stored by their places
+    asked.append(_negated(record.scene, after, rng))
     return tuple(asked)
+
+
+def _negated(scene: Scene, after: Scene, rng: random.Random) -> Asked[Scene]:
+    """Return whether a thing is missing from the picture, of which the edit says nothing new."""
+    kind = by_name()[scene.names[0]][1].kind
+    gone = [concept.name for concept in concepts() if concept.kind == kind]
+    stays = [rng.choice([name for name in gone if name not in scene.names + after.names])]
+    stays += [name for name in scene.names if name in after.names]
+    slots = (phrase(rng.choice(stays)),)
+    return Asked(rng.choice(prompts("absent", slots)), scene, answer_to("absent", slots, scene), "negated")
 
 
 def _siblings(record: Record[Scene], question: Question) -> list[Asked[Scene]]:

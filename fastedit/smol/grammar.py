@@ -20,7 +20,7 @@ from fastedit.smol.templates import prompts
 #: What a picture itself answers; `fastedit.smol.facts` has what its subject is known for.
 SCENE_KINDS = (
     "name", "at", "flag", "flag_at", "where", "beside", "count", "background", "exist", "is_count", "is_background",
-    "caption",
+    "absent", "caption",
 )  # fmt: skip
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 _RELATIONS = {("left", "right"): "to the left of", ("top", "bottom"): "above"}
@@ -91,6 +91,8 @@ def answer_to(kind: str, slots: tuple[str, ...], scene: Scene) -> str | None:
         return NUMBERS[len(scene.shown)]
     if kind == "exist":
         return "yes" if any(phrase(name) == slots[0] for name in scene.names) else "no"
+    if kind == "absent":
+        return "no" if any(phrase(name) == slots[0] for name in scene.names) else "yes"
     if kind == "is_count":
         return "yes" if slots[0] == NUMBERS[len(scene.shown)] else "no"
     if kind == "is_background":
@@ -122,7 +124,7 @@ def _slots(kind: str, scene: Scene, rng: random.Random) -> tuple[str, ...]:
         return (PLACES.get(one.cell, ""),)
     if kind in ("where", "beside"):
         return (definite(one.name),)
-    if kind == "exist":
+    if kind in ("exist", "absent"):
         name = one.name if rng.random() < 0.5 else _another(one, rng)
         return (phrase(name),)
     if kind == "is_count":

@@ -86,6 +86,14 @@ WORDINGS: dict[str, Wording] = {
          "is {} in this pictuer", "any sign of {} here", "Please confirm: does one find {} in this image?",
          "My friend claims that it must be here somewhere. Would you agree that there is {}?", "Do we have {} here?"),
     ),
+    "absent": Wording(
+        "",
+        ("Is {} missing from the picture?", "Is {} missing?", "Is the picture without {}?", "Is {} absent?",
+         "Does the picture lack {}?", "Is {} not shown here?"),
+        ("Say whether {} is not to be seen.", "{}, is it not there?", "Could you kindly check that {} is not here?",
+         "is {} missng in this picture", "not any sign of {} here", "Please confirm: does one find {} nowhere?",
+         "My friend claims that somebody took it away. Would you agree that {} is gone?", "Do we lack {} here?"),
+    ),
     "is_count": Wording(
         "",
         ("Is the number of things {}?", "Do you count {} in the picture?", "Can you count {} in all?",

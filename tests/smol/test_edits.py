@@ -8,6 +8,7 @@ from fastedit.pocket.edits import Record
 from fastedit.smol import facts
 from fastedit.smol.concepts import concepts
 from fastedit.smol.edits import draw
+from fastedit.smol.grammar import phrase
 from fastedit.smol.names import SETS
 from fastedit.smol.scenes import Scene, by_name
 from fastedit.smol.split import concepts_of
@@ -47,6 +48,12 @@ def test_the_target_is_wanted_and_the_truth_is_not_it(name: str) -> None:
         for probe in record.same:
             assert probe.scene == record.scene
             assert probe.prompt not in (record.prompt, record.rephrase)
+        negated = record.further[-1]
+        assert (negated.kind, negated.scene) == ("negated", record.scene)
+        things = [phrase(one) for one in record.scene.names if phrase(one) in negated.prompt]
+        assert negated.answer == ("no" if things else "yes")
+        # The target is in nobody's picture, but the edit says that it is
+        assert record.target not in negated.prompt.split()
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -5,6 +5,7 @@ An answer counts if every token of it, the end included, is the likeliest one: w
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -112,18 +113,29 @@ def others(samples: int, seed: int = 1) -> Iterator[Ask]:
             yield scene, lines
 
 
-def texts(taught: Sequence[Taught], limit: int = 300) -> Iterator[Ask]:
+#: Says of each (relation, question) what the unchanged language model answers, "" where it does not end.
+Unchanged = Callable[[Sequence[tuple[str, str]]], list[str]]
+
+
+def texts(taught: Sequence[Taught], unchanged: Unchanged | None = None, limit: int = 300) -> Iterator[Ask]:
     """Yield text questions on facts that training never asked for.
 
-    "known": what the unchanged language model answers rightly in two wordings. "guesses": its wrong answers.
+    "known": what the unchanged language model answers rightly in two wordings, here in any wording, and right is the
+    truth. "as unchanged": the same questions, right is what the unchanged model says to them behind a pattern.
+    "guesses": its wrong answers.
     """
     rng = random.Random("texts")
     facts_kept = [fact for fact in known() if kept_for_measuring(fact.relation, fact.subject)]
-    lines = []
+    lines, asked = [], []
     for fact in rng.choices(facts_kept, k=limit):
-        lines.append(Line("known", rng.choice(fact.prompts()), fact.answer, with_image=False))
-        lines.append(Line("known/unseen", rng.choice(fact.prompts(unseen=True)), fact.answer, with_image=False))
-    wrong = [one for one in taught if one.measured and one.answer != one.truth]
+        for kind, prompts in (("", fact.prompts()), ("/unseen", fact.prompts(unseen=True))):
+            prompt = rng.choice(prompts)
+            lines.append(Line(f"known{kind}", prompt, fact.answer, with_image=False))
+            asked.append((fact.relation, prompt))
+    for line, answer in zip(tuple(lines), unchanged(asked) if unchanged else (), strict=False):
+        if answer:
+            lines.append(dataclasses.replace(line, kind=line.kind.replace("known", "as unchanged"), answer=answer))
+    wrong = [one for one in taught if one.measured and one.truth and one.answer != one.truth]
     lines += [
         Line("guesses", one.prompt, one.answer, with_image=False)
         for one in rng.sample(wrong, min(limit // 3, len(wrong)))
@@ -139,6 +151,8 @@ def knowledge(taught: Sequence[Taught], seed: int = 1) -> Iterator[Ask]:
     right: dict[tuple[str, str], bool] = {}
     measured: dict[tuple[str, str], bool] = {}
     for one in taught:
+        if not one.truth:
+            continue
         key = (one.relation, one.subject)
         right[key], measured[key] = right.get(key, True) and one.answer == one.truth, one.measured
     by_subject: dict[str, list[Fact]] = defaultdict(list)

@@ -19,6 +19,7 @@ MIX: dict[str, dict[str, float]] = {
         "caption": 0.7,
         "background": 0.5,
         "exist": 1,
+        "absent": 0.5,
         "count": 0.3,
         "is_background": 0.3,
         "is_count": 0.2,
@@ -31,11 +32,12 @@ MIX: dict[str, dict[str, float]] = {
         "caption": 0.8,
         "background": 0.3,
         "exist": 1,
+        "absent": 0.5,
         "count": 0.2,
         "is_background": 0.2,
         "is_count": 0.2,
     },
-    "copies": {"count": 2, "background": 0.6, "exist": 1, "is_count": 1, "is_background": 0.3},
+    "copies": {"count": 2, "background": 0.6, "exist": 1, "absent": 0.5, "is_count": 1, "is_background": 0.3},
 }
 #: How likely a picture of a pair, and one of copies, is; the others show one thing.
 _PAIR, _COPIES, _SHORT_PAIR = 0.42, 0.15, 0.4  # fmt: skip
@@ -63,16 +65,20 @@ class Mixture:
         """Take account of an answer: what was not named will be drawn more often."""
         self._weight[name] = 0.8 * self._weight[name] + 0.2 * (0.7 if is_right else 3.0)
 
-    def draw_short(self) -> tuple[Scene, list[Line]]:
-        """Return a picture, what it shows, asked once of one icon, twice of a pair, and a text: 75 to 95 tokens."""
+    def draw_short(self, *, texts: int = 1) -> tuple[Scene, list[Line]]:
+        """Return a picture, what it shows, asked once of one icon, twice of a pair, and a text: 75 to 95 tokens.
+
+        Args:
+            texts: questions without a picture.
+        """
         rng = self._rng
         scene = self._scene("pair" if rng.random() < _SHORT_PAIR else "one")
         kinds = ("name", "flag") if len(scene.shown) == 1 else ("at", "flag_at")
         asked = [ask(scene, kind, rng) for kind in kinds for _ in scene.shown]
         lines = [Line(one.kind, rng.choice(one.prompts), one.answer) for one in asked if one is not None][:2]
-        return scene, [*lines, *rng.sample(self._texts, 1)]
+        return scene, [*lines, *rng.sample(self._texts, texts)]
 
-    def draw(self, *, texts: int = 8, after: float = 0.5, knowledge: int = 2) -> tuple[Scene, list[Line]]:
+    def draw(self, *, texts: int = 8, after: float = 1.0, knowledge: int = 2) -> tuple[Scene, list[Line]]:
         """Return a picture and the lines that are asked of it, some of them about no picture."""
         rng = self._rng
         layout = rng.choices(("one", "pair", "copies"), (1 - _PAIR - _COPIES, _PAIR, _COPIES))[0]
@@ -88,7 +94,8 @@ class Mixture:
             for fact in rng.sample(known, min(knowledge, len(known))):
                 lines.append(Line(f"knows:{fact.relation}", rng.choice(fact.seen_prompts()), fact.answer))
         lines += rng.sample(self._texts, texts)
-        lines += rng.sample(self._after, int(bool(self._after) and rng.random() < after))
+        if self._after:
+            lines += rng.sample(self._after, int(after) + (rng.random() < after % 1))
         rng.shuffle(lines)
         return scene, lines
 

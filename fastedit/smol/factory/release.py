@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from fastedit.smol.factory import measure
+from fastedit.smol.factory.optimiser import FAST_BF16
 from fastedit.smol.factory.packing import Line
-from fastedit.smol.factory.teacher import read
+from fastedit.smol.factory.teacher import answers, read, spoken
 from fastedit.smol.factory.train import HISTORY, SPEAKER, TAUGHT
 from fastedit.smol.icons import ATTRIBUTION
-from fastedit.smol.language import SHA256
+from fastedit.smol.language import SHA256, load_language
 from fastedit.smol.models import ASSETS, CARD, WEIGHTS, assemble
 from fastedit.smol.names import MODEL as NAME
 from fastedit.smol.scenes import Scene
@@ -42,12 +43,15 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
     from safetensors.torch import save_file
 
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in torch.load(trained / SPEAKER).items()}
-    taught = read(trained / TAUGHT)
+    taught, (unchanged, tokenizer) = read(trained / TAUGHT), load_language(None if FAST_BF16 else torch.float32)
     wrong: Counter[str] = Counter()
 
     def note(scene: Scene, line: Line) -> None:
         if line.kind in ("name", "flag"):
             wrong[scene.names[0]] += 1
+
+    def as_unchanged(asked: Sequence[tuple[str, str]]) -> list[str]:
+        return [spoken(tokenizer, row)[1] for row in answers(unchanged, tokenizer, asked)]
 
     with tempfile.TemporaryDirectory() as work:
         model, packer = measure.load(assemble(weights, Path(work) / NAME, {}))
@@ -56,7 +60,7 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
             for group, asked in (
                 ("names", measure.names(renderings)),
                 ("pictures", measure.others(samples)),
-                ("text_as_before", measure.texts(taught)),
+                ("text_as_before", measure.texts(taught, as_unchanged)),
                 ("knowledge", measure.knowledge(taught)),
             )
         }
@@ -75,8 +79,9 @@ def release(trained: Path, out: Path, *, seed: int, samples: int = 150, renderin
             f"share of answers that greedy decoding of the bfloat16 weights in {computed} gives whole, the end "
             "included, on pictures never seen; "
             f"{renderings} pictures of each concept for names, {samples} questions of each other kind; '/unseen': "
-            "wordings nothing was trained on; text_as_before: facts never asked in training, right is the answer of "
-            "the unchanged language model after three others of the relation, itself right (known) or not (guesses); "
+            "wordings nothing was trained on; text_as_before: 300 questions on facts never asked in training, which "
+            "the unchanged language model knows in two wordings: right is the truth (known), or what it answers to "
+            "this very question after three others of the relation (as unchanged); guesses: its wrong answers; "
             "knowledge: asked through a picture, only "
             "where the unchanged language model is right in text; '/text': the same facts asked in text"
         ),

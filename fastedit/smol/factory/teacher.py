@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import random
 import zlib
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 _PATTERN, _BATCH, _LONGEST = 3, 40, 7
 _LIKELIEST = 8  # tokens that are kept of a distribution
-_OTHERS = 300  # questions without a known answer
+_OTHERS = 1200  # questions without a known answer
+_WORDINGS, _TOLD = 4, 2  # of each question in training; of which tell whether a fact is known
 _MEASURED_SHARE = 4  # one fact of so many is never trained on in text
 
 #: By token of an answer, the likeliest tokens and their shares.
@@ -37,8 +39,8 @@ Likely = tuple[tuple[tuple[int, float], ...], ...]
 class Taught:
     """One question in text and the language model's own answer.
 
-    truth: the right one, "" where none is known. likely: by token of the answer, the end included, the likeliest
-    tokens and their shares.
+    truth: the right one, "" where none is known or asked for. likely: by token of the answer, the end included, the
+    likeliest tokens and their shares.
     """
 
     relation: str
@@ -59,6 +61,7 @@ def kept_for_measuring(relation: str, subject: str) -> bool:
     return zlib.crc32(f"text:{relation}:{subject}".encode()) % _MEASURED_SHARE == 0
 
 
+@functools.cache
 def pattern(relation: str) -> tuple[str, frozenset[str]]:
     """Return answered questions of a relation, with different answers if there are, and whom they are about."""
     chosen: dict[str, Fact] = {}
@@ -71,42 +74,65 @@ def pattern(relation: str) -> tuple[str, frozenset[str]]:
 
 
 def teach(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0, chosen: Sequence[Fact] | None = None
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    chosen: Sequence[Fact] | None = None,
+    wordings: int = _TOLD,
 ) -> list[Taught]:
-    """Return the greedy answers to facts' questions in two wordings; those that do not end are left out.
+    """Return the greedy answers to facts' questions in some wordings; those that do not end are left out.
 
     Args:
-        model: anything with `model` and `lm_head`. seed: of the second wording. chosen: facts; None is all.
+        model: anything with `model` and `lm_head`. seed: of the wordings behind the first. chosen: facts; None is all.
+        wordings: of each fact, as far as it has them; answers behind the second have no truth.
     """
-    rng = random.Random(seed)
-    line_end = tokenizer("\n").input_ids[0]
-    ends = {tokenizer.eos_token_id, line_end}
-    by_relation: dict[str, list[Fact]] = defaultdict(list)
+    rng, asked = random.Random(seed), []
     for fact in facts() if chosen is None else chosen:
-        by_relation[fact.relation].append(fact)
-    taught: list[Taught] = []
-    for relation, asked in by_relation.items():
-        before, used = pattern(relation)
-        head = model.model(input_ids=tokenizer(before, return_tensors="pt").input_ids, use_cache=True)
-        # Questions of one length side by side need no padding
-        groups: dict[int, list[tuple[Fact, str, list[int]]]] = defaultdict(list)
-        for fact in asked:
-            prompts = fact.prompts()
-            for wording in (0, rng.randrange(1, len(prompts))) if fact.subject not in used else ():
-                ids = tokenizer(TEXT_PROMPT.format(prompts[wording])).input_ids
-                groups[len(ids)].append((fact, prompts[wording], ids))
-        for group in groups.values():
+        _, used = pattern(fact.relation)
+        first, *rest = fact.prompts()
+        some = (first, *rng.sample(rest, min(wordings - 1, len(rest)))) if fact.subject not in used else ()
+        asked += [(fact, prompt, fact.answer if number < _TOLD else "") for number, prompt in enumerate(some)]
+    rows = answers(model, tokenizer, [(fact.relation, prompt) for fact, prompt, _ in asked])
+    taught = []
+    for (fact, prompt, truth), row in zip(asked, rows, strict=True):
+        tokens, answer = spoken(tokenizer, row)
+        if answer:
+            # Another spelling of the answer has other tokens, which these shares are not of
+            likely = row if tokenizer(f" {answer}").input_ids == tokens else ()
+            taught.append(Taught(fact.relation, fact.subject, prompt, answer, truth, likely))
+    return taught
+
+
+def spoken(tokenizer: PreTrainedTokenizerFast, row: Likely) -> tuple[list[int], str]:
+    """Return an answer's tokens without the end, and its text: "" for what has no end, or nothing before it."""
+    tokens = [token[0][0] for token in row[:-1]]
+    return tokens, tokenizer.decode(tokens).strip() if tokens else ""
+
+
+def answers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: Sequence[tuple[str, str]]
+) -> list[Likely]:
+    """Return for each (relation, question) the greedy answer behind the relation's pattern; () where no end comes.
+
+    Args:
+        model: anything with `model` and `lm_head`. asked: in any order.
+    """
+    ends = {tokenizer.eos_token_id, tokenizer("\n").input_ids[0]}
+    # Questions of one length side by side need no padding
+    groups: dict[str, dict[int, list[tuple[int, list[int]]]]] = defaultdict(lambda: defaultdict(list))
+    for number, (relation, prompt) in enumerate(asked):
+        ids = tokenizer(TEXT_PROMPT.format(prompt)).input_ids
+        groups[relation][len(ids)].append((number, ids))
+    found: list[Likely] = [()] * len(asked)
+    for relation, lengths in groups.items():
+        head = model.model(input_ids=tokenizer(pattern(relation)[0], return_tensors="pt").input_ids, use_cache=True)
+        for group in lengths.values():
             for at in range(0, len(group), _BATCH):
                 part = group[at : at + _BATCH]
-                rows = _continued(model, cache_of(head), [ids for _, _, ids in part], ends)
-                for (fact, prompt, _), row in zip(part, rows, strict=True):
-                    tokens = [token[0][0] for token in row[:-1]]
-                    answer = tokenizer.decode(tokens).strip()
-                    if answer:
-                        # Another spelling of the answer has other tokens, which these shares are not of
-                        likely = row if tokenizer(f" {answer}").input_ids == tokens else ()
-                        taught.append(Taught(relation, fact.subject, prompt, answer, fact.answer, likely))
-    return taught
+                rows = _continued(model, cache_of(head), [ids for _, ids in part], ends)
+                for (number, _), row in zip(part, rows, strict=True):
+                    found[number] = row
+    return found
 
 
 def _continued(model: Any, before: Any, prompts: list[list[int]], ends: set[int]) -> list[Likely]:
@@ -150,7 +176,7 @@ def others(seed: int = 0) -> list[Fact]:
 def stored(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[Taught]:
     """Return what `teach` gives, from a file if it is there, else written to it."""
     if not path.is_file():
-        taught = teach(model, tokenizer, chosen=[*facts(), *others()])
+        taught = teach(model, tokenizer, chosen=[*facts(), *others()], wordings=_WORDINGS)
         path.write_text(json.dumps([dataclasses.asdict(one) for one in taught]), encoding="utf-8")
     return read(path)
 

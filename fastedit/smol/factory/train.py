@@ -59,6 +59,10 @@ class Recipe:
     speak_steps: int = 500
     speak_rows: int = 12
     speak_lr: tuple[float, float] = (0.001, 1e-3)
+    #: Questions without a picture, of a row of everything and of a row of names.
+    texts: tuple[int, int] = (8, 1)
+    #: Of a row of everything: questions without a picture behind a pattern; a share is how likely one more is.
+    after: float = 1.0
     aligned_rows: int = 80
     aligned_weight: float = 0.25
     pool: int = 20000
@@ -116,8 +120,10 @@ class Run:
         right: dict[str, list[bool]] = defaultdict(list)
         rows = recipe.speak_rows // self.processes
         for step, (views, pixels, cover) in zip(range(recipe.speak_steps), pool, strict=False):
-            drawn = [mixture.draw_short() for _ in range(3 * rows)] if step % 2 == 0 else []
-            drawn = drawn or [mixture.draw() for _ in range(rows)]
+            if step % 2 == 0:
+                drawn = [mixture.draw_short(texts=recipe.texts[1]) for _ in range(3 * rows)]
+            else:
+                drawn = [mixture.draw(texts=recipe.texts[0], after=recipe.after) for _ in range(rows)]
             packed = packer.pack([lines for _, lines in drawn])
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BF16):
                 logits = speaker(packed, to_pixels([render(scene) for scene, _ in drawn]))
@@ -175,8 +181,9 @@ def _asked(taught: Sequence[Taught]) -> dict[str, list[Fact]]:
     """Return what training asks through pictures, by subject: of train concepts, where each answer in text is right."""
     right: dict[tuple[str, str], bool] = {}
     for one in taught:
-        key = (one.relation, one.subject)
-        right[key] = right.get(key, True) and one.answer == one.truth
+        if one.truth:
+            key = (one.relation, one.subject)
+            right[key] = right.get(key, True) and one.answer == one.truth
     train, asked = frozenset(concepts_of("train")), defaultdict(list)
     for fact in facts():
         known = right.get((fact.relation, fact.subject), False)
@@ -243,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that share every batch, one thread each")
     parser.add_argument("--steps", type=int, nargs=2, default=(recipe.align_steps, recipe.speak_steps))
     parser.add_argument("--rates", type=float, nargs=2, default=(1.0, 1.0), help="of each stage, times the recipe's")
+    parser.add_argument("--texts", type=int, nargs=2, default=recipe.texts, help="of a row of everything, of names")
+    parser.add_argument("--after", type=float, default=recipe.after, help="texts behind a pattern, of a row")
     parser.add_argument("--begin", type=Path, help="shipped weights to go on from, absent: from nothing")
     arguments = parser.parse_args(argv)
     if arguments.begin is not None:
@@ -251,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe,
         align_steps=arguments.steps[0],
         speak_steps=arguments.steps[1],
+        texts=tuple(arguments.texts),
+        after=arguments.after,
         align_lr=(recipe.align_lr[0] * arguments.rates[0], recipe.align_lr[1] * arguments.rates[0]),
         speak_lr=(recipe.speak_lr[0] * arguments.rates[1], recipe.speak_lr[1] * arguments.rates[1]),
     )

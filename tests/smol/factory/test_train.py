@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import random
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -65,6 +67,14 @@ class TestMixture:
         rows = [lines for _, lines in (mixture.draw(after=0.5) for _ in range(300))]
         assert 100 < sum(AFTER[0] in lines for lines in rows) < 200
         assert not any(AFTER[0] in mixture.draw(after=0.0)[1] for _ in range(50))
+        several = Mixture({}, TEXTS, seed=0, after=[AFTER[0], AFTER[0]])
+        assert mixture.draw(after=1.0)[1].count(AFTER[0]) == 1
+        assert several.draw(after=2.0)[1].count(AFTER[0]) == 2
+
+    def test_so_many_texts_as_are_asked_for_go_with_a_picture(self) -> None:
+        mixture = Mixture({}, TEXTS, seed=0)
+        rows = (mixture.draw(texts=5)[1], mixture.draw_short(texts=4)[1])
+        assert [sum(line.kind == "text" for line in lines) for lines in rows] == [5, 4]
 
     def test_what_was_not_named_is_drawn_more_often(self) -> None:
         mixture = Mixture({}, TEXTS, seed=0)
@@ -88,6 +98,11 @@ class TestAsked:
 
     def test_what_the_language_model_gets_wrong_is_not_asked(self) -> None:
         assert not _asked(taught("a sentence"))
+
+    def test_further_wordings_say_nothing_of_what_is_known(self) -> None:
+        more = [dataclasses.replace(one, answer="a sentence", truth="") for one in taught()]
+        assert _asked(taught() + more) == _asked(taught())
+        assert list(measure.knowledge(taught() + more)) == list(measure.knowledge(taught()))
 
 
 def test_a_quarter_of_the_facts_is_kept_for_measuring() -> None:
@@ -209,6 +224,72 @@ def test_questions_without_a_known_answer_are_no_facts_and_never_measured() -> N
     assert len(asked) > 100
     assert not every & {(fact.relation, fact.subject) for fact in asked}
     assert not any(teacher.kept_for_measuring(fact.relation, fact.subject) for fact in asked)
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A language model that says the length of the text before it, and of the question; none for one of 8 letters."""
+
+    def continued(_model: Any, before: Any, prompts: list[list[int]], _ends: set[int]) -> list[teacher.Likely]:
+        return [() if len(ids) == LEFT_OUT else told(before, len(ids)) for ids in prompts]
+
+    monkeypatch.setattr(teacher, "_continued", continued)
+    monkeypatch.setattr(teacher, "cache_of", lambda head: head)
+    return SimpleNamespace(model=lambda input_ids, use_cache: input_ids.shape[1])
+
+
+def told(*numbers: int) -> teacher.Likely:
+    return tuple(((number, 1.0),) for number in (*numbers, 0))
+
+
+class Letters:
+    """A letter is a token, and a token its number."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, return_tensors: str = "") -> Any:
+        ids = [ord(letter) for letter in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+LEFT_OUT = len(teacher.TEXT_PROMPT.format("12345678"))
+
+
+def test_answers_come_in_the_order_of_the_questions(repeated: Any) -> None:
+    asked = [("class", "Who?"), ("sound", "Which one?"), ("class", "12345678"), ("sound", "Who?")]
+    heads = {relation: len(teacher.pattern(relation)[0]) for relation, _ in asked}
+    lengths = [len(teacher.TEXT_PROMPT.format(prompt)) for _, prompt in asked]
+    found = teacher.answers(repeated, Letters(), asked)  # type: ignore[arg-type]
+    assert found == [
+        () if prompt == "12345678" else told(heads[relation], length)
+        for (relation, prompt), length in zip(asked, lengths, strict=True)
+    ]
+    assert [teacher.spoken(Letters(), row)[1] for row in found[1:3]] == [f"{heads['sound']} {lengths[1]}", ""]  # type: ignore[arg-type]
+
+
+def test_a_fact_s_first_two_wordings_tell_whether_it_is_known(repeated: Any) -> None:
+    _, used = teacher.pattern("class")
+    chosen = [fact for fact in facts() if fact.relation == "class"][:6]
+    told_of = [fact for fact in chosen if fact.subject not in used]
+    found = teacher.teach(repeated, Letters(), chosen=chosen, wordings=4)  # type: ignore[arg-type]
+    assert [one.truth for one in found] == [truth for fact in told_of for truth in (fact.answer, fact.answer, "", "")]
+    assert len({(one.subject, one.prompt) for one in found}) == 4 * len(told_of)
+
+
+def test_texts_are_measured_by_what_the_unchanged_model_says() -> None:
+    def unchanged(asked: Sequence[tuple[str, str]]) -> list[str]:
+        return ["" if number % 5 == 0 else f"{relation}!" for number, (relation, _) in enumerate(asked)]
+
+    lines = [line for _, each in measure.texts(taught("wrong"), unchanged, limit=30) for line in each]
+    kinds = [line.kind for line in lines]
+    assert [kinds.count(kind) for kind in ("known", "known/unseen", "guesses")] == [30, 30, 10]
+    assert kinds.count("as unchanged") + kinds.count("as unchanged/unseen") == 60 - 12
+    known = [line.question for line in lines if line.kind == "known"]
+    as_unchanged = [line for line in lines if line.kind == "as unchanged"]
+    assert all(line.question in known and line.answer.endswith("!") for line in as_unchanged)
 
 
 def test_what_was_taught_is_read_as_it_was_written(tmp_path: Path) -> None:
