@@ -4,6 +4,7 @@
     python benchmarks/icons.py --table methods --edits 40 --seconds 3600
     python benchmarks/icons.py --table methods --data icon-vqa --edits 24
     python benchmarks/icons.py --table controls --edits 24                       each with its own loss, kl+ and odedit+
+    python benchmarks/icons.py --table hops --edits 40                           only edits that have a two-hop question
     python benchmarks/icons.py --record                                          keep the rows under results/
     python benchmarks/icons.py --report                                          tables of what is kept
 
@@ -126,14 +127,23 @@ def controls() -> list[Variant]:
     return found
 
 
-def fewer_questions(edit: EditRequest) -> EditRequest:
-    """An edit with the questions of the table "localization" alone."""
+def fewer_questions(edit: EditRequest, table: str = "localization") -> EditRequest:
+    """An edit with the questions that a table shows alone."""
+    if table == "hops":
+        return replace(edit, probes=(), paraphrases=())
+    if table != "localization":
+        return edit
     return replace(
         edit,
         portability=(),
         probes=tuple(probe for probe in edit.probes if probe.kind == "near" and not probe.wording),
         paraphrases=tuple(one for one in edit.paraphrases if one.kind in CHANGES),
     )
+
+
+def chosen(edits: Sequence[EditRequest], table: str) -> list[EditRequest]:
+    """The edits of a table: for "hops" those alone that have a two-hop question."""
+    return [edit for edit in edits if table != "hops" or any(one.kind == "two-hop" for one in edit.portability)]
 
 
 class Bench:
@@ -240,15 +250,16 @@ def measure(bench: Bench, table: str, edits: int, left_out: Sequence[str] = ()) 
         singles = [bench.run("search", variant, 0, searched) for variant in alone()]
         variants = localization(best_three(singles))
     else:
-        every = methods() if table == "methods" else controls()
+        every = controls() if table == "controls" else methods()
         variants = [variant for variant in every if not {variant.label, variant.method} & set(left_out)]
-    records = fastedit.read_edits(bench.data, split="eval", limit=edits)
+    whole = fastedit.read_edits(bench.data, split="eval", limit=None if table == "hops" else edits)
+    records = chosen(whole, table)[:edits]
     for start in range(0, len(records), TOGETHER):
         chunk = records[start : start + TOGETHER]
         for variant in variants:
             if bench.over():
                 return
-            asked = [fewer_questions(edit) for edit in chunk] if table == "localization" else chunk
+            asked = [fewer_questions(edit, table) for edit in chunk]
             begin = time.monotonic()
             bench.run(table, variant, start, asked)
             print(f"{table} {bench.data} {start} {variant.label}: {time.monotonic() - begin:.0f} s", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastedit.evaluation import bootstrap
 
-TABLES = ("localization", "methods", "controls")
+TABLES = ("localization", "methods", "controls", "hops")
 #: What must change and what must stay, of the scores that the search of layers goes by.
 CHANGES = ("reliability", "text_generality", "image_generality", "text_generality_unseen", "image_generality_unseen")
 STAYS = ("text_locality", "image_locality", "near")
@@ -25,6 +25,7 @@ SHOWN: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("portability[entailed]", "portability[one-hop]", "portability[two-hop]"),
     ),
     "controls": (("reliability", *CHANGES[1:4], *STAYS, "same"),),
+    "hops": (("reliability", "portability[entailed]", "portability[one-hop]", "portability[two-hop]"),),
 }  # fmt: skip
 
 

@@ -95,6 +95,20 @@ def test_the_localization_table_asks_what_it_shows() -> None:
     assert (fewer.portability, fewer.rephrase) == ((), edit.rephrase)
 
 
+def test_the_table_of_hops_has_edits_with_two_of_them_and_asks_nothing_else() -> None:
+    image = Image.new("RGB", (4, 4))
+    hops = [(), (Query("What does it say?", None, "woof", "one-hop"),), (Query("Where?", None, "Asia", "two-hop"),)]
+    edits = [
+        EditRequest(prompt="What is this?", target="dog", image=image, portability=each, probes=(Probe("same", "e?"),))
+        for each in hops
+    ]
+    assert [edit.portability for edit in icons.chosen(edits, "hops")] == hops[2:]
+    assert icons.chosen(edits, "methods") == edits
+    fewer = icons.fewer_questions(edits[2], "hops")
+    assert (fewer.portability, fewer.probes) == (hops[2], ())
+    assert icons.fewer_questions(edits[2], "methods") == edits[2]
+
+
 def test_rows_that_are_there_are_read_and_not_run_again(tmp_path: Path) -> None:
     path = tmp_path / "icons.jsonl"
     assert icons.read(path) == []
