@@ -14,7 +14,7 @@ Weights are bfloat16, as they ship. Seconds are those of the processor, one thre
 
 Localization: eight candidate layers, three of them for an edit, no classifier, which would decide the same for all.
 "brute force" is one set for all edits: each candidate alone is fitted on the first edits of the train split and scored
-(mean of what must change, in words seen and unseen, and of what must stay); the best three of them.
+(mean of what must change, in words seen and unseen, and of what must stay); the best three of them, and the best one.
 """
 
 from __future__ import annotations
@@ -77,14 +77,15 @@ class Variant:
 
 
 def localization(best: Sequence[int]) -> list[Variant]:
-    """Ways to choose three layers; `best` are those that the search on train edits named."""
+    """Ways to choose layers; `best` are those that the search on train edits named, the best one first."""
     every: dict[str, Any] = {"route": False, "top": 3}
     return [
         Variant("fast localization", "ldke", every),
         Variant("last 3", "ldke", {**every, "candidates": 3, "layers": 3}),
         Variant("random 3, an edit its own", "ldke", {**every, "layers": "random"}),
         *(Variant(f"random 3, lot {seed}", "ldke", {**every, "layers": by_lot(seed)}) for seed in LOTS),
-        Variant("brute force", "ldke", {**every, "layers": tuple(best)}),
+        Variant("brute force", "ldke", {**every, "layers": tuple(sorted(best))}),
+        Variant("brute force, one layer", "ldke", {"route": False, "candidates": (best[0],), "layers": (best[0],)}),
     ]
 
 
@@ -238,9 +239,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def best_three(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Layers that are best alone, rising; of equal ones the earlier."""
+    """Layers that are best alone, the best first; of equal ones the earlier."""
     ranked = sorted((-worth(row), int(row["label"].split()[1])) for row in rows)
-    return sorted(layer for _, layer in ranked[:3])
+    return [layer for _, layer in ranked[:3]]
 
 
 def measure(bench: Bench, table: str, edits: int, left_out: Sequence[str] = ()) -> None:

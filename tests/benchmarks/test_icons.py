@@ -65,7 +65,9 @@ def test_an_edit_without_a_score_does_not_count() -> None:
 def test_the_best_layers_alone_are_the_brute_force_set() -> None:
     worths = {26: 0.9, 7: 0.2, 10: 0.8, 13: 0.8, 29: 0.8}
     singles = [row(f"layer {layer}", value=value) for layer, value in worths.items()]
-    assert icons.best_three(singles) == [10, 13, 26]
+    assert icons.best_three(singles) == [26, 10, 13]
+    layers = {variant.label: variant.settings["layers"] for variant in icons.localization([26, 10, 13])[-2:]}
+    assert layers == {"brute force": (10, 13, 26), "brute force, one layer": (26,)}
 
 
 def test_what_must_change_and_what_must_stay_count_alike() -> None:
