@@ -265,7 +265,7 @@ def draw_curves(outcomes: Sequence[dict[str, Any]], path: Path) -> Path:
     wanted = ("reliability", "text_generality", "image_generality", "image_locality", "near")
     names = [name for name in wanted if any(name in s["strict"] for row in outcomes for s in row["scores"].values())]
     figure, axes = plt.subplots(
-        1, len(names), figsize=(3 * len(names), 3), sharey=True, layout="constrained", squeeze=False
+        1, len(names), figsize=(3 * len(names), 3.5), sharey=True, layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], names, strict=True):
         for row in outcomes:
@@ -275,7 +275,8 @@ def draw_curves(outcomes: Sequence[dict[str, Any]], path: Path) -> Path:
             axis.fill_between(x, [s["low"] for _, s in points], [s["high"] for _, s in points], alpha=0.15)
         axis.set(xscale="log", title=name.replace("_", " "), xlabel="edits in sequence", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
