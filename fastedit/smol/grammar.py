@@ -89,10 +89,9 @@ def answer_to(kind: str, slots: tuple[str, ...], scene: Scene) -> str | None:
         return scene.background
     if kind == "count":
         return NUMBERS[len(scene.shown)]
-    if kind == "exist":
-        return "yes" if any(phrase(name) == slots[0] for name in scene.names) else "no"
-    if kind == "absent":
-        return "no" if any(phrase(name) == slots[0] for name in scene.names) else "yes"
+    if kind in ("exist", "absent"):
+        shown = slots[0] in map(phrase, scene.names)
+        return "yes" if shown == (kind == "exist") else "no"
     if kind == "is_count":
         return "yes" if slots[0] == NUMBERS[len(scene.shown)] else "no"
     if kind == "is_background":
