@@ -19,7 +19,7 @@ from fastedit.pocket.models import to_pixels
 from fastedit.smol.concepts import FLAG, concepts
 from fastedit.smol.factory.optimiser import FAST_BF16
 from fastedit.smol.factory.packing import Line, Packed, Packer
-from fastedit.smol.factory.teacher import Taught, kept_for_measuring
+from fastedit.smol.factory.teacher import Taught, kept_for_measuring, told_rightly
 from fastedit.smol.facts import Fact, facts, known
 from fastedit.smol.grammar import SCENE_KINDS, Question, answer_to, ask
 from fastedit.smol.models import IMAGE_TOKENS
@@ -148,13 +148,7 @@ def texts(taught: Sequence[Taught], unchanged: Unchanged | None = None, limit: i
 def knowledge(taught: Sequence[Taught], seed: int = 1) -> Iterator[Ask]:
     """Yield pictures and what their subject is known for, where the unchanged model's answers in text are right."""
     rng = random.Random(f"knowledge:{seed}")
-    right: dict[tuple[str, str], bool] = {}
-    measured: dict[tuple[str, str], bool] = {}
-    for one in taught:
-        if not one.truth:
-            continue
-        key = (one.relation, one.subject)
-        right[key], measured[key] = right.get(key, True) and one.answer == one.truth, one.measured
+    right = told_rightly(taught)
     by_subject: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts():
         if right.get((fact.relation, fact.subject)):
@@ -163,7 +157,7 @@ def knowledge(taught: Sequence[Taught], seed: int = 1) -> Iterator[Ask]:
     for subject, its_facts in by_subject.items():
         lines = []
         for fact in its_facts:
-            trained = subject in train and not measured[fact.relation, subject]
+            trained = subject in train and not kept_for_measuring(fact.relation, subject)
             where = "trained" if trained else "never_asked"
             lines.append(Line(f"{fact.relation}/{where}", rng.choice(fact.seen_prompts()), fact.answer))
             lines.append(Line(f"{fact.relation}/text", rng.choice(fact.prompts()), fact.answer, with_image=False))

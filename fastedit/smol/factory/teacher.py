@@ -61,6 +61,16 @@ def kept_for_measuring(relation: str, subject: str) -> bool:
     return zlib.crc32(f"text:{relation}:{subject}".encode()) % _MEASURED_SHARE == 0
 
 
+def told_rightly(taught: Sequence[Taught]) -> dict[tuple[str, str], bool]:
+    """Return by (relation, subject) whether every answer that has a truth is it; without one there is no entry."""
+    right: dict[tuple[str, str], bool] = {}
+    for one in taught:
+        if one.truth:
+            key = (one.relation, one.subject)
+            right[key] = right.get(key, True) and one.answer == one.truth
+    return right
+
+
 @functools.cache
 def pattern(relation: str) -> tuple[str, frozenset[str]]:
     """Return answered questions of a relation, with different answers if there are, and whom they are about."""

@@ -32,7 +32,7 @@ from fastedit.smol.factory.mixture import Mixture
 from fastedit.smol.factory.optimiser import FAST_BF16, Optimiser
 from fastedit.smol.factory.packing import Line, Packer
 from fastedit.smol.factory.speaker import Speaker, Tower, tower_of
-from fastedit.smol.factory.teacher import Taught, kept_for_measuring, pattern, stored
+from fastedit.smol.factory.teacher import Taught, kept_for_measuring, pattern, stored, told_rightly
 from fastedit.smol.factory.views import Painter, Pool
 from fastedit.smol.facts import Fact, facts
 from fastedit.smol.language import load_language
@@ -179,11 +179,7 @@ class Run:
 
 def _asked(taught: Sequence[Taught]) -> dict[str, list[Fact]]:
     """Return what training asks through pictures, by subject: of train concepts, where each answer in text is right."""
-    right: dict[tuple[str, str], bool] = {}
-    for one in taught:
-        if one.truth:
-            key = (one.relation, one.subject)
-            right[key] = right.get(key, True) and one.answer == one.truth
+    right = told_rightly(taught)
     train, asked = frozenset(concepts_of("train")), defaultdict(list)
     for fact in facts():
         known = right.get((fact.relation, fact.subject), False)
