@@ -44,6 +44,8 @@ class LDKEConfig:
         route: False lets the change act on every input: what it does without the classifier.
         threshold: probability at which an edit acts; None is the one that training set.
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
+        wordings: rewordings of every record's questions (``fastedit.fitting.wordings``) that the classifier learns
+            from: so many of what the edit is to act on, and as many of what it is not; 0 is none.
         stored: edits in sequence that the threshold is set for.
         false_rate: share of foreign questions on which any stored edit may act, however many there are, which training
             sets how alike images must be for (``fastedit.routers.agreement``); None is the threshold alone.
@@ -78,6 +80,7 @@ class LDKEConfig:
     size: int = 256
     queries: int = 8
     key: int = 64
+    wordings: int = 4
     stored: int = 1000
     false_rate: float | None = 0.01
     contrast: float = 0.1
@@ -92,7 +95,7 @@ class LDKEConfig:
         check_ranges(
             "ldke",
             self,
-            at_least=dict.fromkeys(counts, 1),
+            at_least={**dict.fromkeys(counts, 1), "wordings": 0},
             positive=("alpha",),
             not_negative=("rephrase_weight", "kl_weight", "contrast", "decorrelation", "probes", "row_cache_mib"),
         )

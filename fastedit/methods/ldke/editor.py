@@ -129,6 +129,7 @@ class LDKE(Method):
             false_rate=config.false_rate,
             contrast=config.contrast,
             decorrelation=config.decorrelation,
+            wordings=config.wordings,
             room=config.row_cache_mib << 20,
             config={"method": trained_settings(model, config)},
             finish=partial(_voted, model, config, records),

@@ -47,7 +47,7 @@ class ClassifierTask:
         records: to learn from; the last ``held`` are kept for validation.
         trainer: settings of the loop.
         held, stored: see there. false_rate: see ``Agreement``; None is without.
-        contrast, decorrelation: weights of the last two terms.
+        contrast, decorrelation: weights of the last two terms. wordings: see ``Questions``.
         room: bytes for states that are kept.
         config: what the artifact says of itself. finish: what it says besides, once training has ended.
     Raises:
@@ -69,6 +69,7 @@ class ClassifierTask:
         false_rate: float | None,
         contrast: float,
         decorrelation: float,
+        wordings: int,
         room: int,
         config: Mapping[str, Any],
         finish: Callable[[], Mapping[str, Any]],
@@ -83,9 +84,9 @@ class ClassifierTask:
         self.records, self.stored, self.false_rate = records, stored, false_rate
         self.contrast, self.decorrelation = contrast, decorrelation
         self.config, self.finish = dict(config), finish
-        self.questions = Questions(records, trainer.seed)
+        self.questions = Questions(records, trainer.seed, wordings)
         self.store = TokenStore(model, point, self.questions, room)
-        described = repr((self.config, point, held, stored, contrast, decorrelation))
+        described = repr((self.config, point, held, stored, contrast, decorrelation, wordings))
         digest = hashlib.sha256(described.encode()).hexdigest()
         self.fingerprint = f"{model.fingerprint[:16]}/{fingerprint(records)[:16]}/{digest[:16]}"
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.data.images import image_key
-from fastedit.methods.meta.siblings import Classes, normal_words
+from fastedit.fitting.wordings import reworded
+from fastedit.methods.meta.siblings import Classes, Siblings, normal_words
 from fastedit.methods.meta.views import MetaViews
 from fastedit.requests import EditRequest, Query, VisualSource
 from fastedit.routers.features import PromptTokens, prompt_tokens
@@ -22,6 +23,8 @@ from fastedit.routers.features import PromptTokens, prompt_tokens
 RELATED = ("reliability", "text_generality", "image_generality", "both")
 #: and what it is not. What follows from an edit ("portability") is neither.
 UNRELATED = ("text_locality", "image_locality", "near", "same", "blind")
+#: Questions of other records, nearly in the words of a record's own, about its image; so many a record.
+SIBLINGS = 2
 #: Rows of one walk.
 ROWS = 256
 
@@ -33,12 +36,14 @@ class Asked:
     Args:
         kind: one of ``RELATED``, ``UNRELATED`` or "portability".
         prompt, image: what is asked. answer: what the unedited model says, where the record knows it.
+        means: of a rewording, the question that it puts in other words; "" is the prompt.
     """
 
     kind: str
     prompt: str
     image: VisualSource | None
     answer: str | None
+    means: str = ""
 
 
 class Questions:
@@ -50,23 +55,29 @@ class Questions:
 
     Args:
         records: to learn from. seed: of draws where a record lacks a part.
+        wordings: rewordings (``fastedit.fitting.wordings``) of what an edit is to act on, and as many of what it is
+            not, of every record; with them go its siblings: other questions nearly in its words about its image.
     """
 
-    def __init__(self, records: Sequence[EditRequest], seed: int = 0) -> None:
+    def __init__(self, records: Sequence[EditRequest], seed: int = 0, wordings: int = 0) -> None:
         views = MetaViews(records, seed)
         self.of: list[list[Asked]] = [_asked(record, views, n) for n, record in enumerate(records)]
+        if wordings:
+            siblings = Siblings(records)
+            for number, (record, asked) in enumerate(zip(records, self.of, strict=True)):
+                asked += _reworded(record, asked, siblings, wordings, random.Random(f"{seed}|{number}|wordings"))
         self._relations, self._entities = Classes(), Classes()
         for asked in self.of:
             known = {one.kind: one for one in asked}
             reliability = known["reliability"]
             for kind in ("text_generality", "image_generality"):
                 if kind in known:
-                    self._relations.join(normal_words(reliability.prompt), normal_words(known[kind].prompt))
+                    self._relations.join(_words(reliability), _words(known[kind]))
                     self._entities.join(_picture(reliability.image), _picture(known[kind].image))
 
     def relation(self, asked: Asked) -> int:
         """Number of the question, whatever its words."""
-        return self._relations.number(normal_words(asked.prompt))
+        return self._relations.number(_words(asked))
 
     def entity(self, asked: Asked) -> int:
         """Number of what the image shows; -1 without an image."""
@@ -102,12 +113,42 @@ def _asked(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
     return made
 
 
+def _reworded(
+    record: EditRequest, asked: Sequence[Asked], siblings: Siblings, wordings: int, rng: random.Random
+) -> list[Asked]:
+    """So many rewordings of what an edit is to act on, and of what it is not, with what is nearest to it in words.
+
+    Who sees many ways to put a question learns to look past words; the questions that differ by one of them, about the
+    same image, say which words count.
+    """
+    near = [] if record.image is None else siblings.of(record.prompt, rng, SIBLINGS)
+    nearest = [Asked("same", prompt, record.image, None) for prompt in near]
+    rest = [*(one for one in asked if one.kind in UNRELATED), *nearest]
+    closest = [one for one in rest if one.kind == "same"]
+    related = [one for one in asked if one.kind in RELATED]
+    drawn = [rng.choice(related) for _ in range(wordings)]
+    # Every other one of what is nearest in words
+    groups = [closest if closest and number % 2 == 0 else rest for number in range(wordings)]
+    drawn += [rng.choice(group) for group in groups if group]
+    # A rewording of the edit itself is another wording of it
+    kinds = {"reliability": "text_generality", "image_generality": "both"}
+    others = [
+        Asked(kinds.get(one.kind, one.kind), reworded(one.prompt, rng), one.image, one.answer, one.means or one.prompt)
+        for one in drawn
+    ]
+    return [*nearest, *others]
+
+
 def _foreign_questions(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
     """Questions of two other records, asked about this one's image."""
     rng = random.Random(f"{views.seed}|{number}|same")
     drawn = rng.sample(range(len(views.records)), min(3, len(views.records)))
     prompts = {views.records[n].prompt for n in drawn if n != number} - {record.prompt, record.rephrase}
     return [Asked("same", prompt, record.image, None) for prompt in sorted(prompts)[:2]]
+
+
+def _words(asked: Asked) -> str:
+    return normal_words(asked.means or asked.prompt)
 
 
 def _picture(image: VisualSource | None) -> str:

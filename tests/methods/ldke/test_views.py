@@ -118,3 +118,42 @@ def test_stored_tokens_are_those_of_a_walk() -> None:
             torch.testing.assert_close(found.image, expected.image)
             assert torch.equal(found.text_count, expected.text_count)
         assert bool(store._kept) == (room > 0)
+
+
+def test_rewordings_ask_what_a_record_asks_and_siblings_something_else_about_its_image() -> None:
+    edits = records()
+    plain, questions = Questions(edits, seed=3), Questions(edits, seed=3, wordings=4)
+    assert [own[: len(kept)] for own, kept in zip(questions.of, plain.of, strict=True)] == plain.of
+    for record, own, kept in zip(edits, questions.of, plain.of, strict=True):
+        added = own[len(kept) :]
+        siblings, others = [one for one in added if not one.means], [one for one in added if one.means]
+        assert len(others) == 2 * 4
+        known = {one.prompt: questions.relation(one) for one in (*kept, *siblings)}
+        for one in others:
+            # In other words, the same question for whoever counts what is the same
+            assert one.means in known
+            assert questions.relation(one) == known[one.means]
+            assert one.kind not in ("reliability", "image_generality")
+            if one.kind in RELATED:
+                assert one.means in (record.prompt, record.rephrase)
+                assert one.image in (record.image, record.image_rephrase)
+        assert any(one.prompt != one.means for one in others)
+        assert sum(one.kind in RELATED for one in others) == 4
+        edit = next(one for one in kept if one.kind == "reliability")
+        assert siblings
+        for one in siblings:
+            assert one.kind == "same"
+            assert one.image is record.image
+            assert questions.relation(one) != questions.relation(edit)
+    again = Questions(edits, seed=3, wordings=4)
+    assert again.of == questions.of
+    assert Questions(edits, seed=4, wordings=4).of != questions.of
+
+
+def test_a_question_in_text_has_rewordings_and_no_siblings_about_an_image() -> None:
+    text = [replace(edit, image=None, image_rephrase=None, probes=()) for edit in make_edits(5)]
+    for record, own in zip(text, Questions(text, wordings=3).of, strict=True):
+        added = [one for one in own if one.means]
+        assert sum(one.kind in RELATED for one in added) == 3
+        assert all(one.image is None for one in added if one.kind in RELATED)
+        assert not [one for one in own if one.kind == "same" and one.image is record.image is not None]
