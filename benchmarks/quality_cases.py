@@ -17,7 +17,7 @@ SCORES = (*FIVE, *CLOSE)
 METHODS = ("ft", "ft-vision", "lora", "ke", "tpatcher", "mend", "serac", "ike", "wise", "grace", "unike", "ldke")
 #: Nothing is fitted or trained, so there is nothing to put another objective on.
 UNFITTED = ("ike",)
-MODELS = ("pocket-llava", "pocket-blip2")
+MODELS = ("pocket-llava", "pocket-blip2", "pocket-qwen2vl")
 DATA = ("pocket-vqa", "pocket-caption")
 #: VQA and caption edits by turns.
 MIXED = "pocket-vqa+pocket-caption"
@@ -42,7 +42,7 @@ def controlled(base: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def single(edits: int) -> list[Case]:
-    """Every method, its control and ODEdit on each, on both models and both sets."""
+    """Every method, its control and ODEdit on each, on the embedded models and both sets."""
     return [
         Case("single", model, data, method, settings=settings, edits=edits)
         for data in DATA

@@ -66,7 +66,7 @@ class LDKEConfig:
     positions: str = "all"
     rank: int = 8
     alpha: float = 32.0
-    steps: int = 50
+    steps: int = 100
     lr: float | None = None
     clip: float | None = 1.0
     weight_decay: float = 0.0
