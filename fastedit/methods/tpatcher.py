@@ -74,9 +74,7 @@ class TPatcherConfig:
         check_fit("tpatcher", self)
         weights = ("activation_weight", "memory_weight", "memory", "margin")
         check_ranges("tpatcher", self, at_least={"neurons": 1, "most": 1}, not_negative=weights)
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            detail = f"got activation={self.activation!r}"
-            raise ValueError(f"tpatcher: activation is one of {list(ACTIVATIONS)} or None ({detail})")
+        check_activation("tpatcher", self.activation)
         check_places("tpatcher", self.positions)
 
 
@@ -237,6 +235,17 @@ def neuron_options(model: EditableModel, activation: str | None) -> dict[str, An
         known = f"{list(ACTIVATIONS)} (got activation=None on a model with {activation_name!r})"
         raise ValueError(f"neurons: name an activation out of {known}")
     return {"activation": activation or KNOWN[activation_name], "gate": is_gated(model)}
+
+
+def check_activation(owner: str, activation: str | None) -> None:
+    """Refuse an activation that no kernel has.
+
+    Raises:
+        ValueError: it is neither one of ``ACTIVATIONS`` nor None.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        detail = f"got activation={activation!r}"
+        raise ValueError(f"{owner}: activation is one of {list(ACTIVATIONS)} or None ({detail})")
 
 
 def check_places(owner: str, positions: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastedit.deltas.attention_memory import READINGS, SEARCHES
-from fastedit.methods.tpatcher import check_places
+from fastedit.methods.tpatcher import check_activation, check_places
 from fastedit.settings import check_fit, check_ranges
 
 TRUTHS = ("prediction", "target")
@@ -24,14 +24,17 @@ class UniKEConfig:
 
     Args:
         layers: an int n for the last n decoder layers, or layer numbers; None is the paper's last four, but at most
-            half of the model's.
+            a quarter of the model's.
         intrinsic: extra neurons. n: how many in every layer.
         keys: what the neurons start from: "tokens", the edit's own inputs in turn, as T-Patcher's; "random", as the
             paper's code.
+        activation: of the neurons: "relu", "gelu", "silu"; None is the model's own, as the paper has it. Only "relu" is
+            silent where a neuron is not asked: what the others let through adds up in a sequence.
         activation_weight, memory_weight, margin, most, memory: of T-Patcher's losses on the neurons, see
             ``TPatcherConfig``; the first goes with "tokens". The paper's code has them and leaves them off.
         extrinsic: "latent", what attention finds in a memory; "prompt", the edit as text before every question; "none".
-        top_k: states that a query finds; the paper's 40 are of its 15,000. reading, search, rescale: see
+        top_k: states that a query finds, the paper's 40 being of its 15,000; an edit's own entry counts where it is
+            nearer than the last of them. reading, search, rescale: see
             ``AttentionMemoryDelta``.
         alpha: inclusion of knowledge: "dynamic", or a number.
         own: most entries that an edit has in the memory of a layer, one for each token of its target from the first; 0
@@ -55,13 +58,14 @@ class UniKEConfig:
     intrinsic: bool = True
     n: int = 10
     keys: str = "tokens"
+    activation: str | None = "relu"
     activation_weight: float = 1.0
     memory_weight: float = 1.0
-    margin: float = 1.0
+    margin: float = 3.0
     most: int = 1000
     memory: int = 2048
     extrinsic: str = "latent"
-    top_k: int = 10
+    top_k: int = 1
     reading: str = "raw"
     search: str = "codes"
     rescale: bool = True
@@ -104,6 +108,7 @@ class UniKEConfig:
             raise ValueError(f"unike: alpha is 'dynamic' or a number (got alpha={self.alpha!r})")
         if not self.intrinsic and self.extrinsic != "latent":
             raise ValueError(f"unike: without neurons extrinsic is 'latent' (got extrinsic={self.extrinsic!r})")
+        check_activation("unike", self.activation)
         check_places("unike", self.positions)
 
     @property

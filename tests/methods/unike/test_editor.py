@@ -167,7 +167,8 @@ def in_sequence(
         plain(work, waiting, places, acting, take)
 
     monkeypatch.setattr(schedule, "make_deltas", seen)
-    settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, **settings}
+    # The model's own activation adds something at any token
+    settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, "activation": None, **settings}
     learned = UniKEConfig(**settings).learns
     run = fastedit.edit(
         model,
@@ -195,7 +196,7 @@ def test_in_sequence_neurons_act_beneath_the_next_and_entries_do_not(
         assert bool(change.any())
     assert run.scores["strict"]["reliability"].n == 3
     # Alone they are the same up to the first, which has nothing beneath it
-    settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, "zeta": "none"}
+    settings = {"layers": 2, "n": 3, "own": 2, "steps": 3, "memory_weight": 0.0, "activation": None, "zeta": "none"}
     alone = fastedit.edit(
         model, make_edits(1), "unike", pool=make_edits(6)[3:], artifact=artifact, evaluate=False, **settings
     )
@@ -236,9 +237,30 @@ def test_in_context_text_comes_with_the_delta(model: EditableModel) -> None:
     assert not kept.texts
 
 
+def test_neurons_are_silent_where_nothing_enters_them_unless_told_otherwise(model: EditableModel) -> None:
+    """What adds up over a sequence is what neurons let through at tokens of others: with relu nothing."""
+    token = -torch.ones(1, model.hidden_size, dtype=torch.float64)
+    for activation, silent in (("relu", True), ("silu", False), ("gelu", False)):
+        config = UniKEConfig(extrinsic="none", zeta="none", memory_weight=0.0, keys="random", activation=activation)
+        stacked = new_stack(UniKE.spec(model, config), 1, dtype=torch.float64)
+        assert stacked.spec.options["activation"] == activation
+        parts = stacked.unstack(0).tensors
+        ones = {
+            name: torch.full_like(part, 0.1 if name.endswith("keys") else 1.0)
+            for name, part in parts.items()
+            if name.endswith(("keys", "values"))
+        }
+        stacked.set(0, {**parts, **ones})
+        assert bool((stacked.delta(0, token, Rows()) == 0).all()) == silent
+    assert UniKEConfig().activation == "relu"
+    own = UniKE.spec(model, UniKEConfig(extrinsic="none", zeta="none", activation=None))
+    assert own.options["activation"] == ("silu" if is_gated(model) else "relu")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"activation": "tanh"}, r"activation is one of .* or None \(got activation='tanh'\)"),
         ({"extrinsic": "both"}, r"extrinsic is one of .* \(got extrinsic='both'\)"),
         ({"zeta": "true"}, r"zeta is one of .* \(got zeta='true'\)"),
         ({"keys": "own"}, r"keys is one of .* \(got keys='own'\)"),
