@@ -55,6 +55,8 @@ SEARCHED, POOL = 4, 64
 CONTROLLED = ("ft", "tpatcher", "unike", "ldke")
 LAYERS = 30
 CANDIDATES = candidate_layers(LDKEConfig(), LAYERS)
+#: Where layers are compared: no classifier, and half of the steps that an edit is given by default.
+LOCALIZED: Mapping[str, Any] = {"route": False, "steps": 50}
 #: Seeds of sets of layers by lot.
 LOTS = (1,)
 #: Trained parts are made of few records, in few steps: what a machine without a GPU makes in minutes.
@@ -78,14 +80,14 @@ class Variant:
 
 def localization(best: Sequence[int]) -> list[Variant]:
     """Ways to choose layers; `best` are those that the search on train edits named, the best one first."""
-    every: dict[str, Any] = {"route": False, "top": 3}
+    every: dict[str, Any] = {**LOCALIZED, "top": 3}
     return [
         Variant("fast localization", "ldke", every),
         Variant("last 3", "ldke", {**every, "candidates": 3, "layers": 3}),
         Variant("random 3, an edit its own", "ldke", {**every, "layers": "random"}),
         *(Variant(f"random 3, lot {seed}", "ldke", {**every, "layers": by_lot(seed)}) for seed in LOTS),
         Variant("brute force", "ldke", {**every, "layers": tuple(sorted(best))}),
-        Variant("brute force, one layer", "ldke", {"route": False, "candidates": (best[0],), "layers": (best[0],)}),
+        Variant("brute force, one layer", "ldke", {**LOCALIZED, "candidates": (best[0],), "layers": (best[0],)}),
     ]
 
 
@@ -97,7 +99,7 @@ def by_lot(seed: int) -> tuple[int, ...]:
 def alone() -> list[Variant]:
     """Each candidate layer alone, for the search."""
     return [
-        Variant(f"layer {layer}", "ldke", {"route": False, "candidates": (layer,), "layers": (layer,)})
+        Variant(f"layer {layer}", "ldke", {**LOCALIZED, "candidates": (layer,), "layers": (layer,)})
         for layer in CANDIDATES
     ]
 
