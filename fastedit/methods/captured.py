@@ -66,3 +66,19 @@ def answer_inputs(
         with torch.no_grad():
             state = packed_start(model, encoded)
         yield wanted_inputs(model, state, sites)[0], state.wanted_counts
+
+
+@torch.no_grad()
+def answered(model: EditableModel, queries: Sequence[Query]) -> list[bool]:
+    """Whether the model gives each question its answer: every token of it, the end included, is the likeliest.
+
+    Args:
+        model: no delta may act. queries: with their answers.
+    """
+    found: list[bool] = []
+    for start in range(0, len(queries), QUESTIONS):
+        encoded = model.encode(queries[start : start + QUESTIONS], answers=True)
+        state = packed_start(model, encoded)
+        right = model.head(packed_tail(model, state)).argmax(-1) == encoded.labels[encoded.label_mask]
+        found += [bool(part.all()) for part in torch.split(right, list(state.wanted_counts))]
+    return found

@@ -45,7 +45,8 @@ class LDKEConfig:
         threshold: probability at which an edit acts; None is the one that training set.
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
         wordings: rewordings of every record's questions (``fastedit.fitting.wordings``) that the classifier learns
-            from: so many of what the edit is to act on, and as many of what it is not; 0 is none.
+            from: so many of what the edit is to act on, and as many of what it is not. With any it also learns to
+            refuse questions of other records that share most words with the record's own.
         stored: edits in sequence that the threshold is set for.
         false_rate: share of foreign questions on which any stored edit may act, however many there are, which training
             sets how alike images must be for (``fastedit.routers.agreement``); None is the threshold alone.
@@ -63,7 +64,7 @@ class LDKEConfig:
     groups: tuple[str, ...] = GROUPS
     probes: float = 0.5
     calibration: int = 64
-    positions: str = "all"
+    positions: str = "answer"
     rank: int = 8
     alpha: float = 32.0
     steps: int = 100

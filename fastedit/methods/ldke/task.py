@@ -14,6 +14,7 @@ from fastedit.backbone import EditableModel
 from fastedit.data import fingerprint
 from fastedit.data.report import target_key
 from fastedit.methods.ldke.views import RELATED, UNRELATED, Pairs, Questions, TokenStore
+from fastedit.methods.meta.siblings import siblings_of
 from fastedit.requests import EditRequest
 from fastedit.routers.agreement import Agreement
 from fastedit.routers.classifier import Disentangler, answer_numbers, settled
@@ -47,7 +48,8 @@ class ClassifierTask:
         records: to learn from; the last ``held`` are kept for validation.
         trainer: settings of the loop.
         held, stored: see there. false_rate: see ``Agreement``; None is without.
-        contrast, decorrelation: weights of the last two terms. wordings: see ``Questions``.
+        contrast, decorrelation: weights of the last two terms. wordings: see ``Questions``; 0 is without
+            siblings as well.
         room: bytes for states that are kept.
         config: what the artifact says of itself. finish: what it says besides, once training has ended.
     Raises:
@@ -84,7 +86,8 @@ class ClassifierTask:
         self.records, self.stored, self.false_rate = records, stored, false_rate
         self.contrast, self.decorrelation = contrast, decorrelation
         self.config, self.finish = dict(config), finish
-        self.questions = Questions(records, trainer.seed, wordings)
+        siblings = siblings_of(model, records, trainer.seed) if wordings else ()
+        self.questions = Questions(records, trainer.seed, wordings, siblings)
         self.store = TokenStore(model, point, self.questions, room)
         described = repr((self.config, point, held, stored, contrast, decorrelation, wordings))
         digest = hashlib.sha256(described.encode()).hexdigest()

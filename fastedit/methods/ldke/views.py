@@ -14,7 +14,7 @@ from fastedit.backbone import EditableModel
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.data.images import image_key
 from fastedit.fitting.wordings import reworded
-from fastedit.methods.meta.siblings import Classes, Siblings, normal_words
+from fastedit.methods.meta.siblings import Classes, normal_words
 from fastedit.methods.meta.views import MetaViews
 from fastedit.requests import EditRequest, Query, VisualSource
 from fastedit.routers.features import PromptTokens, prompt_tokens
@@ -23,8 +23,6 @@ from fastedit.routers.features import PromptTokens, prompt_tokens
 RELATED = ("reliability", "text_generality", "image_generality", "both")
 #: and what it is not. What follows from an edit ("portability") is neither.
 UNRELATED = ("text_locality", "image_locality", "near", "same", "blind")
-#: Questions of other records, nearly in the words of a record's own, about its image; so many a record.
-SIBLINGS = 2
 #: Rows of one walk.
 ROWS = 256
 
@@ -56,16 +54,23 @@ class Questions:
     Args:
         records: to learn from. seed: of draws where a record lacks a part.
         wordings: rewordings (``fastedit.fitting.wordings``) of what an edit is to act on, and as many of what it is
-            not, of every record; with them go its siblings: other questions nearly in its words about its image.
+            not, of every record. siblings: by record, other questions nearly in its words that are asked about its
+            image (``siblings_of``).
     """
 
-    def __init__(self, records: Sequence[EditRequest], seed: int = 0, wordings: int = 0) -> None:
+    def __init__(
+        self,
+        records: Sequence[EditRequest],
+        seed: int = 0,
+        wordings: int = 0,
+        siblings: Sequence[Sequence[str]] = (),
+    ) -> None:
         views = MetaViews(records, seed)
         self.of: list[list[Asked]] = [_asked(record, views, n) for n, record in enumerate(records)]
-        if wordings:
-            siblings = Siblings(records)
-            for number, (record, asked) in enumerate(zip(records, self.of, strict=True)):
-                asked += _reworded(record, asked, siblings, wordings, random.Random(f"{seed}|{number}|wordings"))
+        for record, asked, texts in zip(records, self.of, siblings, strict=False):
+            asked += [Asked("same", text, record.image, None) for text in texts]
+        for number, asked in enumerate(self.of):
+            asked += _reworded(asked, wordings, random.Random(f"{seed}|{number}|wordings"))
         self._relations, self._entities = Classes(), Classes()
         for asked in self.of:
             known = {one.kind: one for one in asked}
@@ -113,30 +118,19 @@ def _asked(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
     return made
 
 
-def _reworded(
-    record: EditRequest, asked: Sequence[Asked], siblings: Siblings, wordings: int, rng: random.Random
-) -> list[Asked]:
-    """So many rewordings of what an edit is to act on, and of what it is not, with what is nearest to it in words.
-
-    Who sees many ways to put a question learns to look past words; the questions that differ by one of them, about the
-    same image, say which words count.
-    """
-    near = [] if record.image is None else siblings.of(record.prompt, rng, SIBLINGS)
-    nearest = [Asked("same", prompt, record.image, None) for prompt in near]
-    rest = [*(one for one in asked if one.kind in UNRELATED), *nearest]
-    closest = [one for one in rest if one.kind == "same"]
+def _reworded(asked: Sequence[Asked], wordings: int, rng: random.Random) -> list[Asked]:
+    """So many rewordings of what an edit is to act on, and of what it is not."""
     related = [one for one in asked if one.kind in RELATED]
-    drawn = [rng.choice(related) for _ in range(wordings)]
-    # Every other one of what is nearest in words
-    groups = [closest if closest and number % 2 == 0 else rest for number in range(wordings)]
-    drawn += [rng.choice(group) for group in groups if group]
+    rest = [one for one in asked if one.kind in UNRELATED]
+    # Every other one of what is nearest in words: the same image, asked about something else
+    nearest = [one for one in rest if one.kind == "same"] or rest
+    groups = [related] * wordings + [nearest if number % 2 == 0 else rest for number in range(wordings)]
     # A rewording of the edit itself is another wording of it
     kinds = {"reliability": "text_generality", "image_generality": "both"}
-    others = [
+    return [
         Asked(kinds.get(one.kind, one.kind), reworded(one.prompt, rng), one.image, one.answer, one.means or one.prompt)
-        for one in drawn
+        for one in (rng.choice(group) for group in groups if group)
     ]
-    return [*nearest, *others]
 
 
 def _foreign_questions(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:

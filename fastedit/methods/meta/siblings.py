@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fastedit.requests import EditRequest
+from fastedit.backbone import EditableModel
+from fastedit.methods.captured import answered
+from fastedit.requests import EditRequest, Query
 
 #: So many of the nearest are drawn from.
 NEAREST = 8
+#: Siblings of a record.
+COUNT = 2
 
 
 class Classes:
@@ -71,6 +75,34 @@ class Siblings:
             self._nearest[key] = [text for _, text in ranked[:NEAREST]]
         nearest = self._nearest[key]
         return rng.sample(nearest, min(count, len(nearest)))
+
+
+def siblings_of(model: EditableModel, records: Sequence[EditRequest], seed: int) -> list[list[str]]:
+    """Up to ``COUNT`` questions by record that are nearly in its words and ask something else about its image.
+
+    Words do not tell what is asked: where few records say which questions are one, "What does this show?" is the
+    nearest to "What does it show?". So what the unedited model answers about the image as the record's own question is
+    no sibling of it. A record without an image, or whose own answer is not known, has none.
+
+    Args:
+        model: no delta may act. records: with their images. seed: of the draws.
+    """
+    known = Siblings(records)
+    waiting = {
+        number: known.of(record.prompt, random.Random(f"{seed}|{number}|siblings"), NEAREST)
+        for number, record in enumerate(records)
+        if record.image is not None and record.prediction
+    }
+    found: list[list[str]] = [[] for _ in records]
+    while waiting:
+        drawn = [(number, text) for number, texts in waiting.items() for text in texts[: COUNT - len(found[number])]]
+        asked = [Query(text, records[number].image, records[number].prediction) for number, text in drawn]
+        for (number, text), alike in zip(drawn, answered(model, asked), strict=True):
+            waiting[number].remove(text)
+            if not alike:
+                found[number].append(text)
+        waiting = {number: texts for number, texts in waiting.items() if texts and len(found[number]) < COUNT}
+    return found
 
 
 def normal_words(prompt: str) -> str:

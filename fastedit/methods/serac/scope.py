@@ -14,7 +14,7 @@ from fastedit.backbone.packed import token_rows
 from fastedit.backbone.packed_forward import packed_prefix, packed_start
 from fastedit.deltas import DeltaSpec, split_point
 from fastedit.fitting.wordings import reworded
-from fastedit.methods.meta.siblings import Siblings
+from fastedit.methods.meta.siblings import siblings_of
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
 from fastedit.requests import Query
 from fastedit.routers.scope import ScopeFeatures, ScopeHeads, ScopeShape, scope_features, scope_loss, squared_distances
@@ -24,8 +24,8 @@ from fastedit.training import processes
 CHUNK = 256
 #: Kinds of rewordings: of a record's question, and of one that must stay.
 REWORDED, REWORDED_KEPT = "reworded", "reworded_kept"
-#: Questions of other records, nearly in the words of a record's own, about its image; so many a record.
-SIBLING, SIBLINGS = "sibling", 2
+#: Questions of other records, nearly in the words of a record's own, about its image.
+SIBLING = "sibling"
 #: What must stay and is nearest in words: the same image asked about something else.
 NEAREST = "same"
 
@@ -44,7 +44,8 @@ class FeatureStore:
     ) -> None:
         self.model, self.spec, self.views, self.shape = model, spec, views, shape
         self.wordings, self.room = wordings, room
-        self.siblings = Siblings(views.records)
+        records = views.records
+        self.siblings = siblings_of(model, records, views.seed) if wordings else [[] for _ in records]
         self._kept: dict[int, ScopeFeatures] = {}
 
     def questions(self, index: int) -> list[tuple[str, Query]]:
@@ -55,9 +56,7 @@ class FeatureStore:
         nearest = [query for kind, query in asked if kind == NEAREST]
         rng = random.Random(f"{self.views.seed}|wordings|{index}")
         record = self.views.records[index]
-        if self.wordings and record.image is not None:
-            near = self.siblings.of(record.prompt, rng, SIBLINGS)
-            asked += [(SIBLING, Query(prompt, record.image)) for prompt in near]
+        asked += [(SIBLING, Query(prompt, record.image)) for prompt in self.siblings[index]]
         for number in range(self.wordings):
             asked.append((REWORDED, _reworded(rng.choice(changed), rng)))
             # Every other one of what is nearest in words

@@ -14,6 +14,7 @@ from fastedit.backbone import EditableModel
 from fastedit.methods.ldke import task as ldke_task
 from fastedit.methods.ldke.task import ClassifierTask
 from fastedit.methods.ldke.views import Pairs, Questions
+from fastedit.methods.meta.siblings import siblings_of
 from fastedit.routers.classifier import ClassifierShape, Disentangler
 from fastedit.training import TrainerConfig, train_task
 from tests.engine.conftest import make_edits
@@ -29,7 +30,8 @@ def model() -> EditableModel:
 def made(model: EditableModel, count: int = 8, **given: Any) -> ClassifierTask:
     trainer = TrainerConfig(steps=30, batch_size=4, lr=5e-3, warmup=2, valid_every=10)
     settings: dict[str, Any] = {
-        "held": 2, "stored": 5, "false_rate": None, "contrast": 0.1, "decorrelation": 0.01, "room": 1 << 26,
+        "held": 2, "stored": 5, "false_rate": None, "contrast": 0.1, "decorrelation": 0.01, "wordings": 0,
+            "room": 1 << 26,
         "config": {"a": 1}, "finish": lambda: {"b": 2}, **given,
     }  # fmt: skip
     classifier = Disentangler(ClassifierShape(model.hidden_size, size=16, queries=2, key=8))
@@ -176,6 +178,18 @@ def test_the_fingerprint_is_of_what_is_learnt_and_from_what(model: EditableModel
     assert own == made(model).fingerprint
     assert own != made(model, contrast=0.2).fingerprint
     assert own != made(model, count=7).fingerprint
+    assert own != made(model, wordings=2).fingerprint
+
+
+def test_rewordings_and_siblings_are_learned_from_where_they_are_wanted(model: EditableModel) -> None:
+    plain, task = made(model), made(model, wordings=2)
+    siblings = siblings_of(model, make_edits(8), seed=0)
+    assert any(siblings)
+    for few, more, texts in zip(plain.questions.of, task.questions.of, siblings, strict=True):
+        added = more[len(few) :]
+        assert [one.prompt for one in added if not one.means] == texts
+        assert sum(bool(one.means) for one in added) == 2 * 2
+    assert float(task.loss(0)[0].detach()) != float(plain.loss(0)[0].detach())
 
 
 def test_how_alike_images_must_be_is_measured_on_held_out_questions(model: EditableModel) -> None:

@@ -121,39 +121,33 @@ def test_stored_tokens_are_those_of_a_walk() -> None:
 
 
 def test_rewordings_ask_what_a_record_asks_and_siblings_something_else_about_its_image() -> None:
-    edits = records()
-    plain, questions = Questions(edits, seed=3), Questions(edits, seed=3, wordings=4)
-    assert [own[: len(kept)] for own, kept in zip(questions.of, plain.of, strict=True)] == plain.of
-    for record, own, kept in zip(edits, questions.of, plain.of, strict=True):
-        added = own[len(kept) :]
-        siblings, others = [one for one in added if not one.means], [one for one in added if one.means]
-        assert len(others) == 2 * 4
-        known = {one.prompt: questions.relation(one) for one in (*kept, *siblings)}
-        for one in others:
+    edits, other = records(), [["Is it dark?"], [], ["Is it light?", "Is it far?"]]
+    plain, questions = Questions(edits, seed=3), Questions(edits, seed=3, wordings=4, siblings=other)
+    for record, own, kept, texts in zip(edits, questions.of, plain.of, other, strict=True):
+        assert own[: len(kept)] == kept
+        assert own[len(kept) : len(kept) + len(texts)] == [Asked("same", text, record.image, None) for text in texts]
+        known = {one.prompt: questions.relation(one) for one in own if not one.means}
+        added = own[len(kept) + len(texts) :]
+        assert len(added) == 2 * 4
+        assert sum(one.kind in RELATED for one in added) == 4
+        for one in added:
             # In other words, the same question for whoever counts what is the same
-            assert one.means in known
             assert questions.relation(one) == known[one.means]
             assert one.kind not in ("reliability", "image_generality")
             if one.kind in RELATED:
                 assert one.means in (record.prompt, record.rephrase)
                 assert one.image in (record.image, record.image_rephrase)
-        assert any(one.prompt != one.means for one in others)
-        assert sum(one.kind in RELATED for one in others) == 4
+        assert any(one.prompt != one.means for one in added)
         edit = next(one for one in kept if one.kind == "reliability")
-        assert siblings
-        for one in siblings:
-            assert one.kind == "same"
-            assert one.image is record.image
-            assert questions.relation(one) != questions.relation(edit)
-    again = Questions(edits, seed=3, wordings=4)
+        assert all(known[text] != questions.relation(edit) for text in texts)
+    again = Questions(edits, seed=3, wordings=4, siblings=other)
     assert again.of == questions.of
-    assert Questions(edits, seed=4, wordings=4).of != questions.of
+    assert Questions(edits, seed=4, wordings=4, siblings=other).of != questions.of
 
 
-def test_a_question_in_text_has_rewordings_and_no_siblings_about_an_image() -> None:
+def test_a_question_in_text_is_reworded_without_an_image() -> None:
     text = [replace(edit, image=None, image_rephrase=None, probes=()) for edit in make_edits(5)]
-    for record, own in zip(text, Questions(text, wordings=3).of, strict=True):
-        added = [one for one in own if one.means]
-        assert sum(one.kind in RELATED for one in added) == 3
-        assert all(one.image is None for one in added if one.kind in RELATED)
-        assert not [one for one in own if one.kind == "same" and one.image is record.image is not None]
+    for own in Questions(text, wordings=3).of:
+        added = [one for one in own if one.means and one.kind in RELATED]
+        assert len(added) == 3
+        assert all(one.image is None for one in added)
