@@ -24,7 +24,7 @@ class UniKEConfig:
 
     Args:
         layers: an int n for the last n decoder layers, or layer numbers; None is the paper's last four, but at most
-            a quarter of the model's.
+            half of the model's.
         intrinsic: extra neurons. n: how many in every layer.
         keys: what the neurons start from: "tokens", the edit's own inputs in turn, as T-Patcher's; "random", as the
             paper's code.
@@ -61,7 +61,7 @@ class UniKEConfig:
     activation: str | None = "relu"
     activation_weight: float = 1.0
     memory_weight: float = 1.0
-    margin: float = 3.0
+    margin: float = 1.0
     most: int = 1000
     memory: int = 2048
     extrinsic: str = "latent"

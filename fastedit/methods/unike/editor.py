@@ -202,7 +202,7 @@ class UniKE(Method):
 
 def layers_of(model: EditableModel, config: UniKEConfig) -> tuple[int, ...]:
     """Numbers of the layers that are edited."""
-    wanted = min(4, max(1, model.n_layers // 4)) if config.layers is None else config.layers
+    wanted = min(4, max(1, model.n_layers // 2)) if config.layers is None else config.layers
     return last_layers(wanted, model.n_layers, "unike")
 
 
