@@ -13,6 +13,8 @@ from fastedit.settings import check_fit, check_ranges
 
 CHOICES = ("auto", "voted", "random")
 POSITIONS = ("all", "after_image", "answer")
+#: Rewordings of a record where so many records can teach them.
+WORDINGS, MANY_RECORDS = 4, 300
 #: Most candidates that are taken without being named.
 MOST_CANDIDATES = 8
 
@@ -46,7 +48,8 @@ class LDKEConfig:
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
         wordings: rewordings of every record's questions (``fastedit.fitting.wordings``) that the classifier learns
             from: so many of what the edit is to act on, and as many of what it is not. With any it also learns to
-            refuse questions of other records that share most words with the record's own.
+            refuse questions of other records that share most words with the record's own. None is 4, or 0 where
+            training has fewer than 300 records, too few to learn from rewordings (docs/methods.md).
         stored: edits in sequence that the threshold is set for.
         false_rate: share of foreign questions on which any stored edit may act, however many there are, which training
             sets how alike images must be for (``fastedit.routers.agreement``); None is the threshold alone.
@@ -81,7 +84,7 @@ class LDKEConfig:
     size: int = 256
     queries: int = 8
     key: int = 64
-    wordings: int = 4
+    wordings: int | None = None
     stored: int = 1000
     false_rate: float | None = 0.01
     contrast: float = 0.1
@@ -112,6 +115,13 @@ class LDKEConfig:
             raise ValueError(f"ldke: false_rate is a share, or None (got false_rate={self.false_rate!r})")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"ldke: threshold is a probability (got threshold={self.threshold!r})")
+
+
+def wordings_of(config: LDKEConfig, records: int) -> int:
+    """How many rewordings of each of so many records the classifier learns from."""
+    if config.wordings is not None:
+        return config.wordings
+    return WORDINGS if records >= MANY_RECORDS else 0
 
 
 def candidate_layers(config: LDKEConfig, n_layers: int) -> tuple[int, ...]:

@@ -21,7 +21,14 @@ from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.solver import SolverConfig
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Accumulation, Method, Resources, positions_option
-from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, named_positions, slots_of, trained_settings
+from fastedit.methods.ldke.config import (
+    LDKEConfig,
+    candidate_layers,
+    named_positions,
+    slots_of,
+    trained_settings,
+    wordings_of,
+)
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.methods.ldke.task import ClassifierTask
 from fastedit.methods.ldke.views import Untimed, walked
@@ -129,7 +136,7 @@ class LDKE(Method):
             false_rate=config.false_rate,
             contrast=config.contrast,
             decorrelation=config.decorrelation,
-            wordings=config.wordings,
+            wordings=wordings_of(config, len(records)),
             room=config.row_cache_mib << 20,
             config={"method": trained_settings(model, config)},
             finish=partial(_voted, model, config, records),

@@ -17,8 +17,8 @@ from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Resources
 from fastedit.methods.ldke import editor
-from fastedit.methods.ldke.config import candidate_layers
-from fastedit.methods.ldke.editor import LDKE, LDKEConfig
+from fastedit.methods.ldke.config import MANY_RECORDS, LDKEConfig, candidate_layers, wordings_of
+from fastedit.methods.ldke.editor import LDKE
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.objectives import ROLES
 from fastedit.training import Artifact
@@ -237,3 +237,11 @@ def test_it_goes_with_the_other_objectives(model: EditableModel, edits: list[Edi
     for name in ("odedit+ldke", "kl+ldke"):
         made = fastedit.edit(model, edits, name, **settings)
         assert {outcome.steps for outcome in made.outcomes} == {2}
+
+
+def test_few_records_do_not_teach_rewordings_unless_told_to() -> None:
+    config = LDKEConfig()
+    assert [wordings_of(config, count) for count in (2, MANY_RECORDS - 1, MANY_RECORDS, 5000)] == [0, 0, 4, 4]
+    assert [wordings_of(LDKEConfig(wordings=number), count) for number in (0, 2) for count in (2, 5000)] == [0, 0, 2, 2]
+    with pytest.raises(ValueError, match=r"ldke: wordings is at least 0, or None \(got wordings=-1\)"):
+        LDKEConfig(wordings=-1)
