@@ -55,8 +55,8 @@ SEARCHED, POOL = 4, 64
 CONTROLLED = ("ft", "tpatcher", "unike", "ldke")
 LAYERS = 30
 CANDIDATES = candidate_layers(LDKEConfig(), LAYERS)
-#: Where layers are compared: no classifier, and half of the steps that an edit is given by default.
-LOCALIZED: Mapping[str, Any] = {"route": False, "steps": 50}
+#: Where layers are compared: no classifier, and the steps and positions that were the default when they were.
+LOCALIZED: Mapping[str, Any] = {"route": False, "steps": 50, "positions": "all"}
 #: Seeds of sets of layers by lot.
 LOTS = (1,)
 #: Trained parts are made of few records, in few steps: what a machine without a GPU makes in minutes.
