@@ -48,8 +48,9 @@ class LDKEConfig:
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
         wordings: rewordings of every record's questions (``fastedit.fitting.wordings``) that the classifier learns
             from: so many of what the edit is to act on, and as many of what it is not. With any it also learns to
-            refuse questions of other records that share most words with the record's own. None is 4, or 0 where
-            training has fewer than 300 records, too few to learn from rewordings (docs/methods.md).
+            refuse questions of other records that share most words with the record's own and that the unedited model
+            answers otherwise about its image. None is 4, or 0 where training has fewer than 300 records, too few to
+            learn from rewordings (docs/methods.md).
         stored: edits in sequence that the threshold is set for.
         false_rate: share of foreign questions on which any stored edit may act, however many there are, which training
             sets how alike images must be for (``fastedit.routers.agreement``); None is the threshold alone.

@@ -67,7 +67,7 @@ class Questions:
     ) -> None:
         views = MetaViews(records, seed)
         self.of: list[list[Asked]] = [_asked(record, views, n) for n, record in enumerate(records)]
-        for record, asked, texts in zip(records, self.of, siblings, strict=False):
+        for record, asked, texts in zip(records, self.of, siblings, strict=True) if siblings else ():
             asked += [Asked("same", text, record.image, None) for text in texts]
         for number, asked in enumerate(self.of):
             asked += _reworded(asked, wordings, random.Random(f"{seed}|{number}|wordings"))

@@ -44,7 +44,7 @@ class SERACConfig:
             comes later; None is the middle of the decoder. 0 is word embeddings, unless ``layers`` begins later.
         scope_wordings: rewordings of every record's question (``fastedit.fitting.wordings``) that the scope learns to
             accept, and as many of other questions that it learns to refuse; with any it also learns to refuse questions
-            of other records that share most words with the record's own.
+            of other records that share most words with the record's own and have another answer before the edit.
         answer_wordings: share of the questions that the counterfactual model learns to answer which are put in other
             words in the same way: copying is then not bound to the wordings of training.
         scope_size, scope_hidden, scope_segments, scope_dropout: of the scope's heads, see ``ScopeShape``.

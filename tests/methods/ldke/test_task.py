@@ -31,8 +31,7 @@ def made(model: EditableModel, count: int = 8, **given: Any) -> ClassifierTask:
     trainer = TrainerConfig(steps=30, batch_size=4, lr=5e-3, warmup=2, valid_every=10)
     settings: dict[str, Any] = {
         "held": 2, "stored": 5, "false_rate": None, "contrast": 0.1, "decorrelation": 0.01, "wordings": 0,
-            "room": 1 << 26,
-        "config": {"a": 1}, "finish": lambda: {"b": 2}, **given,
+        "room": 1 << 26, "config": {"a": 1}, "finish": lambda: {"b": 2}, **given,
     }  # fmt: skip
     classifier = Disentangler(ClassifierShape(model.hidden_size, size=16, queries=2, key=8))
     return ClassifierTask(model, POINT, classifier, make_edits(count), trainer, **settings)
