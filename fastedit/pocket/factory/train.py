@@ -158,11 +158,13 @@ def continue_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fo
     stored, before = released.state_dict(), processor.tokenizer.get_vocab()
     shared = [(i, before[token]) for token, i in tokenizer.get_vocab().items() if token in before]
     new, old = (torch.tensor(ids) for ids in zip(*shared, strict=True))
+    rows = len(before)
     for name, value in model.state_dict().items():
-        if value.shape == stored[name].shape:
-            value.copy_(stored[name])
-        else:
+        # Words of an equal number may stand in another order
+        if stored[name].shape[0] == rows and value.shape[0] == len(tokenizer):
             value[new] = stored[name][old]
+        else:
+            value.copy_(stored[name])
 
 
 def train(
