@@ -66,9 +66,11 @@ class Questions:
         siblings: Sequence[Sequence[str]] = (),
     ) -> None:
         views = MetaViews(records, seed)
-        self.of: list[list[Asked]] = [_asked(record, views, n) for n, record in enumerate(records)]
-        for record, asked, texts in zip(records, self.of, siblings, strict=True) if siblings else ():
-            asked += [Asked("same", text, record.image, None) for text in texts]
+        known = siblings or [()] * len(records)
+        self.of: list[list[Asked]] = [
+            _asked(record, views, number, texts)
+            for number, (record, texts) in enumerate(zip(records, known, strict=True))
+        ]
         for number, asked in enumerate(self.of):
             asked += _reworded(asked, wordings, random.Random(f"{seed}|{number}|wordings"))
         self._relations, self._entities = Classes(), Classes()
@@ -89,7 +91,7 @@ class Questions:
         return -1 if asked.image is None else self._entities.number(_picture(asked.image))
 
 
-def _asked(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
+def _asked(record: EditRequest, views: MetaViews, number: int, siblings: Sequence[str]) -> list[Asked]:
     now = record.prediction
     # Not as views, which feed some answer where a probe has none
     made = [Asked(probe.kind, probe.prompt, probe.image, probe.answer) for probe in record.probes
@@ -110,12 +112,13 @@ def _asked(record: EditRequest, views: MetaViews, number: int) -> list[Asked]:
             made.append(Asked("blind", prompt, None, None))
     if record.image is not None and "blind" not in known:
         made.append(Asked("blind", record.prompt, None, None))
-    if record.image is not None and "same" not in known and len(views.records) > 1:
+    # Siblings are known to ask something else; questions of records by lot may not
+    if record.image is not None and "same" not in known and not siblings and len(views.records) > 1:
         made += _foreign_questions(record, views, number)
     if image is not None:
         made += [Asked("same", one.prompt, image, one.answer) for one in made if one.kind == "same"]
     made += [Asked("portability", one.prompt, one.image, None) for one in record.portability]
-    return made
+    return [*made, *(Asked("same", text, record.image, None) for text in siblings)]
 
 
 def _reworded(asked: Sequence[Asked], wordings: int, rng: random.Random) -> list[Asked]:

@@ -145,6 +145,20 @@ def test_rewordings_ask_what_a_record_asks_and_siblings_something_else_about_its
     assert Questions(edits, seed=4, wordings=4, siblings=other).of != questions.of
 
 
+def test_siblings_stand_for_questions_by_lot_that_may_be_the_edits_own() -> None:
+    """A question of another record may be the edit's own in other words; siblings were asked and are not."""
+    bare = [replace(edit, probes=()) for edit in make_edits(5)]
+    others = {prompt for edit in bare for prompt in (edit.prompt, edit.rephrase)}
+    drawn = [{one.prompt for one in own if one.kind == "same" and not one.means} for own in Questions(bare).of]
+    assert all(prompts and prompts <= others for prompts in drawn)
+    known = [["Is it dark?"], [], [], [], []]
+    asked = [
+        {one.prompt for one in own if one.kind == "same" and not one.means}
+        for own in Questions(bare, wordings=4, siblings=known).of
+    ]
+    assert asked == [{"Is it dark?"}, *drawn[1:]]
+
+
 def test_a_question_in_text_is_reworded_without_an_image() -> None:
     text = [replace(edit, image=None, image_rephrase=None, probes=()) for edit in make_edits(5)]
     for own in Questions(text, wordings=3).of:
