@@ -84,12 +84,22 @@ PARTS: dict[str, Parts] = {
     ),
     "exist": Parts(
         questions=("is there a {}", "is a {} there", "can i see a {}", "do you see a {}", "does it show a {}",
-                   "is a {} in the image", "does it have a {}", "a {} is there"),
+                   "is a {} in the image", "does it have a {}", "a {} is there", "about a {}, is it there",
+                   "is a {} there or not", "do i find a {}", "can one see a {}", "is it right to write a {}"),
         claims=("there is a {}", "the image shows a {}", "the image has a {}", "you see a {}", "a {} is there",
-                "i see a {}"),
+                "i see a {}", "one can see a {}", "a {} is shown"),
     ),
-    "check": Parts(questions=("is the {} {}", "the {} is {}"), claims=("the {} is {}",)),
-    "relation": Parts(questions=("is the {} {} the {}", "the {} is {} the {}"), claims=("the {} is {} the {}",)),
+    "check": Parts(
+        questions=("is the {} {}", "the {} is {}", "about the {}, is it {}", "with this {}, is it {}",
+                   "the {} there, is it {}", "do you find the {} {}", "you see the {}, so is it {}"),
+        claims=("the {} is {}",),
+    ),
+    "relation": Parts(
+        questions=("is the {} {} the {}", "the {} is {} the {}", "about the {}, is it {} the {}",
+                   "with this {}, is it {} the {}", "the {} there, is it {} the {}",
+                   "do you find the {} {} the {}", "can i see the {} {} the {}"),
+        claims=("the {} is {} the {}",),
+    ),
     "beside": Parts(
         ("the object {} the {}", "the thing {} the {}", "the object that is {} the {}"),
         ("what is {} the {}", "which thing is {} the {}", "what do you see {} the {}", "what can i see {} the {}",
@@ -203,13 +213,17 @@ NOUN_FRAMES = (
     "{} is what?",
     "Can you name {}?", "Could you give me {}?", "Could you tell me {}?", "Do you know {}?", "I want to know {}.",
     "I would like to know {}.", "State {}.", "I am looking for {}.", "Find {}.", "Let me know {}.", "What about {}?",
-    "Write {}.", "I ask for {}.", "I need {}.", "Show me {}.",
+    "Write {}.", "I ask for {}.", "I need {}.", "Show me {}.", "{} would be what?", "What would you say is {}?",
+    "And {} is?", "What do you find for {}?", "What should I write for {}?", "I am asked for {}.", "Find out {}.",
+    "Somebody asked me for {}.", "{}, what is it?", "I do not see well, what is {}?",
 )  # fmt: skip
 QUESTION_FRAMES = (
     "{}?", "{}?", "{}?", "So {}?", "Now {}?", "And {}?", "In the image, {}?", "In this picture, {}?",
     "{} in the image?",
     "{} in this picture?", "{} here?", "Look at it: {}?", "Question: {}?", "{}, do you think?", "I ask you: {}?",
-    "Here is a question: {}?", "In your opinion, {}?", "Well, {}?", "Then {}?",
+    "Here is a question: {}?", "In your opinion, {}?", "Well, {}?", "Then {}?", "Look at the image, {}?",
+    "I do not know: {}?", "I do not see well, {}?", "What do you think, {}?", "Somebody asked me: {}?",
+    "You see it, so {}?",
 )  # fmt: skip
 INSIDE_FRAMES = (
     "Tell me {}.", "Say {}.", "Can you tell me {}?", "Can you say {}?", "Could you tell me {}?", "Do you know {}?",
@@ -225,6 +239,10 @@ CLAIM_FRAMES = (
     "I want to know if {}.",
     "Let me know if {}.", "Find out if {}.", "I say that {}, right?", "They say that {}, is it true?", "{}?",
     "Somebody told me that {}, is it so?", "I think that {}, do you agree?", "Yes or no: {}?", "We want to know if {}.",
+    "Tell me if {} or not.", "Is it true or not that {}?", "Is it so or not that {}?", "{}, true or not?", "See if {}.",
+    "Look and say if {}.", "Can you see if {}?", "Could you find out if {} or not?", "I should write that {}, right?",
+    "{} or is it not so?", "{} or do I not see it?", "I want to know if {} or not.", "They ask if {}.",
+    "Do you find that {}?", "Can one say that {}?", "Say yes if {}.",
 )  # fmt: skip
 ORDER_FRAMES = ("{}.", "{}", "Now {}.", "Can you {}?", "Could you {}?", "Would you {}?", "I want you to {}.",
                 "Try to {}.",

@@ -5,6 +5,7 @@ Applied to templates with their slots still open, so that what a question is abo
 
 from __future__ import annotations
 
+import functools
 import random
 import string
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from fastedit.pocket.facts import RELATIONS, Fact, with_articles
 from fastedit.pocket.phrases import AFTER, FACT_PARTS, FRAMES, PARTS, POLITE, PREAMBLE, THANKS, Parts
 from fastedit.pocket.templates import CAPTION_PROMPTS, MORE, TEMPLATES
+from fastedit.pocket.unseen import TEMPLATES as TEMPLATES_UNSEEN
 
 FRAMED = 0.5  # share of questions put together from phrases instead of taken from the templates
 
@@ -20,8 +22,10 @@ def worded(kind: str, slots: Sequence[str], rng: random.Random) -> str:
     """Return a question of a kind (or "caption") in words drawn at random."""
     templates = (*(CAPTION_PROMPTS if kind == "caption" else TEMPLATES[kind]), *MORE[kind])
     parts = PARTS["exist" if kind == "exist_pair" else kind]
-    template = _framed(parts, rng) if rng.random() < FRAMED else rng.choice(templates)
-    return _begun(dressed(template, rng), slots, rng)
+    while True:
+        template = dressed(_framed(parts, rng) if rng.random() < FRAMED else rng.choice(templates), rng)
+        if normal(template) not in _untrained(kind):
+            return _begun(template, slots, rng)
 
 
 def worded_fact(fact: Fact, rng: random.Random) -> str:
@@ -34,6 +38,12 @@ def worded_fact(fact: Fact, rng: random.Random) -> str:
         if normal(framed) != normal(templates[fact.untrained]):
             template = framed
     return _begun(dressed(template, rng), (fact.subject,), rng)
+
+
+@functools.cache
+def _untrained(kind: str) -> frozenset[str]:
+    """Return the second set's wordings of a kind: typing errors alone could make one of them."""
+    return frozenset(map(normal, TEMPLATES_UNSEEN.get(kind, ())))
 
 
 def _begun(template: str, slots: Sequence[str], rng: random.Random) -> str:
@@ -99,8 +109,8 @@ def _careless(text: str, rng: random.Random) -> str:
         text = text[:-1] + " " + text[-1]
     if rng.random() < 0.3:
         words = text.split(" ")
-        places = [i for i, word in enumerate(words) if len(word) > 2 and word.isalpha()]
-        for place in rng.sample(places, min(len(places), rng.choice((1, 1, 2)))):
+        places = [i for i, word in enumerate(words) if len(word) > 1 and word.isalpha()]
+        for place in rng.sample(places, min(len(places), rng.choice((1, 1, 2, 3)))):
             words[place] = _misspelled(words[place], rng)
         text = " ".join(words)
     return text
