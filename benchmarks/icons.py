@@ -52,7 +52,7 @@ TOGETHER = 4
 #: Train records: the first are edits of the search for the best layers, the others the pool.
 SEARCHED, POOL = 4, 64
 #: Methods of the table "controls"; `lora` stands in the other one.
-CONTROLLED = ("ft", "tpatcher", "unike", "ldke")
+CONTROLLED = ("ft", "tpatcher", "unike", "ldke", "wise", "grace")
 LAYERS = 30
 CANDIDATES = candidate_layers(LDKEConfig(), LAYERS)
 #: Where layers are compared: no classifier, and the steps and positions that were the default when they were.
