@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 log = logging.getLogger("fastedit.smol.factory.sets")
-_BATCH = 12  # records looked at together
+_BATCH = 24  # records looked at together
 _ROWS = 16
 
 #: Says of each record which of its further questions are not answered rightly; None where one of the others is not.
@@ -36,44 +36,61 @@ Answers = Callable[[Sequence[Record[Scene]]], list[frozenset[int] | None]]
 
 
 def answers_of(model: LlavaForConditionalGeneration, packer: Packer) -> Answers:
-    """Return what asks a model the unedited questions of records."""
+    """Return what asks a model the unedited questions of records.
 
-    def ask(drawn: Sequence[Record[Scene]]) -> list[frozenset[int] | None]:
-        rows: dict[tuple[int, Scene], list[Line]] = {}
-        for place, record in enumerate(drawn):
-            for number, asked in [*((None, one) for one in record.unedited()), *enumerate(record.further)]:
-                kind = f"{place}:{'' if number is None else number}"
-                line = Line(kind, asked.prompt, str(asked.answer), asked.scene is not None)
-                # A question without a picture goes with the first picture, which its mask hides.
-                rows.setdefault((place, asked.scene or record.scene), []).append(line)
-        wrong: list[set[str]] = [set() for _ in drawn]
+    Questions are asked in three stages, of the records alone that all before were answered rightly of: those about the
+    first picture and those without one, those about other pictures, and the further ones, which may be wrong.
+    """
+
+    def wrong_of(lines: Mapping[tuple[int, Scene], list[Line]]) -> set[str]:
+        wrong: set[str] = set()
         # Rows of one length waste no padding.
-        keys = sorted(rows, key=lambda key: sum(len(line.question) + len(line.answer) for line in rows[key]))
+        keys = sorted(lines, key=lambda key: sum(len(line.question) + len(line.answer) for line in lines[key]))
         for at in range(0, len(keys), _ROWS):
             part = keys[at : at + _ROWS]
-            packed = packer.pack([rows[key] for key in part])
+            packed = packer.pack([lines[key] for key in part])
             pixels = to_pixels([render(scene) for _, scene in part])
             with torch.no_grad():
                 right = packed.right(measure.logits(model, packer, packed, pixels))
-            for line, is_right in zip(packed.lines, right, strict=True):
-                whose, which = line.kind.split(":")
-                if not is_right:
-                    wrong[int(whose)].add(which)
+            wrong |= {line.kind for line, is_right in zip(packed.lines, right, strict=True) if not is_right}
+        return wrong
+
+    def ask(drawn: Sequence[Record[Scene]]) -> list[frozenset[int] | None]:
+        stages: list[dict[tuple[int, Scene], list[Line]]] = [{}, {}, {}]
+        for place, record in enumerate(drawn):
+            for number, asked in [*((None, one) for one in record.unedited()), *enumerate(record.further)]:
+                line = Line(f"{place}:{'' if number is None else number}", asked.prompt, str(asked.answer),
+                            asked.scene is not None)  # fmt: skip
+                # A question without a picture goes with the first picture, which its mask hides.
+                scene = asked.scene or record.scene
+                stage = 2 if number is not None else 0 if scene == record.scene else 1
+                stages[stage].setdefault((place, scene), []).append(line)
+        wrong: list[set[str]] = [set() for _ in drawn]
+        for lines in stages:
+            for kind in wrong_of({key: each for key, each in lines.items() if "" not in wrong[key[0]]}):
+                whose, which = kind.split(":")
+                wrong[int(whose)].add(which)
         return [None if "" in each else frozenset(map(int, each)) for each in wrong]
 
     return ask
 
 
-def look_on(name: str, split: str, checked: Checked, ask: Answers, *, size: int, until: Callable[[], bool]) -> Checked:
-    """Return `checked` with further numbers looked at, up to a whole set of `size` records or until `until` is true."""
+def look_on(name: str, split: str, checked: Checked, ask: Answers, *, size: int) -> Iterator[Checked]:
+    """Yield `checked` with further numbers looked at, batch by batch, up to a whole set of `size` records.
+
+    Numbers whose kind, hard or not, is complete are not asked: no set takes them.
+    """
     skipped, unasked, number = list(checked.skipped), dict(checked.unasked), checked.numbers
     left = {True: size // HARD_EVERY, False: size - size // HARD_EVERY}
     for earlier in range(number):
         if earlier not in checked.skipped and draw(name, split, earlier) is not None:
             left[earlier % HARD_EVERY == 0] -= 1
-    while any(count > 0 for count in left.values()) and not until():
-        drawn = [record for record in (draw(name, split, n) for n in range(number, number + _BATCH)) if record]
-        number += _BATCH
+    while any(count > 0 for count in left.values()):
+        drawn: list[Record[Scene]] = []
+        while len(drawn) < _BATCH:
+            record = draw(name, split, number) if left[number % HARD_EVERY == 0] > 0 else None
+            drawn += [record] if record else []
+            number += 1
         for record, wrong in zip(drawn, ask(drawn), strict=True):
             if wrong is None:
                 skipped.append(record.number)
@@ -82,7 +99,7 @@ def look_on(name: str, split: str, checked: Checked, ask: Answers, *, size: int,
             if wrong:
                 unasked[record.number] = tuple(sorted(wrong))
         log.info("%s %s: %d numbers, %d left out", name, split, number, len(skipped))
-    return Checked(number, tuple(skipped), unasked)
+        yield Checked(number, tuple(skipped), dict(unasked))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,9 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.only and f"{name}/{split}" not in arguments.only:
                 continue
             size = min(SIZE[split], arguments.size or SIZE[split])
-            before = read_checked(name, split)
-            after = look_on(name, split, before, ask, size=size, until=lambda: time.monotonic() > end)
-            write_checked(name, split, after)
+            for checked in look_on(name, split, read_checked(name, split), ask, size=size):
+                write_checked(name, split, checked)
+                if time.monotonic() > end:
+                    return
 
 
 if __name__ == "__main__":
