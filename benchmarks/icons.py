@@ -114,6 +114,7 @@ def methods() -> list[Variant]:
         Variant("grace", "grace"),
         Variant("wise", "wise"),
         Variant("ike, 4 demonstrations", "ike", {"k": 4}),
+        Variant("ike, no demonstrations", "ike", {"k": 0}),
         Variant("unike", "unike"),
         Variant("ldke", "ldke"),
         Variant("serac", "serac"),
