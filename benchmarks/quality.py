@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from rich.console import Console
 if __name__ == "__main__":
     import _package  # noqa: F401
 
+import fastedit
 from benchmarks import long_sequence, record, tv_search
 from benchmarks.quality_cases import (
     DATA,
@@ -222,7 +223,8 @@ def stored_sections() -> list[str]:
     cells, curves = tv_search.stored_cells(), long_sequence.rows(long_sequence.RESULTS)
     lines: list[str] = []
     if cells:
-        lines += ["## Does the total variation earn its place over kl+x with the same data?", "", SEARCHED, ""]
+        lines += ["## Does the total variation earn its place over kl+x with the same data?", "", SEARCHED]
+        lines += [*of_other_weights(cells), ""]
     for edits, base in sorted({(cell["edits"], cell["base"]) for cell in cells}, reverse=True):
         some = [cell for cell in cells if (cell["base"], cell["edits"]) == (base, edits)]
         lines += [f"### {base}, {edits} edits of each train split", "", *tv_search.table(some), ""]
@@ -231,6 +233,16 @@ def stored_sections() -> list[str]:
         lines += ["`benchmarks/long_sequence.py`, pocket-vqa, scored on a sample at each length.", ""]
         lines += [*long_sequence.markdown(curves), ""]
     return lines
+
+
+def of_other_weights(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on the models of the search whose cells are of other weights than those that ship; none without."""
+    seen = sorted({(cell["pair"].partition("/")[0], cell["model_fingerprint"]) for cell in cells})
+    shipped = {name: fastedit.load(name).fingerprint for name, _ in seen}
+    other = sorted({f"`{name}`" for name, fingerprint in seen if fingerprint != shipped[name]})
+    if not other:
+        return []
+    return [f"Cells of {', '.join(other)} are of the weights that shipped before, by which defaults were chosen."]
 
 
 def newest_rows(folder: Path) -> list[dict[str, Any]]:
