@@ -66,7 +66,7 @@ class Questions:
         siblings: Sequence[Sequence[str]] = (),
     ) -> None:
         views = MetaViews(records, seed)
-        known = siblings or [()] * len(records)
+        known: Sequence[Sequence[str]] = siblings or [()] * len(records)
         self.of: list[list[Asked]] = [
             _asked(record, views, number, texts)
             for number, (record, texts) in enumerate(zip(records, known, strict=True))

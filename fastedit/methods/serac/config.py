@@ -58,7 +58,9 @@ class SERACConfig:
             negatives are the questions that are near an edit: its own about other images, others about its image.
         scope_recall: weight of what lies in the scope against what does not.
         scope_batch: records of a step of the scope.
-        swap: share of records that are given the target of another one, so that what is learned is to copy.
+        swap: share of records that are given another target, so that what is learned is to copy.
+        invented: share of these that are given one to three words of the tokenizer's vocabulary by lot, the others the
+            target of another record: of few records it is their targets that would be learned. 0 where ``faithful``.
         valid_records: the last so many are kept for validation.
         memory_mib: for features that are kept between steps of training; others are made again each time.
     """
@@ -83,7 +85,8 @@ class SERACConfig:
     scope_weight: float = 1.0
     scope_recall: float = 4.0
     scope_batch: int = 128
-    swap: float = 0.5
+    swap: float = 0.75
+    invented: float = 0.75
     valid_records: int = 64
     memory_mib: int = 1024
 
@@ -92,7 +95,13 @@ class SERACConfig:
             if self.context.count(field) != 1:
                 raise ValueError(f"serac: context holds {field} exactly once (got context={self.context!r})")
         check_fit("serac", self)
-        check_ranges("serac", self, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, shares=("swap", "answer_wordings"))
+        check_ranges(
+            "serac",
+            self,
+            positive=_POSITIVE,
+            not_negative=_NOT_NEGATIVE,
+            shares=("swap", "invented", "answer_wordings"),
+        )
         if self.scope_layer is not None and self.scope_layer < 0:
             raise ValueError(f"serac: scope_layer is 0 or more (got scope_layer={self.scope_layer!r})")
         if not 0 <= self.scope_dropout < 1:

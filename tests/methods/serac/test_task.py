@@ -86,7 +86,7 @@ def test_kept_views_are_a_mixture_by_similarity(model: EditableModel) -> None:
 
 
 def test_targets_are_swapped_for_the_view_and_its_context_alike(model: EditableModel) -> None:
-    task = task_of(model, swap=1.0)
+    task = task_of(model, swap=1.0, invented=0.0)
     views, counts, contexts = task._asked([0, 1, 2, 3], 1, random.Random(3))
     targets = {record.target for record in task.records}
     changed = 0
