@@ -66,10 +66,10 @@ class Questions:
         siblings: Sequence[Sequence[str]] = (),
     ) -> None:
         views = MetaViews(records, seed)
-        known: Sequence[Sequence[str]] = siblings or [()] * len(records)
+        beside = siblings or [()] * len(records)
         self.of: list[list[Asked]] = [
             _asked(record, views, number, texts)
-            for number, (record, texts) in enumerate(zip(records, known, strict=True))
+            for number, (record, texts) in enumerate(zip(records, beside, strict=True))
         ]
         for number, asked in enumerate(self.of):
             asked += _reworded(asked, wordings, random.Random(f"{seed}|{number}|wordings"))
