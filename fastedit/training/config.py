@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fastedit.settings import check_ranges
 
 SCHEDULES = ("constant", "cosine")
+#: From so many records on a trained part can learn from their variety; fewer need settings of their own.
+MANY_RECORDS = 300
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from fastedit.backbone import EditableModel
 from fastedit.methods.base import last_layers
 from fastedit.methods.ldke.localize import GROUPS, SCORES
 from fastedit.settings import check_fit, check_ranges
+from fastedit.training.config import MANY_RECORDS
 
 CHOICES = ("auto", "voted", "random")
 POSITIONS = ("all", "after_image", "answer")
 #: Rewordings of a record where so many records can teach them.
-WORDINGS, MANY_RECORDS = 4, 300
+WORDINGS = 4
 #: Most candidates that are taken without being named.
 MOST_CANDIDATES = 8
 

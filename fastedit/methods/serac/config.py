@@ -11,6 +11,7 @@ from torch import Tensor
 from fastedit.objectives import ROLES, Losses, Role, TokenBatch
 from fastedit.objectives.base import all_correct, losses_by_role
 from fastedit.settings import check_fit, check_ranges
+from fastedit.training.config import MANY_RECORDS
 
 _POSITIVE = ("alpha", "scope_recall", "scope_batch", "valid_records", "scope_size", "scope_hidden", "scope_segments")
 _NOT_NEGATIVE = (
@@ -58,9 +59,11 @@ class SERACConfig:
             negatives are the questions that are near an edit: its own about other images, others about its image.
         scope_recall: weight of what lies in the scope against what does not.
         scope_batch: records of a step of the scope.
-        swap: share of records that are given another target, so that what is learned is to copy.
+        swap: share of records that are given another target, so that what is learned is to copy. None is 0.5, or 0.75
+            where training has fewer than 300 records.
         invented: share of these that are given one to three words of the tokenizer's vocabulary by lot, the others the
-            target of another record: of few records it is their targets that would be learned. 0 where ``faithful``.
+            target of another record. None is 0, or 0.75 where training has fewer than 300 records, of which it is the
+            targets that would be learned (docs/methods.md); 0 where ``faithful``.
         valid_records: the last so many are kept for validation.
         memory_mib: for features that are kept between steps of training; others are made again each time.
     """
@@ -85,8 +88,8 @@ class SERACConfig:
     scope_weight: float = 1.0
     scope_recall: float = 4.0
     scope_batch: int = 128
-    swap: float = 0.75
-    invented: float = 0.75
+    swap: float | None = None
+    invented: float | None = None
     valid_records: int = 64
     memory_mib: int = 1024
 
@@ -116,6 +119,14 @@ class SERACConfig:
         values = {"{question}": question.strip(), "{answer}": answer.strip()}
         # Both at once: an edit's own text may hold what looks like a field
         return re.sub(r"\{(question|answer)\}", lambda found: values[found[0]], self.context)
+
+
+def targets_of(config: SERACConfig, records: int) -> tuple[float, float]:
+    """The shares ``swap`` and ``invented`` of training with so many records."""
+    many = records >= MANY_RECORDS or config.faithful
+    swap = (0.5 if many else 0.75) if config.swap is None else config.swap
+    invented = (0.0 if many else 0.75) if config.invented is None else config.invented
+    return swap, 0.0 if config.faithful else invented
 
 
 class SeracObjective:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 
 from fastedit.backbone import EditableModel
-from fastedit.methods.serac.config import SERACConfig
 
 #: How a vocabulary marks the space before a word: byte-level BPE, SentencePiece.
 SPACES = ("\u0120", "\u2581")
@@ -19,13 +18,12 @@ class Targets:
 
     Args:
         model: its tokenizer has the words. known: targets of the records that are learned from.
-        settings: ``invented`` is the share of words by lot; none where ``faithful`` or the vocabulary marks no words.
+        invented: share of words by lot; there are none where the vocabulary marks no words.
     """
 
-    def __init__(self, model: EditableModel, known: Sequence[str], settings: SERACConfig) -> None:
-        self.known = tuple(known)
-        self.invented = 0.0 if settings.faithful else settings.invented
-        self.words = words_of(model) if self.invented else ()
+    def __init__(self, model: EditableModel, known: Sequence[str], invented: float) -> None:
+        self.known, self.invented = tuple(known), invented
+        self.words = words_of(model) if invented else ()
 
     def other(self, rng: random.Random) -> str:
         """One of them by lot."""

@@ -21,7 +21,7 @@ from fastedit.deltas.kinds import new_stack
 from fastedit.fitting.views import TrainingView
 from fastedit.fitting.wordings import reworded
 from fastedit.methods.meta.views import CHANGED, KEPT, MetaViews
-from fastedit.methods.serac.config import SERACConfig, SeracObjective, mixed
+from fastedit.methods.serac.config import SERACConfig, SeracObjective, mixed, targets_of
 from fastedit.methods.serac.scope import CHUNK, REWORDED, FeatureStore
 from fastedit.methods.serac.targets import Targets
 from fastedit.objectives import Objective, Role, TokenBatch
@@ -80,7 +80,8 @@ class SeracTask:
         self.compares = not isinstance(objective, SeracObjective)
         self.heads, self.records, self.trainer, self.config = heads, records, trainer, dict(config)
         self.views = MetaViews(records, trainer.seed)
-        self.targets = Targets(model, [record.target for record in records[: self.n_train]], settings)
+        self.swap, invented = targets_of(settings, len(records))
+        self.targets = Targets(model, [record.target for record in records[: self.n_train]], invented)
         words = 0 if settings.faithful else settings.scope_wordings
         self.features = FeatureStore(model, spec, self.views, heads.shape, words, settings.memory_mib << 20)
         self.stack: Any = new_stack(spec, 1, device=model.device, trainable=False)
@@ -231,7 +232,7 @@ class SeracTask:
             if self.settings.faithful:
                 numbered = [each for each in numbered if each.view.role is not Role.IMAGE_LOCALITY]
             target = record.target
-            if rng.random() < self.settings.swap:
+            if rng.random() < self.swap:
                 target = self.targets.other(rng)
                 numbered = [each.answered(target) for each in numbered]
             if not self.settings.faithful:

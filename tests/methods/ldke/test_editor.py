@@ -17,11 +17,12 @@ from fastedit.fitting.prepared import EditRows, prepare
 from fastedit.fitting.views import ViewSource
 from fastedit.methods.base import Resources
 from fastedit.methods.ldke import editor
-from fastedit.methods.ldke.config import MANY_RECORDS, LDKEConfig, candidate_layers, wordings_of
+from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, wordings_of
 from fastedit.methods.ldke.editor import LDKE
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
 from fastedit.objectives import ROLES
 from fastedit.training import Artifact
+from fastedit.training.config import MANY_RECORDS
 from tests.engine.conftest import make_edits
 
 TINY = "random:llava-tiny"

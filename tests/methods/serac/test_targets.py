@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from fastedit.methods.serac.config import SERACConfig
+from fastedit.methods.serac.config import SERACConfig, targets_of
 from fastedit.methods.serac.targets import Targets, words_of
 from fastedit.pocket.models import make_tokenizer
+from fastedit.training.config import MANY_RECORDS
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,8 @@ def model() -> Any:
     return SimpleNamespace(tokenizer=make_tokenizer("pocket-llava"))
 
 
-def drawn(model: Any, **settings: Any) -> list[str]:
-    targets = Targets(model, ["oak", "red"], SERACConfig(**settings))
+def drawn(model: Any, invented: float = 0.75) -> list[str]:
+    targets = Targets(model, ["oak", "red"], invented)
     rng = random.Random(0)
     return [targets.other(rng) for _ in range(400)]
 
@@ -40,8 +41,16 @@ def test_words_by_lot_are_single_tokens_of_the_model(model: Any) -> None:
         assert word.isalpha()
 
 
-def test_without_a_share_and_as_published_all_are_of_other_records(model: Any) -> None:
-    assert set(drawn(model, invented=0.0)) == set(drawn(model, faithful=True)) == {"oak", "red"}
+def test_without_a_share_all_are_of_other_records(model: Any) -> None:
+    assert set(drawn(model, 0.0)) == {"oak", "red"}
+
+
+def test_few_records_are_given_words_by_lot() -> None:
+    plain, published, told = SERACConfig(), SERACConfig(faithful=True), SERACConfig(swap=0.2, invented=0.1)
+    for records, shares in ((60, (0.75, 0.75)), (MANY_RECORDS - 1, (0.75, 0.75)), (MANY_RECORDS, (0.5, 0.0))):
+        assert targets_of(plain, records) == shares
+        assert targets_of(published, records) == (0.5, 0.0)
+        assert targets_of(told, records) == (0.2, 0.1)
 
 
 def test_a_vocabulary_without_marks_of_words_invents_none() -> None:
