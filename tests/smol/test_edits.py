@@ -4,12 +4,14 @@ import functools
 
 import pytest
 
-from fastedit.pocket.edits import Record
+from fastedit.pocket.edits import HARD_EVERY, Record
 from fastedit.smol import facts
 from fastedit.smol.concepts import concepts
-from fastedit.smol.edits import draw
+from fastedit.smol.edits import SIZE, draw
 from fastedit.smol.grammar import phrase
 from fastedit.smol.names import SETS
+from fastedit.smol.requests import read_checked
+from fastedit.smol.requests import records as kept
 from fastedit.smol.scenes import Scene, by_name
 from fastedit.smol.split import concepts_of
 from fastedit.smol.templates import prompts
@@ -116,3 +118,11 @@ def test_what_the_old_thing_has_too_is_no_news() -> None:
 
 def _through_pictures(relation: str, subject: str) -> tuple[str, ...]:
     return next(fact for fact in facts.of(subject) if fact.relation == relation).seen_prompts()
+
+
+@pytest.mark.parametrize("split", SIZE)
+@pytest.mark.parametrize("name", SETS)
+def test_every_split_is_whole(name: str, split: str) -> None:
+    whole = list(kept(name, split, read_checked(name, split)))
+    assert len(whole) == SIZE[split]
+    assert sum(record.hard for record in whole) == SIZE[split] // HARD_EVERY
