@@ -385,6 +385,7 @@ def test_what_other_scripts_stored_stands_in_the_document(tmp_path: Path, monkey
     monkeypatch.setattr(long_sequence, "RESULTS", tmp_path / "none.jsonl")
     assert quality.stored_sections() == []
     cell = {"setting": "kl", "pair": tv_search.PAIRS[0], "base": "lora", "edits": 2, "steps": [3, 4], "curves": {}}
+    cell["model_fingerprint"] = "0" * 64
     cell["per_edit"] = {name: [1.0, 0.0] for name in tv_search.SIX}
     monkeypatch.setattr(tv_search, "stored_cells", lambda: [cell])
     case = {"method": "ldke", "edits": 10, "settings": {}, "label": "ldke"}
@@ -395,6 +396,9 @@ def test_what_other_scripts_stored_stands_in_the_document(tmp_path: Path, monkey
     assert "lora, 2 edits of each train split" in text
     assert "| kl | 0.500 |" in text
     assert "| ldke | 10 | 0.500 |" in text
+    model = tv_search.PAIRS[0].partition("/")[0]
+    assert f"Cells of `{model}` are of the weights that shipped before" in text
+    assert quality.of_other_weights([cell | {"model_fingerprint": fastedit.load(model).fingerprint}]) == []
 
 
 def test_verdicts_are_of_the_worst_pair() -> None:
