@@ -65,3 +65,5 @@ def test_a_role_weighs_the_same_whatever_the_number_of_its_views() -> None:
     each = torch.nn.functional.cross_entropy(logits, tokens.labels, reduction="none")
     expected = torch.stack([each[0], each[1:4].mean(), each[4:].mean()]).mean()
     torch.testing.assert_close(KLObjective(rephrases=True, n_views=3)(tokens, 0).total[0], expected)
+    apart = KLObjective(rephrases=True, n_views=3, rephrase_weight=0.5)(tokens, 0)
+    torch.testing.assert_close(apart.total[0], each[0] + 0.5 * (each[1:4].mean() + each[4:].mean()) / 2)

@@ -44,6 +44,8 @@ class LDKEConfig:
         check_every: the host asks every so many steps which edits have ended; the deltas are the same.
         capture: replay steps as CUDA graphs (``SolverConfig``); off, as no GPU has run it yet.
         rephrase_weight: of the NLL of rephrased views. kl_weight: of the KL on locality views.
+        n_views: views of every role but the edit's own that it is fitted on: so many paraphrases, pictures and
+            questions that must stay. More hold more wordings, at their price (docs/methods.md).
         route: False lets the change act on every input: what it does without the classifier.
         threshold: probability at which an edit acts; None is the one that training set.
         size, queries, key: of the classifier's heads, see ``ClassifierShape``.
@@ -81,6 +83,7 @@ class LDKEConfig:
     capture: bool = False
     rephrase_weight: float = 1.0
     kl_weight: float = 1.0
+    n_views: int = 1
     route: bool = True
     threshold: float | None = None
     size: int = 256
@@ -97,7 +100,8 @@ class LDKEConfig:
 
     def __post_init__(self) -> None:
         check_fit("ldke", self)
-        counts = ("candidates", "top", "rank", "calibration", "stored", "valid_records", "size", "queries", "key")
+        counts = ("candidates", "top", "rank", "calibration", "n_views")
+        counts += ("stored", "valid_records", "size", "queries", "key")
         check_ranges(
             "ldke",
             self,

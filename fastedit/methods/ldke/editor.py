@@ -92,7 +92,9 @@ class LDKE(Method):
     @staticmethod
     def objective(config: LDKEConfig) -> Objective:
         """NLL of the edit and, weighed, of its rephrased views; KL(edited || unedited) on locality views."""
-        return KLObjective(config.kl_weight, rephrases=True, rephrase_weight=config.rephrase_weight)
+        return KLObjective(
+            config.kl_weight, rephrases=True, rephrase_weight=config.rephrase_weight, n_views=config.n_views
+        )
 
     @staticmethod
     def notes(model: EditableModel, config: LDKEConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastedit.methods.ldke import editor
 from fastedit.methods.ldke.config import LDKEConfig, candidate_layers, wordings_of
 from fastedit.methods.ldke.editor import LDKE
 from fastedit.methods.ldke.localize import best_layers, layer_scores, random_layers, voted_layers
-from fastedit.objectives import ROLES
+from fastedit.objectives import ROLES, Role
 from fastedit.training import Artifact
 from fastedit.training.config import MANY_RECORDS
 from tests.engine.conftest import make_edits
@@ -86,6 +87,7 @@ def test_candidates_lie_behind_the_first_quarter(n_layers: int, expected: tuple[
         ({"positions": "image"}, "positions is one of"),
         ({"top": 0}, "top is at least 1"),
         ({"rank": 0}, "rank is at least 1"),
+        ({"n_views": 0}, r"n_views is at least 1.*got n_views=0"),
         ({"threshold": 1.0}, r"threshold is a probability \(got threshold=1.0\)"),
         ({"kl_weight": -1.0}, "kl_weight is not negative"),
         ({"alpha": 0.0}, "alpha is positive"),
@@ -238,6 +240,13 @@ def test_it_goes_with_the_other_objectives(model: EditableModel, edits: list[Edi
     for name in ("odedit+ldke", "kl+ldke"):
         made = fastedit.edit(model, edits, name, **settings)
         assert {outcome.steps for outcome in made.outcomes} == {2}
+
+
+def test_an_edit_is_fitted_on_as_many_views_as_wanted(model: EditableModel, edits: list[EditRequest]) -> None:
+    objective = LDKE.objective(LDKEConfig(n_views=3))
+    assert Counter(objective.roles) == {Role.EDIT: 1, **dict.fromkeys(ROLES[1:], 3)}
+    found = [run(model, edits[:1], route=False, evaluate=False, n_views=n).deltas[0] for n in (1, 2)]
+    assert any(not torch.equal(found[0].tensors[name], found[1].tensors[name]) for name in found[0].tensors)
 
 
 def test_few_records_do_not_teach_rewordings_unless_told_to() -> None:
