@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from benchmarks.canvas import canvas, canvases
+from benchmarks.quality_outcomes import unlabelled
 from benchmarks.quality_tables import Outcome, named, of, score
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def draw(
         views: of UniKE's spaces by model and set, from there as well.
     """
     figures: dict[str, Figure] = {}
-    for model, data in dict.fromkeys((o["case"]["model"], o["case"]["data"]) for o in of(outcomes, "single")):
-        group = [o for o in of(outcomes, "single") if (o["case"]["model"], o["case"]["data"]) == (model, data)]
+    # A method has one mark, that of its defaults
+    singles = unlabelled(of(outcomes, "single"))
+    for model, data in dict.fromkeys((o["case"]["model"], o["case"]["data"]) for o in singles):
+        group = [o for o in singles if (o["case"]["model"], o["case"]["data"]) == (model, data)]
         figures[f"trade-off, {data} on {model}"] = trade_off(group, f"{data} on {model}")
     for table in ("sequential", "cross-task"):
         group = [o for o in of(outcomes, table) if o["checkpoints"]]

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import fastedit
-from benchmarks import long_sequence, quality, quality_maps, quality_outcomes, quality_run, tv_search
+from benchmarks import long_sequence, quality, quality_figures, quality_maps, quality_outcomes, quality_run, tv_search
 from benchmarks.quality_cases import (
     CONTROL,
     DATA,
@@ -307,6 +307,18 @@ def test_layers_are_mapped_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert sum(values) == pytest.approx(1.0)
         assert min(values) > 0
     assert quality_maps.layer_map("never loaded", "", 0, tmp_path / "maps" / "a.json") == found
+
+
+def test_a_method_is_drawn_with_its_default_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def trade_off(group: Sequence[quality_outcomes.Outcome], title: str) -> Any:
+        seen.append([each["case"]["label"] for each in group])
+        return quality_figures.canvas(2, 2)[0]
+
+    monkeypatch.setattr(quality_figures, "trade_off", trade_off)
+    draw([outcome("ldke", [1.0]), outcome("ldke", [0.0], label="ldke, three views")], tmp_path)
+    assert seen == [[""]]
 
 
 def test_what_the_encoders_see_is_drawn(tmp_path: Path) -> None:
