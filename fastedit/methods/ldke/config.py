@@ -14,6 +14,8 @@ from fastedit.training.config import MANY_RECORDS
 
 CHOICES = ("auto", "voted", "random")
 POSITIONS = ("all", "after_image", "answer")
+#: Settings that are numbers of something, at least one.
+COUNTS = ("candidates", "top", "rank", "calibration", "n_views", "stored", "valid_records", "size", "queries", "key")
 #: Rewordings of a record where so many records can teach them.
 WORDINGS = 4
 #: Most candidates that are taken without being named.
@@ -100,12 +102,10 @@ class LDKEConfig:
 
     def __post_init__(self) -> None:
         check_fit("ldke", self)
-        counts = ("candidates", "top", "rank", "calibration", "n_views")
-        counts += ("stored", "valid_records", "size", "queries", "key")
         check_ranges(
             "ldke",
             self,
-            at_least={**dict.fromkeys(counts, 1), "wordings": 0},
+            at_least={**dict.fromkeys(COUNTS, 1), "wordings": 0},
             positive=("alpha",),
             not_negative=("rephrase_weight", "kl_weight", "contrast", "decorrelation", "probes", "row_cache_mib"),
         )
