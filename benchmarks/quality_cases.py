@@ -32,6 +32,9 @@ ON_ICONS = ("ft", "lora", "kl+lora", "odedit+lora", "grace", "wise", "ldke", "un
 LASTING = ("unike, quieter", {"layers": 1, "margin": 3.0, "stop_loss": None})
 
 
+#: The LDKE-style editor fitted on three paraphrases, pictures and questions that must stay, where one is the default.
+THREE_VIEWS = ("ldke, three views", {"n_views": 3})
+
 #: ``kl+x`` that sees what ``odedit+x`` sees: what the two differ by is MMD, total variation and multiplier.
 CONTROL: Mapping[str, Any] = {"kl_rephrases": True}
 
@@ -42,13 +45,13 @@ def controlled(base: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def single(edits: int) -> list[Case]:
-    """Every method, its control and ODEdit on each, on the embedded models and both sets."""
+    """Every method, its control and ODEdit on each, ``ldke`` on three views, on the embedded models and both sets."""
+    plain = [(method, "", settings) for base in METHODS for method, settings in controlled(base)]
     return [
-        Case("single", model, data, method, settings=settings, edits=edits)
+        Case("single", model, data, *variant, edits=edits)
         for data in DATA
         for model in MODELS
-        for base in METHODS
-        for method, settings in controlled(base)
+        for variant in [*plain, ("ldke", *THREE_VIEWS)]
     ]
 
 
